@@ -1,0 +1,1 @@
+"""Use of the released PolyGRAD code's objects and weights."""

@@ -1,0 +1,6 @@
+"""Denoising networks eps_theta(x | i, u)."""
+
+from polygrad_fast.denoisers.residual_mlp import ResidualMLPDenoiser
+from polygrad_fast.denoisers.transformer import TransformerDenoiser
+
+__all__ = ["ResidualMLPDenoiser", "TransformerDenoiser"]

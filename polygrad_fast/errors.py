@@ -1,0 +1,13 @@
+"""Exceptions raised by polygrad_fast. Every message names what was got and what was wanted."""
+
+
+class InputError(ValueError):
+    """The caller's input cannot be used. The command line prints the message and exits with 2."""
+
+
+class CheckpointError(InputError):
+    """A run directory or checkpoint is missing, incomplete, damaged, or of another configuration."""
+
+
+class NonFiniteError(RuntimeError):
+    """Training met NaN or infinity. The message names the step, the quantity and the last checkpoint."""

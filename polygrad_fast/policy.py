@@ -1,0 +1,108 @@
+"""Gaussian policy with one learned log standard deviation, and the value function."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from polygrad_fast.errors import InputError
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def mlp(in_dim: int, hidden_dim: int, num_layers: int, out_dim: int) -> nn.Sequential:
+    """Build num_layers x [Linear, LayerNorm(eps 1e-3), ELU] and a final Linear (Dreamer's trunk, as released)."""
+    layers: list[nn.Module] = []
+    for _ in range(num_layers):
+        layers += [nn.Linear(in_dim, hidden_dim), nn.LayerNorm(hidden_dim, eps=1e-3), nn.ELU()]
+        in_dim = hidden_dim
+    return nn.Sequential(*layers, nn.Linear(in_dim, out_dim))
+
+
+class GaussianPolicy(nn.Module):
+    """pi(a | s) = N(tanh(MLP(s)), exp(log_std) + min_std), raw actions (paper, appendix A).
+
+    Args:
+        observation_dim, action_dim: S and A.
+        hidden_dim, num_layers: the trunk's width and depth.
+        init_std: standard deviation at the start, > min_std.
+        min_std: its lower bound, >= 0.
+        normed_inputs: whether the network reads normalized observations; `normalizer` must then be given for calls with
+            raw ones.
+        normalizer: shared, not owned: its buffers are not part of this module's state.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_dim: int = 256,
+        num_layers: int = 2,
+        init_std: float = 1.0,
+        min_std: float = 0.1,
+        normed_inputs: bool = False,
+        normalizer: nn.Module | None = None,
+    ):
+        super().__init__()
+        if not init_std > min_std >= 0:
+            raise InputError(
+                f"wanted init_std > min_std >= 0, got init_std {init_std}, min_std {min_std}"
+            )
+        if normed_inputs and normalizer is None:
+            raise InputError("normed_inputs=True needs the normalizer, got None")
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.min_std = min_std
+        self.normed_inputs = normed_inputs
+        object.__setattr__(self, "normalizer", normalizer)
+        self.network = mlp(observation_dim, hidden_dim, num_layers, action_dim)
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(init_std - min_std)))
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation [A] of the raw actions, the same at every state."""
+        return self.log_std.exp() + self.min_std
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the raw actions at raw observations: [..., S] -> [..., A], [..., A]."""
+        if observations.shape[-1:] != (self.observation_dim,):
+            raise InputError(
+                f"observations of shape {tuple(observations.shape)} given, wanted [..., {self.observation_dim}]"
+            )
+        if self.normed_inputs:
+            observations = self.normalizer.normalize(observations, "observations")
+        return self.distribution(observations)
+
+    def distribution(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Like `forward`, for observations in the space the network reads (normalized if `normed_inputs`)."""
+        mean = torch.tanh(self.network(inputs))
+        return mean, self.std.expand_as(mean)
+
+
+class ValueFunction(nn.Module):
+    """V(s), the policy's trunk with one output: [..., S] -> [...]."""
+
+    def __init__(self, observation_dim: int, hidden_dim: int = 256, num_layers: int = 2):
+        super().__init__()
+        self.network = mlp(observation_dim, hidden_dim, num_layers, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return values at observations in the space the critic was trained on."""
+        return self.network(inputs).squeeze(-1)
+
+
+def log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return log N(actions; mean, std), summed over the action axis: [..., A] -> [...]."""
+    z = (actions - mean) / std
+    return (-0.5 * z.square() - std.log() - LOG_SQRT_2PI).sum(-1)
+
+
+def score(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return grad_a log N(a; mean, std) = (mean - a) / std^2 (closed form; Algorithm 2, line 10)."""
+    return (mean - actions) / std.square()
+
+
+def entropy(std: Tensor) -> Tensor:
+    """Return the differential entropy of a diagonal Gaussian, in nats: [..., A] -> [...]."""
+    return (0.5 + LOG_SQRT_2PI + std.log()).sum(-1)

@@ -1,0 +1,1 @@
+"""Plain PyTorch twins of the fused kernels: readable, correct, slow."""

@@ -1,0 +1,145 @@
+"""One step of policy-guided trajectory diffusion: the body of Algorithm 2's loop after the denoiser call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polygrad_fast.config import SamplerConfig
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.policy import log_prob, score
+from polygrad_fast.schedule import NoiseSchedule
+
+
+def policy_distribution(policy, normalizer: Normalizer, observations_norm: Tensor):
+    """Return the policy's mean and std (raw actions) at normalized observations [..., S]."""
+    if getattr(policy, "normed_inputs", False):
+        return policy.distribution(observations_norm)
+    return policy(normalizer.unnormalize(observations_norm, "observations"))
+
+
+def denoiser_actions(
+    actions_norm: Tensor,
+    k: int,
+    schedule: NoiseSchedule,
+    normalizer: Normalizer,
+    config: SamplerConfig,
+    action_bounds: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Return the actions [B, H, A] as the denoiser sees them in step k: clipped to the bounds and scaled where configured."""
+    if config.denoiser_actions == "clipped":
+        raw = normalizer.unnormalize(actions_norm, "actions")
+        actions_norm = normalizer.normalize(raw.clamp(*action_bounds), "actions")
+    if config.scale_actions:
+        actions_norm = actions_norm * schedule.alphas_cumprod[k].sqrt()
+    return actions_norm
+
+
+def guided_step(
+    prediction: Tensor,
+    trajectory: Tensor,
+    actions: Tensor,
+    initial_observations: Tensor,
+    k: int,
+    policy,
+    normalizer: Normalizer,
+    schedule: NoiseSchedule,
+    config: SamplerConfig,
+    guidance_scale: float | Tensor,
+    trajectory_noise: Tensor,
+    action_noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Advance states and actions from diffusion step i = k + 1 to k (Algorithm 2, lines 8-13, with equation 11).
+
+    Args:
+        prediction: the denoiser's output [B, H, D].
+        trajectory: x_i [B, H, D], normalized. actions: u_i [B, H, A], normalized.
+        initial_observations: s0 [B, S], normalized.
+        k: 0-based diffusion step, K-1 .. 0.
+        guidance_scale: delta, in units of squared raw actions.
+        trajectory_noise: standard normals [B, H, D]. action_noise: [B, H, A], or None in the last step.
+
+    Returns:
+        x_{i-1} and u_{i-1}, normalized; the first observation is s0.
+    """
+    observation_dim = initial_observations.shape[-1]
+    last_step = k == 0
+
+    # line 9: predict the fully denoised trajectory
+    if config.prediction_type == "epsilon":
+        denoised = (
+            schedule.sqrt_recip_alphas_cumprod[k] * trajectory
+            - schedule.sqrt_recipm1_alphas_cumprod[k] * prediction
+        )
+    else:
+        denoised = prediction.clone()
+    denoised[:, 0, :observation_dim] = initial_observations
+
+    # line 13 without its noise. The DDPM posterior mean of (x0_hat, x_i) is the same number as equation 1's
+    # (x_i - beta_i / sqrt(1 - alphabar_i) eps_hat) / sqrt(1 - beta_i), eps_hat being the noise that x0_hat implies.
+    def posterior_mean(denoised: Tensor) -> Tensor:
+        return (
+            schedule.posterior_mean_coef1[k] * denoised
+            + schedule.posterior_mean_coef2[k] * trajectory
+        )
+
+    mean = posterior_mean(denoised)
+    if config.clip_state_change is not None and k < config.clip_state_change_steps:
+        limit = config.clip_state_change
+        mean = trajectory + (mean - trajectory).clamp(-limit, limit)
+
+    policy_states = {"denoised": denoised, "posterior_mean": mean, "noisy": trajectory}
+    policy_observations = policy_states[config.policy_input][..., :observation_dim]
+
+    # lines 8-12: update the actions
+    if config.variance_type == "beta":
+        noise_std = schedule.betas[k].sqrt()
+    else:
+        noise_std = torch.exp(0.5 * schedule.posterior_log_variance_clipped[k])
+    if config.action_update == "score" or last_step:
+        policy_mean, policy_std = policy_distribution(policy, normalizer, policy_observations)
+        raw_actions = normalizer.unnormalize(actions, "actions")
+
+    def clip(raw: Tensor) -> Tensor:
+        if config.clip_std is None:
+            return raw
+        reach = config.clip_std * policy_std
+        return torch.clamp(raw, policy_mean - reach, policy_mean + reach)
+
+    if last_step:
+        if config.clip_final_actions and config.clip_std is not None:
+            actions = normalizer.normalize(clip(raw_actions), "actions")
+    elif config.action_update == "score":
+        if config.clip_order == "before":
+            raw_actions = clip(raw_actions)
+        step_size = guidance_scale
+        if config.max_guidance is not None:
+            step_size = torch.minimum(
+                torch.as_tensor(guidance_scale) * torch.ones_like(policy_std),
+                config.max_guidance * policy_std.square(),
+            )
+        raw_actions = raw_actions + step_size * score(raw_actions, policy_mean, policy_std)
+        if config.clip_order == "after":
+            raw_actions = clip(raw_actions)
+        if config.update_states:
+            with torch.enable_grad():
+                observations = policy_observations.detach().requires_grad_(True)
+                distribution = policy_distribution(policy, normalizer, observations)
+                likelihood = log_prob(raw_actions, *distribution).sum()
+                (gradient,) = torch.autograd.grad(likelihood, observations)
+            denoised[..., :observation_dim] = policy_observations + guidance_scale * gradient
+            denoised[:, 0, :observation_dim] = initial_observations
+            mean = posterior_mean(denoised)
+        actions = normalizer.normalize(raw_actions, "actions") + noise_std * action_noise
+    elif config.action_update == "sample":
+        policy_mean, policy_std = policy_distribution(policy, normalizer, policy_observations)
+        raw_actions = policy_mean + policy_std * action_noise
+        actions = normalizer.normalize(raw_actions, "actions")
+
+    # line 13: update states and rewards; line 6 of the next step: set the initial state
+    if last_step and config.variance_type == "posterior":
+        trajectory = mean
+    else:
+        trajectory = mean + noise_std * trajectory_noise
+    trajectory[:, 0, :observation_dim] = initial_observations
+    return trajectory, actions

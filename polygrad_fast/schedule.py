@@ -1,0 +1,87 @@
+"""Noise schedule tables of the diffusion process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polygrad_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Constants of a diffusion process with K steps, one float32 tensor [K] each, index 0 = least noise.
+
+    The paper counts steps i = K..1; index k here is i - 1.
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+
+    @classmethod
+    def cosine(cls, num_train_timesteps: int = 128, tau: float = 1.0) -> NoiseSchedule:
+        """Build the cosine schedule of Chen 2023 (arXiv 2301.10972, Algorithm 1), start 0, end 1.
+
+        gamma(s) = (v_end - cos(s pi/2)^(2 tau)) / (v_end - v_start); beta_i = 1 - gamma(s_i) / gamma(s_{i-1}), clipped
+        to [0, 0.999].
+
+        Args:
+            num_train_timesteps: number of diffusion steps K, at least 1.
+            tau: temperature, > 0. 1 in the paper, 0.1 for Hopper with the residual MLP.
+
+        Raises:
+            InputError: K < 1 or tau not a positive finite number.
+        """
+        if not isinstance(num_train_timesteps, (int, np.integer)) or num_train_timesteps < 1:
+            raise InputError(
+                f"num_train_timesteps must be an integer of at least 1, got {num_train_timesteps!r}"
+            )
+        if not (np.isfinite(tau) and tau > 0):
+            raise InputError(f"tau must be a positive finite number, got {tau!r}")
+        s = np.linspace(0.0, 1.0, int(num_train_timesteps) + 1)
+        v_start, v_end = np.cos(0.0) ** (2 * tau), np.cos(np.pi / 2) ** (2 * tau)
+        gamma = (v_end - np.cos(s * np.pi / 2) ** (2 * tau)) / (v_end - v_start)
+        betas = np.clip(1.0 - gamma[1:] / gamma[:-1], 0.0, 0.999)
+        return cls.from_betas(torch.tensor(betas, dtype=torch.float32))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> NoiseSchedule:
+        """Derive every table from the variances beta [K], each in (0, 1)."""
+        alphas = 1.0 - betas
+        alphas_cumprod = torch.cumprod(alphas, dim=0)
+        alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])
+        posterior_variance = betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod)
+        return cls(
+            betas=betas,
+            alphas_cumprod=alphas_cumprod,
+            alphas_cumprod_prev=alphas_cumprod_prev,
+            posterior_variance=posterior_variance,
+            posterior_log_variance_clipped=torch.log(posterior_variance.clamp(min=1e-20)),
+            posterior_mean_coef1=betas * alphas_cumprod_prev.sqrt() / (1.0 - alphas_cumprod),
+            posterior_mean_coef2=(1.0 - alphas_cumprod_prev)
+            * alphas.sqrt()
+            / (1.0 - alphas_cumprod),
+            sqrt_recip_alphas_cumprod=torch.sqrt(1.0 / alphas_cumprod),
+            sqrt_recipm1_alphas_cumprod=torch.sqrt(1.0 / alphas_cumprod - 1),
+        )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Number of diffusion steps K."""
+        return self.betas.shape[0]
+
+    def to(self, *args, **kwargs) -> NoiseSchedule:
+        """Return the same schedule on another device or in another dtype."""
+        return replace(
+            self, **{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)}
+        )

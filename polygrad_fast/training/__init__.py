@@ -1,0 +1,1 @@
+"""Training: the denoiser, A2C in imagination, the loop of Algorithm 3, checkpoints."""

@@ -1,0 +1,271 @@
+"""Advantage actor-critic on imagined trajectories (section 4.3, table 1)."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from polygrad_fast.config import A2CConfig
+from polygrad_fast.errors import InputError, NonFiniteError
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.policy import GaussianPolicy, ValueFunction, entropy, log_prob
+from polygrad_fast.training.guidance import spread
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, terminals: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Return generalized advantage estimates (Schulman et al. 2016): three times [B, H] -> [B, H - 1].
+
+    delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t); A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}. The last step only
+    serves as the next value.
+    """
+    continues = 1.0 - terminals[:, :-1]
+    deltas = rewards[:, :-1] + gamma * continues * values[:, 1:] - values[:, :-1]
+    advantages = torch.empty_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * gae_lambda * continues[:, t] * running
+        advantages[:, t] = running
+    return advantages
+
+
+class ActorCritic:
+    """Policy, value function, its slow target, their optimizers, and one `update`.
+
+    The networks read raw observations and rewards, or normalized ones where `policy.normed_inputs`. Weights change in
+    place.
+    """
+
+    def __init__(
+        self,
+        policy: GaussianPolicy,
+        value_function: ValueFunction,
+        normalizer: Normalizer,
+        config: A2CConfig | None = None,
+    ):
+        self.policy, self.value_function, self.normalizer = policy, value_function, normalizer
+        self.config = config if config is not None else A2CConfig()
+        self.target_value_function = copy.deepcopy(value_function).requires_grad_(False)
+        self.actor_optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=self.config.actor_learning_rate
+        )
+        self.critic_optimizer = torch.optim.AdamW(
+            value_function.parameters(), lr=self.config.critic_learning_rate
+        )
+        self.log_actor_learning_rate = torch.tensor(
+            math.log(self.config.actor_learning_rate), requires_grad=True
+        )
+        self.learning_rate_optimizer = torch.optim.AdamW(
+            [self.log_actor_learning_rate], lr=self.config.actor_learning_rate_lr
+        )
+
+    def update(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminals: Tensor,
+        progress: float = 0.0,
+    ) -> dict[str, float]:
+        """Take one actor and one critic step on imagined trajectories.
+
+        Advantages come from GAE with the target critic; steps from the first terminal on carry weight 0; the actor's
+        step is scaled until mean |log pi_new - log pi_old| is within tolerance of `target_update` (appendix A). Unlike
+        the released code, the Adam direction is computed once and only scaled, log-std included.
+
+        Args:
+            observations: normalized [B, H, S]. actions: normalized [B, H, A]. rewards: normalized [B, H].
+            terminals: 0/1 [B, H].
+            progress: share of training done, for `final_target_update`.
+
+        Returns:
+            Metrics as floats (this reads results on the host).
+
+        Raises:
+            InputError: shapes differ or H < 2.
+            NonFiniteError: an input, loss or gradient is not finite; nothing was changed.
+        """
+        config = self.config
+        self._check(observations, actions, rewards, terminals)
+        target_update = config.target_update
+        if config.final_target_update is not None:
+            target_update += progress * (config.final_target_update - target_update)
+        raw_actions = self.normalizer.unnormalize(actions, "actions")[:, :-1]
+        if not self.policy.normed_inputs:
+            observations = self.normalizer.unnormalize(observations, "observations")
+        if config.reward_rms is not None:
+            moments = self.normalizer.rewards_mean.square() + self.normalizer.rewards_scale.square()
+            rewards = self.normalizer.unnormalize(rewards, "rewards")
+            rewards = rewards * (config.reward_rms / moments.sqrt())
+        elif not self.policy.normed_inputs:
+            rewards = self.normalizer.unnormalize(rewards, "rewards")
+
+        with torch.no_grad():
+            target_weights = [
+                target.lerp(value, 1.0 - config.target_critic_decay)
+                for target, value in zip(
+                    self.target_value_function.parameters(),
+                    self.value_function.parameters(),
+                    strict=True,
+                )
+            ]
+            target_values = torch.func.functional_call(
+                self.target_value_function,
+                dict(
+                    zip(
+                        (name for name, _ in self.target_value_function.named_parameters()),
+                        target_weights,
+                        strict=True,
+                    )
+                ),
+                (observations,),
+            )
+            advantages = generalized_advantages(
+                rewards, target_values, terminals, config.gamma, config.gae_lambda
+            )
+            value_targets = advantages + target_values[:, :-1]
+            if config.normalize_advantages:
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            weights = (1.0 - terminals[:, :-1]).cumprod(dim=1)
+
+        mean, std = self.policy.distribution(observations[:, :-1])
+        old_log_prob = log_prob(raw_actions, mean, std)
+        policy_entropy = entropy(std)
+        actor_loss = -old_log_prob * advantages - config.entropy_coef * policy_entropy
+        actor_loss = (actor_loss * weights).mean()
+        values = self.value_function(observations)[:, :-1]
+        critic_loss = (0.5 * (value_targets - values).square() * weights).mean()
+
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        (actor_loss + critic_loss).backward()
+        max_norm = config.max_grad_norm if config.max_grad_norm is not None else math.inf
+        # log-std is not clipped, as in the released code
+        actor_grad_norm = nn.utils.clip_grad_norm_(self.policy.network.parameters(), max_norm)
+        critic_grad_norm = nn.utils.clip_grad_norm_(self.value_function.parameters(), max_norm)
+
+        with torch.no_grad():
+            standardized = (raw_actions - mean) / std
+            metrics = {
+                "actor_loss": actor_loss.item(),
+                "critic_loss": critic_loss.item(),
+                "actor_grad_norm": actor_grad_norm.item(),
+                "critic_grad_norm": critic_grad_norm.item(),
+                "log_std_grad_norm": self.policy.log_std.grad.norm().item(),
+                "entropy": policy_entropy.mean().item(),
+                "policy_std": std.mean().item(),
+                "action_mean": standardized.flatten(0, 1).mean(dim=0).mean().item(),
+                "action_std": spread(standardized, "std").item(),
+                "action_mean_abs": spread(standardized, "mean_abs").item(),
+                "value": values[:, 0].mean().item(),
+                "reward": rewards.mean().item(),
+                "terminal_rate": terminals.mean().item(),
+            }
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{name} is {value}")
+
+        for target, weight in zip(
+            self.target_value_function.parameters(), target_weights, strict=True
+        ):
+            target.data.copy_(weight)
+        self.critic_optimizer.step()
+        metrics |= self._step_actor(
+            observations[:, :-1], raw_actions, old_log_prob.detach(), target_update
+        )
+        return metrics
+
+    @torch.no_grad()
+    def _step_actor(
+        self, inputs: Tensor, raw_actions: Tensor, old_log_prob: Tensor, target_update: float
+    ) -> dict[str, float]:
+        """Step the actor; scale the step until the update size is within tolerance (appendix A)."""
+        config = self.config
+        parameters = list(self.policy.parameters())
+        before = [p.clone() for p in parameters]
+        self.actor_optimizer.step()
+        direction = [p - b for p, b in zip(parameters, before, strict=True)]
+
+        def update_size() -> float:
+            new_log_prob = log_prob(raw_actions, *self.policy.distribution(inputs))
+            return (new_log_prob - old_log_prob).abs().mean().item()
+
+        learning_rate = self.actor_optimizer.param_groups[0]["lr"]
+        size = initial_size = update_size()
+        trials, scale = 1, 1.0
+        low, high = (target_update * (1 + s * config.line_search_tolerance) for s in (-1, 1))
+        while config.line_search and not low <= size <= high:
+            if trials > config.line_search_max_steps:
+                break
+            scale *= (
+                config.line_search_ratio if size > target_update else 1 / config.line_search_ratio
+            )
+            if scale * learning_rate > config.actor_learning_rate:
+                break
+            for p, b, d in zip(parameters, before, direction, strict=True):
+                p.copy_(b + scale * d)
+            size = update_size()
+            trials += 1
+        if config.learn_actor_learning_rate:
+            self._learn_learning_rate(initial_size, target_update)
+        return {
+            "update_size_initial": initial_size,
+            "update_size": size,
+            "linesearch_steps": trials,
+            "actor_learning_rate": self.actor_optimizer.param_groups[0]["lr"],
+        }
+
+    def _learn_learning_rate(self, initial_size: float, target_update: float) -> None:
+        """Move the log of the actor's learning rate against the sign of (update size - target); cap it."""
+        gradient = torch.tensor(initial_size - target_update)
+        self.log_actor_learning_rate.grad = gradient.to(self.log_actor_learning_rate)
+        self.learning_rate_optimizer.step()
+        with torch.no_grad():
+            self.log_actor_learning_rate.clamp_(max=math.log(self.config.actor_learning_rate))
+        self.actor_optimizer.param_groups[0]["lr"] = self.log_actor_learning_rate.exp().item()
+
+    def _check(self, observations, actions, rewards, terminals) -> None:
+        policy = self.policy
+        if observations.ndim != 3 or observations.shape[1] < 2:
+            raise InputError(
+                f"observations of shape {tuple(observations.shape)} given, wanted "
+                f"[B, H, {policy.observation_dim}] with H >= 2"
+            )
+        batch, horizon = observations.shape[:2]
+        for name, tensor, wanted in (
+            ("observations", observations, (batch, horizon, policy.observation_dim)),
+            ("actions", actions, (batch, horizon, policy.action_dim)),
+            ("rewards", rewards, (batch, horizon)),
+            ("terminals", terminals, (batch, horizon)),
+        ):
+            if tuple(tensor.shape) != wanted:
+                raise InputError(f"{name} of shape {tuple(tensor.shape)} given, wanted {wanted}")
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the networks by name."""
+        return {
+            "policy": self.policy,
+            "value_function": self.value_function,
+            "target_value_function": self.target_value_function,
+        }
+
+    def state_dict(self) -> dict:
+        """Return optimizer states and the learned learning rate; the weights are saved with the other weights."""
+        return {
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "learning_rate_optimizer": self.learning_rate_optimizer.state_dict(),
+            "log_actor_learning_rate": self.log_actor_learning_rate.detach().clone(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.learning_rate_optimizer.load_state_dict(state["learning_rate_optimizer"])
+        with torch.no_grad():
+            self.log_actor_learning_rate.copy_(state["log_actor_learning_rate"])

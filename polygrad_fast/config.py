@@ -222,8 +222,7 @@ class NormalizerConfig:
     def as_dict(self) -> dict[str, float]:
         """Return field -> bound, as `Normalizer.update` takes it."""
         return {
-            f.name.removeprefix("min_std_"): getattr(self, f.name)
-            for f in dataclasses.fields(self)
+            f.name.removeprefix("min_std_"): getattr(self, f.name) for f in dataclasses.fields(self)
         }
 
 

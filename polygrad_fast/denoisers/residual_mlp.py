@@ -93,9 +93,7 @@ class ResidualMLPDenoiser(nn.Module):
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
         """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D]; all normalized."""
-        check_inputs(
-            trajectory, actions, timesteps, self.horizon, self.state_dim, self.action_dim
-        )
+        check_inputs(trajectory, actions, timesteps, self.horizon, self.state_dim, self.action_dim)
         x = torch.cat([trajectory, actions], dim=-1).flatten(1)
         if self.step_conditioning == "input":
             x = self.input(self.proj(x) + self.step_mlp(timesteps))

@@ -11,7 +11,12 @@ from polygrad_fast.errors import InputError
 
 
 def check_inputs(
-    trajectory: Tensor, actions: Tensor, timesteps: Tensor, horizon: int, state_dim: int, action_dim: int
+    trajectory: Tensor,
+    actions: Tensor,
+    timesteps: Tensor,
+    horizon: int,
+    state_dim: int,
+    action_dim: int,
 ) -> None:
     """Raise InputError unless the shapes are [B, H, D], [B, H, A] and [B]."""
     batch = trajectory.shape[0] if trajectory.ndim else 0

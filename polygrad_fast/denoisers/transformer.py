@@ -96,9 +96,7 @@ class TransformerDenoiser(nn.Module):
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
         """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D]; all normalized."""
-        check_inputs(
-            trajectory, actions, timesteps, self.horizon, self.state_dim, self.action_dim
-        )
+        check_inputs(trajectory, actions, timesteps, self.horizon, self.state_dim, self.action_dim)
         x = self.input(torch.cat([trajectory, actions], dim=-1))
         x = x + self.position_embedding.weight + self.step_mlp(timesteps).unsqueeze(1)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""Policy-guided trajectory diffusion: the public sampler and the reference engine's loop."""
+"""Policy-guided trajectory diffusion: the public sampler."""
 
 from __future__ import annotations
 
@@ -10,20 +10,11 @@ from torch import Tensor
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
-from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
+from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.schedule import NoiseSchedule
 
 ENGINES = ("auto", "reference", "torch", "triton")
-
-
-@dataclass(frozen=True)
-class SampleNoise:
-    """Every standard normal of one sample, in loop order (first row = step i = K)."""
-
-    initial_trajectories: Tensor  # [B, H, D]
-    initial_actions: Tensor  # [B, H, A]
-    trajectories: Tensor  # [K, B, H, D]
-    actions: Tensor  # [K, B, H, A]
 
 
 @dataclass(frozen=True)
@@ -87,23 +78,26 @@ class PolicyGuidedSampler:
                     raise InputError(
                         f"{type(other).__name__} has {name} {got}, the denoiser {wanted}"
                     )
-        self.engine = "reference"
-        self.denoiser, self.policy, self.normalizer = denoiser, policy, normalizer
-        self.observation_dim, self.action_dim = denoiser.observation_dim, denoiser.action_dim
-        self.horizon = denoiser.horizon
-        self.device = (
-            next(denoiser.parameters()).device if device == "auto" else torch.device(device)
-        )
-        self.schedule = schedule.to(self.device)
-        self.action_bounds = None
+        if device == "auto":
+            device = next(denoiser.parameters()).device
         if action_bounds is not None:
-            low, high = (
-                torch.as_tensor(bound, dtype=torch.float32, device=self.device)
+            action_bounds = tuple(
+                torch.as_tensor(bound, dtype=torch.float32, device=device)
                 for bound in action_bounds
             )
-            self.action_bounds = (low, high)
-        if self.config.denoiser_actions == "clipped" and self.action_bounds is None:
+        elif self.config.denoiser_actions == "clipped":
             raise InputError("denoiser_actions='clipped' needs action_bounds=(low, high), got None")
+        self.components = SamplerComponents(
+            denoiser,
+            policy,
+            schedule.to(device),
+            normalizer,
+            self.config,
+            torch.device(device),
+            action_bounds,
+        )
+        self.engine = "reference"
+        self._engine = ReferenceEngine(self.components)
 
     def sample(
         self,
@@ -137,70 +131,22 @@ class PolicyGuidedSampler:
             )
         if noise is not None:
             self._check_noise(noise, s0.shape[0])
-        s0_norm = s0 if normalized else self.normalizer.normalize(s0, "observations")
+        s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
         with torch.no_grad():
-            trajectory, actions, chain = self._sample_reference(
+            trajectory, actions, chain = self._engine.sample(
                 s0_norm, guidance_scale, generator, noise, return_chain
             )
             return self._to_batch(s0, trajectory, actions, chain, normalized)
 
-    def _sample_reference(self, s0_norm, guidance_scale, generator, noise, return_chain):
-        batch = s0_norm.shape[0]
-        trajectory_shape = (batch, self.horizon, self.observation_dim + 2)
-        action_shape = (batch, self.horizon, self.action_dim)
-
-        def normals(shape, given, step=None):
-            if given is not None:
-                return (given if step is None else given[step]).to(self.device)
-            return torch.randn(shape, generator=generator, device=self.device)
-
-        given = noise if noise is not None else SampleNoise(None, None, None, None)
-        trajectory = normals(trajectory_shape, given.initial_trajectories).clone()
-        actions = normals(action_shape, given.initial_actions)
-        trajectory[:, 0, : self.observation_dim] = s0_norm
-        num_steps = self.schedule.num_train_timesteps
-        chain_trajectories, chain_actions = [], []
-        for step, k in enumerate(reversed(range(num_steps))):
-            seen = denoiser_actions(
-                actions, k, self.schedule, self.normalizer, self.config, self.action_bounds
-            )
-            timesteps = torch.full((batch,), k, device=self.device)
-            prediction = self.denoiser(trajectory, seen, timesteps)
-            trajectory_noise = normals(trajectory_shape, given.trajectories, step)
-            action_noise = None
-            if k > 0 and self.config.action_update != "none":
-                action_noise = normals(action_shape, given.actions, step)
-            trajectory, actions = guided_step(
-                prediction,
-                trajectory,
-                actions,
-                s0_norm,
-                k,
-                self.policy,
-                self.normalizer,
-                self.schedule,
-                self.config,
-                guidance_scale,
-                trajectory_noise,
-                action_noise,
-            )
-            if return_chain:
-                chain_trajectories.append(trajectory)
-                chain_actions.append(actions)
-        chain = (
-            (torch.stack(chain_trajectories), torch.stack(chain_actions)) if return_chain else None
-        )
-        return trajectory, actions, chain
-
     def _to_batch(self, s0, trajectory, actions, chain, normalized) -> TrajectoryBatch:
-        observations = trajectory[..., : self.observation_dim]
+        observations = trajectory[..., : self.components.observation_dim]
         rewards, terminals = trajectory[..., -2], trajectory[..., -1]
         if not normalized:
-            observations = self.normalizer.unnormalize(observations, "observations")
+            observations = self.components.normalizer.unnormalize(observations, "observations")
             observations[:, 0] = s0  # exact, not through the normalizer and back
-            actions = self.normalizer.unnormalize(actions, "actions")
-            rewards = self.normalizer.unnormalize(rewards, "rewards")
-            flags = self.normalizer.unnormalize(terminals, "terminals") > 0.5
+            actions = self.components.normalizer.unnormalize(actions, "actions")
+            rewards = self.components.normalizer.unnormalize(rewards, "rewards")
+            flags = self.components.normalizer.unnormalize(terminals, "terminals") > 0.5
             terminals = flags.to(trajectory.dtype)
         return TrajectoryBatch(observations, actions, rewards, terminals, *(chain or ()))
 
@@ -210,9 +156,9 @@ class PolicyGuidedSampler:
                 f"initial_observations must be a torch tensor, got {type(observations).__name__}"
             )
         shape = tuple(observations.shape)
-        if len(shape) != 2 or shape[1] != self.observation_dim or shape[0] < 1:
+        if len(shape) != 2 or shape[1] != self.components.observation_dim or shape[0] < 1:
             raise InputError(
-                f"initial_observations of shape {shape} given, wanted [B, {self.observation_dim}] with B >= 1"
+                f"initial_observations of shape {shape} given, wanted [B, {self.components.observation_dim}] with B >= 1"
             )
         if not observations.is_floating_point():
             raise InputError(
@@ -224,12 +170,12 @@ class PolicyGuidedSampler:
             raise InputError(
                 f"initial_observations[{row}, {column}] is {observations[row, column].item()}, wanted a finite number"
             )
-        return observations.to(self.device, torch.float32)
+        return observations.to(self.components.device, torch.float32)
 
     def _check_noise(self, noise: SampleNoise, batch: int) -> None:
-        num_steps = self.schedule.num_train_timesteps
-        states = (batch, self.horizon, self.observation_dim + 2)
-        actions = (batch, self.horizon, self.action_dim)
+        num_steps = self.components.schedule.num_train_timesteps
+        states = (batch, self.components.horizon, self.components.observation_dim + 2)
+        actions = (batch, self.components.horizon, self.components.action_dim)
         for name, wanted in (
             ("initial_trajectories", states),
             ("initial_actions", actions),

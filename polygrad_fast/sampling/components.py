@@ -1,0 +1,50 @@
+"""What a sampler is made of, shared by its engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polygrad_fast.config import SamplerConfig
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """Every standard normal of one sample, in loop order (first row = step i = K)."""
+
+    initial_trajectories: Tensor  # [B, H, D]
+    initial_actions: Tensor  # [B, H, A]
+    trajectories: Tensor  # [K, B, H, D]
+    actions: Tensor  # [K, B, H, A]
+
+
+@dataclass(frozen=True)
+class SamplerComponents:
+    """Modules and options of one sampler; engines read current weights and moments at every call."""
+
+    denoiser: nn.Module
+    policy: nn.Module
+    schedule: NoiseSchedule
+    normalizer: Normalizer
+    config: SamplerConfig
+    device: torch.device
+    action_bounds: tuple[Tensor, Tensor] | None
+
+    @property
+    def observation_dim(self) -> int:
+        """S."""
+        return self.denoiser.observation_dim
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return self.denoiser.action_dim
+
+    @property
+    def horizon(self) -> int:
+        """H."""
+        return self.denoiser.horizon

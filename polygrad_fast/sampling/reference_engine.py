@@ -1,0 +1,69 @@
+"""Engine "reference": Algorithm 2 in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
+from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+
+
+class ReferenceEngine:
+    """Run the loop of Algorithm 2 step by step; noise comes from torch's generator in the released code's order."""
+
+    def __init__(self, components: SamplerComponents):
+        self.components = components
+
+    def sample(
+        self,
+        initial_observations: Tensor,
+        guidance_scale: float | Tensor,
+        generator: torch.Generator | None,
+        noise: SampleNoise | None,
+        return_chain: bool,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [K, B, H, .].
+
+        Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial observations [B, S].
+        """
+        c = self.components
+        batch, observation_dim = initial_observations.shape
+        states_shape = (batch, c.horizon, observation_dim + 2)
+        actions_shape = (batch, c.horizon, c.action_dim)
+
+        def normals(shape: tuple[int, ...], given: Tensor | None) -> Tensor:
+            if given is not None:
+                return given.to(c.device)
+            return torch.randn(shape, generator=generator, device=c.device)
+
+        trajectory = normals(states_shape, noise and noise.initial_trajectories).clone()
+        actions = normals(actions_shape, noise and noise.initial_actions)
+        trajectory[:, 0, :observation_dim] = initial_observations
+        chain = []
+        for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):
+            seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
+            timesteps = torch.full((batch,), k, device=c.device)
+            prediction = c.denoiser(trajectory, seen, timesteps)
+            trajectory_noise = normals(states_shape, noise and noise.trajectories[step])
+            action_noise = None
+            if k > 0 and c.config.action_update != "none":
+                action_noise = normals(actions_shape, noise and noise.actions[step])
+            trajectory, actions = guided_step(
+                prediction,
+                trajectory,
+                actions,
+                initial_observations,
+                k,
+                c.policy,
+                c.normalizer,
+                c.schedule,
+                c.config,
+                guidance_scale,
+                trajectory_noise,
+                action_noise,
+            )
+            if return_chain:
+                chain.append((trajectory, actions))
+        chains = tuple(map(torch.stack, zip(*chain, strict=True))) if return_chain else None
+        return trajectory, actions, chains

@@ -1,4 +1,5 @@
-"""Policy-guided trajectory diffusion (PolyGRAD, arXiv 2312.08533): a diffusion world model for on-policy RL."""
+"""Policy-guided trajectory diffusion (PolyGRAD, arXiv 2312.08533): a diffusion world model for
+on-policy RL."""
 
 from polygrad_fast.config import A2CConfig, SamplerConfig, TrainConfig
 from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser

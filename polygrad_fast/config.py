@@ -23,34 +23,41 @@ def _check_choices(config: Any, **choices: tuple) -> None:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Options of policy-guided trajectory diffusion (Algorithm 2). Build one with `official()` or `paper()`."""
+    """Options of policy-guided trajectory diffusion (Algorithm 2). Build one with `official()` or
+    `paper()`."""
 
     prediction_type: Literal["sample", "epsilon"] = "sample"
     """What the denoiser predicts: the clean trajectory or the noise."""
     action_update: Literal["score", "sample", "none"] = "score"
-    """Follow the policy's score; draw anew from the policy each step; leave the random actions (section 5.4)."""
+    """Follow the policy's score; draw anew from the policy each step; leave the random actions
+    (section 5.4)."""
     clip_std: float | None = 3.0
     """Keep actions within this many policy standard deviations of its mean; None: no clipping."""
     clip_order: Literal["before", "after"] = "before"
     """Clip before the score step (released code) or after it (equation 11)."""
     clip_final_actions: bool = True
-    """Clip the actions once more in the last step (released code); the paper leaves them as they are."""
+    """Clip the actions once more in the last step (released code); the paper leaves them as they
+    are."""
     policy_input: Literal["denoised", "posterior_mean", "noisy"] = "denoised"
     """Which estimate of the states the policy reads."""
     update_states: bool = False
     """Move the estimated observations along the policy's score too (appendix C.4)."""
     clip_state_change: float | None = 0.25
-    """Largest change per entry of the posterior mean in the last `clip_state_change_steps` steps; None: no limit."""
+    """Largest change per entry of the posterior mean in the last `clip_state_change_steps` steps;
+    None: no limit."""
     clip_state_change_steps: int = 11
     variance_type: Literal["posterior", "beta"] = "posterior"
-    """Variance of the noise added to states and actions: the DDPM posterior's, none in the last step (released code), or
+    """Variance of the noise added to states and actions: the DDPM posterior's, none in the last
+    step (released code), or
     beta_i (equations 1 and 11)."""
     scale_actions: bool = True
-    """Multiply the denoiser's actions by sqrt(alphabar_i) (released code), in training and sampling."""
+    """Multiply the denoiser's actions by sqrt(alphabar_i) (released code), in training and
+    sampling."""
     denoiser_actions: Literal["raw", "clipped"] = "raw"
     """Whether the denoiser sees actions as they are or clipped to the environment's bounds."""
     max_guidance: float | None = None
-    """Upper bound of guidance_scale / sigma^2, the share of the way to the mean in one step; None: no bound."""
+    """Upper bound of guidance_scale / sigma^2, the share of the way to the mean in one step; None:
+    no bound."""
 
     def __post_init__(self) -> None:
         _check_choices(
@@ -108,7 +115,8 @@ class DenoiserConfig:
     num_heads: int = 4
     """Attention heads; the transformer only."""
     step_conditioning: Literal["input", "layer", "learned"] = "input"
-    """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the paper's."""
+    """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the
+    paper's."""
     learning_rate: float = 3e-4
     batch_size: int = 256
     ema_decay: float = 0.99
@@ -158,7 +166,8 @@ class A2CConfig:
     actor_learning_rate_lr: float = 3e-4
     """Learning rate of the log of the actor's learning rate."""
     reward_rms: float | None = None
-    """Divide rewards so that their root mean square in the data becomes this; None: rewards as they are."""
+    """Divide rewards so that their root mean square in the data becomes this; None: rewards as
+    they are."""
 
     def __post_init__(self) -> None:
         for name in ("gamma", "gae_lambda", "target_critic_decay"):
@@ -187,7 +196,8 @@ class PolicyConfig:
     init_std: float = 1.0
     min_std: float = 0.1
     normed_inputs: bool = False
-    """Whether the networks read normalized observations; rewards are then normalized too, unless `reward_rms` is set."""
+    """Whether the networks read normalized observations; rewards are then normalized too, unless
+    `reward_rms` is set."""
 
 
 @dataclass(frozen=True)
@@ -196,10 +206,12 @@ class GuidanceConfig:
 
     initial: float = 0.005
     rule: Literal["log", "linear", "none"] = "log"
-    """"log": log delta += lr (spread - 1) (released code); "linear": delta += lr (spread - 1) (equation 10)."""
+    """"log": log delta += lr (spread - 1) (released code); "linear": delta += lr (spread - 1)
+    (equation 10)."""
     learning_rate: float = 3e-3
     statistic: Literal["std", "mean_abs"] = "std"
-    """Spread of the standardized actions: their standard deviation, or E|z| / sqrt(2 / pi), which heavy tails move less."""
+    """Spread of the standardized actions: their standard deviation, or E|z| / sqrt(2 / pi), which
+    heavy tails move less."""
     minimum: float = 1e-6
     maximum: float = 10.0
 
@@ -279,11 +291,13 @@ class TrainConfig:
 
     @classmethod
     def from_preset(cls, name: str, env_id: str = "") -> TrainConfig:
-        """Return a preset: "default" (released code), "paper" (the paper's text) or "quick" (CPU-sized).
+        """Return a preset: "default" (released code), "paper" (the paper's text) or "quick"
+        (CPU-sized).
 
         Args:
             name: the preset.
-            env_id: the environment; Hopper gets tau = 0.1 (table 4), and "quick" knows settings for Pendulum.
+            env_id: the environment; Hopper gets tau = 0.1 (table 4), and "quick" knows settings
+                for Pendulum.
 
         Raises:
             InputError: unknown preset.

@@ -6,8 +6,10 @@ class InputError(ValueError):
 
 
 class CheckpointError(InputError):
-    """A run directory or checkpoint is missing, incomplete, damaged, or of another configuration."""
+    """A run directory or checkpoint is missing, incomplete, damaged, or of another
+    configuration."""
 
 
 class NonFiniteError(RuntimeError):
-    """Training met NaN or infinity. The message names the step, the quantity and the last checkpoint."""
+    """Training met NaN or infinity. The message names the step, the quantity and the last
+    checkpoint."""

@@ -14,8 +14,8 @@ EPSILON = 1e-6
 class Normalizer(nn.Module):
     """Standardize each field: normalize(x) = (x - mean) / (std + 1e-6); unnormalize is its inverse.
 
-    The moments are buffers that are only ever changed in place, so that samplers and captured graphs that hold them see
-    every refresh. A field built with `None` is left as it is.
+    The moments are buffers that are only ever changed in place, so that samplers and captured
+    graphs that hold them see every refresh. A field built with `None` is left as it is.
     """
 
     def __init__(self, observation_dim: int, action_dim: int):
@@ -42,7 +42,8 @@ class Normalizer(nn.Module):
             terminals: likewise for the 0/1 terminal flag.
 
         Raises:
-            InputError: a shape differs between mean and std, or a moment is not finite, or a std is negative.
+            InputError: a shape differs between mean and std, or a moment is not finite, or a std
+                is negative.
         """
         observation_dim = torch.as_tensor(observations[0]).numel()
         action_dim = torch.as_tensor(actions[0]).numel()
@@ -61,7 +62,8 @@ class Normalizer(nn.Module):
 
         Args:
             moments: field -> (mean, std).
-            min_std: field -> lower bound of its standard deviation; early data may be constant (no terminal yet).
+            min_std: field -> lower bound of its standard deviation; early data may be constant (no
+                terminal yet).
         """
         for field, (mean, std) in moments.items():
             if field not in FIELDS:
@@ -75,7 +77,8 @@ class Normalizer(nn.Module):
                 )
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std >= 0).all()):
                 raise InputError(
-                    f"{field}: moments must be finite and std non-negative, got mean {mean.tolist()} "
+                    f"{field}: moments must be finite and std non-negative, got mean "
+                    f"{mean.tolist()} "
                     f"and std {std.tolist()}"
                 )
             if min_std is not None:
@@ -89,7 +92,8 @@ class Normalizer(nn.Module):
         return getattr(self, f"{field}_mean"), getattr(self, f"{field}_scale")
 
     def normalize(self, x: Tensor, field: str) -> Tensor:
-        """Map raw values [..., dim] of a field to normalized ones; rewards and terminals also without the last axis."""
+        """Map raw values [..., dim] of a field to normalized ones; rewards and terminals also
+        without the last axis."""
         mean, scale = self._moments(field)
         return (x - mean) / scale
 
@@ -101,7 +105,8 @@ class Normalizer(nn.Module):
     def normalize_trajectory(
         self, observations: Tensor, rewards: Tensor, terminals: Tensor
     ) -> Tensor:
-        """Join raw [B, H, S], [B, H], [B, H] into the normalized state part [B, H, D], D = S + 2."""
+        """Join raw [B, H, S], [B, H], [B, H] into the normalized state part [B, H, D], D = S +
+        2."""
         return torch.cat(
             [
                 self.normalize(observations, "observations"),

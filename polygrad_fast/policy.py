@@ -13,7 +13,8 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def mlp(in_dim: int, hidden_dim: int, num_layers: int, out_dim: int) -> nn.Sequential:
-    """Build num_layers x [Linear, LayerNorm(eps 1e-3), ELU] and a final Linear (Dreamer's trunk, as released)."""
+    """Build num_layers x [Linear, LayerNorm(eps 1e-3), ELU] and a final Linear (Dreamer's trunk,
+    as released)."""
     layers: list[nn.Module] = []
     for _ in range(num_layers):
         layers += [nn.Linear(in_dim, hidden_dim), nn.LayerNorm(hidden_dim, eps=1e-3), nn.ELU()]
@@ -29,8 +30,8 @@ class GaussianPolicy(nn.Module):
         hidden_dim, num_layers: the trunk's width and depth.
         init_std: standard deviation at the start, > min_std.
         min_std: its lower bound, >= 0.
-        normed_inputs: whether the network reads normalized observations; `normalizer` must then be given for calls with
-            raw ones.
+        normed_inputs: whether the network reads normalized observations; `normalizer` must then be
+            given for calls with raw ones.
         normalizer: shared, not owned: its buffers are not part of this module's state.
     """
 
@@ -65,17 +66,20 @@ class GaussianPolicy(nn.Module):
         return self.log_std.exp() + self.min_std
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the raw actions at raw observations: [..., S] -> [..., A], [..., A]."""
+        """Return mean and standard deviation of the raw actions at raw observations: [..., S] ->
+        [..., A], [..., A]."""
         if observations.shape[-1:] != (self.observation_dim,):
             raise InputError(
-                f"observations of shape {tuple(observations.shape)} given, wanted [..., {self.observation_dim}]"
+                f"observations of shape {tuple(observations.shape)} given, wanted [..., "
+                f"{self.observation_dim}]"
             )
         if self.normed_inputs:
             observations = self.normalizer.normalize(observations, "observations")
         return self.distribution(observations)
 
     def distribution(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Like `forward`, for observations in the space the network reads (normalized if `normed_inputs`)."""
+        """Like `forward`, for observations in the space the network reads (normalized if
+        `normed_inputs`)."""
         mean = torch.tanh(self.network(inputs))
         return mean, self.std.expand_as(mean)
 
@@ -99,7 +103,8 @@ def log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def score(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return grad_a log N(a; mean, std) = (mean - a) / std^2 (closed form; Algorithm 2, line 10)."""
+    """Return grad_a log N(a; mean, std) = (mean - a) / std^2 (closed form; Algorithm 2, line
+    10)."""
     return (mean - actions) / std.square()
 
 

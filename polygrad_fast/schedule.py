@@ -13,7 +13,8 @@ from polygrad_fast.errors import InputError
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Constants of a diffusion process with K steps, one float32 tensor [K] each, index 0 = least noise.
+    """Constants of a diffusion process with K steps, one float32 tensor [K] each, index 0 = least
+    noise.
 
     The paper counts steps i = K..1; index k here is i - 1.
     """
@@ -32,8 +33,8 @@ class NoiseSchedule:
     def cosine(cls, num_train_timesteps: int = 128, tau: float = 1.0) -> NoiseSchedule:
         """Build the cosine schedule of Chen 2023 (arXiv 2301.10972, Algorithm 1), start 0, end 1.
 
-        gamma(s) = (v_end - cos(s pi/2)^(2 tau)) / (v_end - v_start); beta_i = 1 - gamma(s_i) / gamma(s_{i-1}), clipped
-        to [0, 0.999].
+        gamma(s) = (v_end - cos(s pi/2)^(2 tau)) / (v_end - v_start); beta_i = 1 - gamma(s_i) /
+        gamma(s_{i-1}), clipped to [0, 0.999].
 
         Args:
             num_train_timesteps: number of diffusion steps K, at least 1.

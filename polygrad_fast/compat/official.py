@@ -1,4 +1,5 @@
-"""Load weights of the released code (github.com/marc-rigter/polygrad-world-models) into this library's modules."""
+"""Load weights of the released code (github.com/marc-rigter/polygrad-world-models) into this
+library's modules."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ _TRANSFORMER_NAMES = {
 
 
 def _residual_mlp_name(name: str, num_layers: int) -> str:
-    """Released name -> ours: network.0 is the input, then (block, Identity) pairs, then the final LayerNorm."""
+    """Released name -> ours: network.0 is the input, then (block, Identity) pairs, then the final
+    LayerNorm."""
     match = re.fullmatch(r"residual_mlp\.network\.(\d+)\.(.+)", name)
     if match:
         index, rest = int(match[1]), match[2]
@@ -69,7 +71,8 @@ def load_denoiser(
     horizon: int,
     num_heads: int = 4,
 ):
-    """Build a denoiser from the released network's `state_dict`; residual MLP and transformer are told apart by names.
+    """Build a denoiser from the released network's `state_dict`; residual MLP and transformer are
+    told apart by names.
 
     Args:
         state_dict: parameters under the released names, with or without the prefix "model.".
@@ -106,7 +109,8 @@ def load_denoiser(
         what = "a released transformer"
     else:
         raise InputError(
-            "wanted the state_dict of a released residual MLP ('residual_mlp.final_linear.weight') or transformer "
+            "wanted the state_dict of a released residual MLP "
+            "('residual_mlp.final_linear.weight') or transformer "
             f"('transformer.wte.weight'), got names {sorted(weights)[:4]}"
         )
     what += f" of observation_dim {observation_dim}, action_dim {action_dim}, horizon {horizon}"
@@ -147,7 +151,8 @@ def _trunk(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, int, 
     matrices = [v for n, v in weights.items() if n.endswith("weight") and v.ndim == 2]
     if len(matrices) < 2:
         raise InputError(
-            f"wanted the state_dict of a released actor or critic ('model.0.weight', ..), got names "
+            f"wanted the state_dict of a released actor or critic ('model.0.weight', ..), got "
+            f"names "
             f"{sorted(state_dict)[:4]}"
         )
     renamed = {f"network.{n}": v for n, v in weights.items()}
@@ -166,7 +171,8 @@ def load_policy(
     normalizer: Normalizer | None = None,
     normed_inputs: bool = False,
 ) -> GaussianPolicy:
-    """Build a policy from the released actor's `state_dict` and its log-std [A]: std = exp(log_std) + min_std."""
+    """Build a policy from the released actor's `state_dict` and its log-std [A]: std =
+    exp(log_std) + min_std."""
     weights, in_dim, hidden_dim, out_dim, num_layers = _trunk(actor_state_dict)
     log_std = log_std.reshape(-1)
     policy = GaussianPolicy(
@@ -191,7 +197,8 @@ def load_actor_critic(
     min_std: float = 0.1,
     normed_inputs: bool = False,
 ) -> ActorCritic:
-    """Build an actor-critic from released weights; the target critic starts as a copy of the critic."""
+    """Build an actor-critic from released weights; the target critic starts as a copy of the
+    critic."""
     policy = load_policy(actor_state_dict, log_std, min_std, normalizer, normed_inputs)
     weights, in_dim, hidden_dim, _, num_layers = _trunk(critic_state_dict)
     value_function = _load(

@@ -22,7 +22,8 @@ class ResidualBlock(nn.Module):
 
 
 class StepConditionedBlock(nn.Module):
-    """x -> Linear(ReLU(x)) + x + embed(i), the paper's layer (appendix A): [B, W], [B] -> [B, W]."""
+    """x -> Linear(ReLU(x)) + x + embed(i), the paper's layer (appendix A): [B, W], [B] -> [B,
+    W]."""
 
     def __init__(self, dim: int, num_train_timesteps: int):
         super().__init__()
@@ -41,9 +42,11 @@ class ResidualMLPDenoiser(nn.Module):
         observation_dim, action_dim, horizon: S, A and H.
         hidden_dim: width (paper: 1024 for H = 10, 2048 above).
         num_layers: residual blocks.
-        embed_dim: lower bound of the input embedding's width (released code: max(H (S + 2 + A), 128)).
-        step_conditioning: "input" adds an MLP embedding of the step to the input, with LayerNorm in the blocks (released
-            code); "layer" adds a learned embedding of the step in every block, without LayerNorm (paper, appendix A).
+        embed_dim: lower bound of the input embedding's width (released code: max(H (S + 2 + A),
+            128)).
+        step_conditioning: "input" adds an MLP embedding of the step to the input, with LayerNorm
+            in the blocks (released code); "layer" adds a learned embedding of the step in every
+            block, without LayerNorm (paper, appendix A).
         num_train_timesteps: K; only "layer" needs it, one embedding row per step.
     """
 
@@ -92,7 +95,8 @@ class ResidualMLPDenoiser(nn.Module):
         self.output = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
-        """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D]; all normalized."""
+        """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D];
+        all normalized."""
         check_inputs(trajectory, actions, timesteps, self.horizon, self.state_dim, self.action_dim)
         x = torch.cat([trajectory, actions], dim=-1).flatten(1)
         if self.step_conditioning == "input":

@@ -27,12 +27,14 @@ def check_inputs(
     ):
         if tuple(tensor.shape) != wanted:
             raise InputError(
-                f"{name} of shape {tuple(tensor.shape)} given, the denoiser wants {wanted} (batch from trajectory)"
+                f"{name} of shape {tuple(tensor.shape)} given, the denoiser wants {wanted} "
+                f"(batch from trajectory)"
             )
 
 
 class RandomFourierFeatures(nn.Module):
-    """t -> [t, sin(2 pi w t), cos(2 pi w t)] with fixed random frequencies w: [B] -> [B, dim + 1]."""
+    """t -> [t, sin(2 pi w t), cos(2 pi w t)] with fixed random frequencies w: [B] -> [B, dim +
+    1]."""
 
     def __init__(self, dim: int = 16):
         super().__init__()

@@ -13,7 +13,8 @@ from polygrad_fast.errors import InputError
 
 
 class TransformerBlock(nn.Module):
-    """Pre-LayerNorm causal attention and a GELU MLP of four times the width: [B, H, E] -> [B, H, E]."""
+    """Pre-LayerNorm causal attention and a GELU MLP of four times the width: [B, H, E] -> [B, H,
+    E]."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -41,8 +42,8 @@ class TransformerDenoiser(nn.Module):
         observation_dim, action_dim, horizon: S, A and H (the context length).
         hidden_dim: embedding width, a multiple of num_heads (paper: 312).
         num_layers, num_heads: 6 blocks, 4 heads in the paper.
-        step_conditioning: "input" embeds the diffusion step by sinusoidal features and an MLP (released code);
-            "learned" by a table with one row per step (paper).
+        step_conditioning: "input" embeds the diffusion step by sinusoidal features and an MLP
+            (released code); "learned" by a table with one row per step (paper).
         num_train_timesteps: K; only "learned" needs it.
     """
 
@@ -95,7 +96,8 @@ class TransformerDenoiser(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
-        """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D]; all normalized."""
+        """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D];
+        all normalized."""
         check_inputs(trajectory, actions, timesteps, self.horizon, self.state_dim, self.action_dim)
         x = self.input(torch.cat([trajectory, actions], dim=-1))
         x = x + self.position_embedding.weight + self.step_mlp(timesteps).unsqueeze(1)

@@ -1,4 +1,5 @@
-"""One step of policy-guided trajectory diffusion: the body of Algorithm 2's loop after the denoiser call."""
+"""One step of policy-guided trajectory diffusion: the body of Algorithm 2's loop after the
+denoiser call."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def denoiser_actions(
     config: SamplerConfig,
     action_bounds: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Return the actions [B, H, A] as the denoiser sees them in step k: clipped to the bounds and scaled where configured."""
+    """Return the actions [B, H, A] as the denoiser sees them in step k: clipped to the bounds and
+    scaled where configured."""
     if config.denoiser_actions == "clipped":
         raw = normalizer.unnormalize(actions_norm, "actions")
         actions_norm = normalizer.normalize(raw.clamp(*action_bounds), "actions")
@@ -49,7 +51,8 @@ def guided_step(
     trajectory_noise: Tensor,
     action_noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Advance states and actions from diffusion step i = k + 1 to k (Algorithm 2, lines 8-13, with equation 11).
+    """Advance states and actions from diffusion step i = k + 1 to k (Algorithm 2, lines 8-13, with
+    equation 11).
 
     Args:
         prediction: the denoiser's output [B, H, D].
@@ -57,7 +60,8 @@ def guided_step(
         initial_observations: s0 [B, S], normalized.
         k: 0-based diffusion step, K-1 .. 0.
         guidance_scale: delta, in units of squared raw actions.
-        trajectory_noise: standard normals [B, H, D]. action_noise: [B, H, A], or None in the last step.
+        trajectory_noise: standard normals [B, H, D]. action_noise: [B, H, A], or None in the last
+            step.
 
     Returns:
         x_{i-1} and u_{i-1}, normalized; the first observation is s0.
@@ -75,8 +79,9 @@ def guided_step(
         denoised = prediction.clone()
     denoised[:, 0, :observation_dim] = initial_observations
 
-    # line 13 without its noise. The DDPM posterior mean of (x0_hat, x_i) is the same number as equation 1's
-    # (x_i - beta_i / sqrt(1 - alphabar_i) eps_hat) / sqrt(1 - beta_i), eps_hat being the noise that x0_hat implies.
+    # line 13 without its noise. The DDPM posterior mean of (x0_hat, x_i) is the same number as
+    # equation 1's (x_i - beta_i / sqrt(1 - alphabar_i) eps_hat) / sqrt(1 - beta_i), eps_hat being
+    # the noise that x0_hat implies.
     def posterior_mean(denoised: Tensor) -> Tensor:
         return (
             schedule.posterior_mean_coef1[k] * denoised

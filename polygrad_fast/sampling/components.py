@@ -24,7 +24,8 @@ class SampleNoise:
 
 @dataclass(frozen=True)
 class SamplerComponents:
-    """Modules and options of one sampler; engines read current weights and moments at every call."""
+    """Modules and options of one sampler; engines read current weights and moments at every
+    call."""
 
     denoiser: nn.Module
     policy: nn.Module

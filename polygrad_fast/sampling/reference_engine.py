@@ -10,7 +10,8 @@ from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 
 
 class ReferenceEngine:
-    """Run the loop of Algorithm 2 step by step; noise comes from torch's generator in the released code's order."""
+    """Run the loop of Algorithm 2 step by step; noise comes from torch's generator in the released
+    code's order."""
 
     def __init__(self, components: SamplerComponents):
         self.components = components
@@ -23,9 +24,11 @@ class ReferenceEngine:
         noise: SampleNoise | None,
         return_chain: bool,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [K, B, H, .].
+        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [K,
+        B, H, .].
 
-        Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial observations [B, S].
+        Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
+        observations [B, S].
         """
         c = self.components
         batch, observation_dim = initial_observations.shape

@@ -32,7 +32,8 @@ class TrajectoryBatch:
 class PolicyGuidedSampler:
     """Diffuse random trajectories into on-policy ones (Algorithm 2).
 
-    The sampler holds the modules it is given and reads their current weights and moments at every call.
+    The sampler holds the modules it is given and reads their current weights and moments at every
+    call.
 
     Args:
         denoiser: eps_theta, called as denoiser(trajectory, actions, timesteps).
@@ -40,10 +41,12 @@ class PolicyGuidedSampler:
         schedule: K diffusion steps.
         normalizer: moments of observations, actions, rewards and terminals.
         config: the sampler's options; default `SamplerConfig.official()`.
-        engine: "reference" is plain PyTorch and reads like the paper; "auto" picks the fastest engine there is.
+        engine: "reference" is plain PyTorch and reads like the paper; "auto" picks the fastest
+            engine there is.
         dtype: "auto" or "float32".
         device: "auto" is the denoiser's device.
-        action_bounds: (low, high) of the raw actions, [A] or scalars; needed for `denoiser_actions="clipped"`.
+        action_bounds: (low, high) of the raw actions, [A] or scalars; needed for
+            `denoiser_actions="clipped"`.
 
     Raises:
         InputError: an option the engine does not offer, or modules whose dimensions differ.
@@ -110,11 +113,13 @@ class PolicyGuidedSampler:
     ) -> TrajectoryBatch:
         """Imagine one on-policy trajectory from each initial observation (Algorithm 2).
 
-        Without `noise`, normals are drawn from `generator` (default: torch's) in the released code's order: initial
-        states, initial actions, then per step states and actions (the latter not in the last step).
+        Without `noise`, normals are drawn from `generator` (default: torch's) in the released
+        code's order: initial states, initial actions, then per step states and actions (the latter
+        not in the last step).
 
         Args:
-            initial_observations: s0 [B, S], floating point, raw, or normalized with `normalized=True`.
+            initial_observations: s0 [B, S], floating point, raw, or normalized with
+                `normalized=True`.
             guidance_scale: delta > 0; a tensor is not read on the host.
             generator: source of the normals, on the sampler's device.
             noise: every normal, given by the caller.
@@ -122,7 +127,8 @@ class PolicyGuidedSampler:
             return_chain: also return states and actions after each step.
 
         Raises:
-            InputError: wrong shape or dtype, B = 0, a value that is not finite, or noise of other shapes.
+            InputError: wrong shape or dtype, B = 0, a value that is not finite, or noise of other
+                shapes.
         """
         s0 = self._check_observations(initial_observations)
         if not torch.is_tensor(guidance_scale) and not 0 <= guidance_scale < float("inf"):
@@ -158,7 +164,8 @@ class PolicyGuidedSampler:
         shape = tuple(observations.shape)
         if len(shape) != 2 or shape[1] != self.components.observation_dim or shape[0] < 1:
             raise InputError(
-                f"initial_observations of shape {shape} given, wanted [B, {self.components.observation_dim}] with B >= 1"
+                f"initial_observations of shape {shape} given, wanted [B, "
+                f"{self.components.observation_dim}] with B >= 1"
             )
         if not observations.is_floating_point():
             raise InputError(
@@ -168,7 +175,8 @@ class PolicyGuidedSampler:
         if not finite.all():
             row, column = (~finite).nonzero()[0].tolist()
             raise InputError(
-                f"initial_observations[{row}, {column}] is {observations[row, column].item()}, wanted a finite number"
+                f"initial_observations[{row}, {column}] is {observations[row, column].item()}, "
+                f"wanted a finite number"
             )
         return observations.to(self.components.device, torch.float32)
 

@@ -18,10 +18,11 @@ from polygrad_fast.training.guidance import spread
 def generalized_advantages(
     rewards: Tensor, values: Tensor, terminals: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
-    """Return generalized advantage estimates (Schulman et al. 2016): three times [B, H] -> [B, H - 1].
+    """Return generalized advantage estimates (Schulman et al. 2016): three times [B, H] -> [B, H -
+    1].
 
-    delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t); A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}. The last step only
-    serves as the next value.
+    delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t); A_t = delta_t + gamma lambda (1 - d_t)
+    A_{t+1}. The last step only serves as the next value.
     """
     continues = 1.0 - terminals[:, :-1]
     deltas = rewards[:, :-1] + gamma * continues * values[:, 1:] - values[:, :-1]
@@ -36,8 +37,8 @@ def generalized_advantages(
 class ActorCritic:
     """Policy, value function, its slow target, their optimizers, and one `update`.
 
-    The networks read raw observations and rewards, or normalized ones where `policy.normed_inputs`. Weights change in
-    place.
+    The networks read raw observations and rewards, or normalized ones where
+    `policy.normed_inputs`. Weights change in place.
     """
 
     def __init__(
@@ -73,12 +74,14 @@ class ActorCritic:
     ) -> dict[str, float]:
         """Take one actor and one critic step on imagined trajectories.
 
-        Advantages come from GAE with the target critic; steps from the first terminal on carry weight 0; the actor's
-        step is scaled until mean |log pi_new - log pi_old| is within tolerance of `target_update` (appendix A). Unlike
-        the released code, the Adam direction is computed once and only scaled, log-std included.
+        Advantages come from GAE with the target critic; steps from the first terminal on carry
+        weight 0; the actor's step is scaled until mean |log pi_new - log pi_old| is within
+        tolerance of `target_update` (appendix A). Unlike the released code, the Adam direction is
+        computed once and only scaled, log-std included.
 
         Args:
-            observations: normalized [B, H, S]. actions: normalized [B, H, A]. rewards: normalized [B, H].
+            observations: normalized [B, H, S]. actions: normalized [B, H, A]. rewards: normalized
+                [B, H].
             terminals: 0/1 [B, H].
             progress: share of training done, for `final_target_update`.
 
@@ -220,7 +223,8 @@ class ActorCritic:
         }
 
     def _learn_learning_rate(self, initial_size: float, target_update: float) -> None:
-        """Move the log of the actor's learning rate against the sign of (update size - target); cap it."""
+        """Move the log of the actor's learning rate against the sign of (update size - target);
+        cap it."""
         gradient = torch.tensor(initial_size - target_update)
         self.log_actor_learning_rate.grad = gradient.to(self.log_actor_learning_rate)
         self.learning_rate_optimizer.step()
@@ -254,7 +258,8 @@ class ActorCritic:
         }
 
     def state_dict(self) -> dict:
-        """Return optimizer states and the learned learning rate; the weights are saved with the other weights."""
+        """Return optimizer states and the learned learning rate; the weights are saved with the
+        other weights."""
         return {
             "actor_optimizer": self.actor_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),

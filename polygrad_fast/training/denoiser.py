@@ -45,12 +45,13 @@ def denoising_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the inpainted denoising loss (Algorithm 1, line 6) and its parts.
 
-    x_i = sqrt(alphabar_i) x + sqrt(1 - alphabar_i) eps with the clean first observation put back; the prediction's first
-    observation is replaced by the clean one too; mean squared error against eps or x.
+    x_i = sqrt(alphabar_i) x + sqrt(1 - alphabar_i) eps with the clean first observation put back;
+    the prediction's first observation is replaced by the clean one too; mean squared error against
+    eps or x.
 
     Args:
-        trajectory: clean, normalized [B, H, D]. actions: normalized [B, H, A], already clipped if the model is to see
-            clipped actions.
+        trajectory: clean, normalized [B, H, D]. actions: normalized [B, H, A], already clipped if
+            the model is to see clipped actions.
         timesteps: 0-based steps [B]. noise: standard normals [B, H, D].
 
     Returns:
@@ -98,7 +99,8 @@ class DenoiserTrainer:
     def update(
         self, trajectory: Tensor, actions: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Take one gradient step on normalized windows [B, H, D], [B, H, A]; return detached scalar losses."""
+        """Take one gradient step on normalized windows [B, H, D], [B, H, A]; return detached
+        scalar losses."""
         device = trajectory.device
         timesteps = torch.randint(
             self.schedule.num_train_timesteps,

@@ -10,9 +10,11 @@ from polygrad_fast.config import GuidanceConfig
 
 
 def spread(standardized_actions: Tensor, statistic: str) -> Tensor:
-    """Return the spread of standardized actions (a - mu) / sigma, [..., A], which is 1 for on-policy actions.
+    """Return the spread of standardized actions (a - mu) / sigma, [..., A], which is 1 for
+    on-policy actions.
 
-    "std": mean over action dimensions of the standard deviation (equation 9, as released); "mean_abs":
+    "std": mean over action dimensions of the standard deviation (equation 9, as released); "
+    ""mean_abs":
     E|z| / sqrt(2 / pi).
     """
     if statistic == "mean_abs":

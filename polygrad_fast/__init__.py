@@ -1,6 +1,8 @@
 """Policy-guided trajectory diffusion (PolyGRAD, arXiv 2312.08533): a diffusion world model for
 on-policy RL."""
 
+from polygrad_fast._version import __version__
+from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.config import A2CConfig, SamplerConfig, TrainConfig
 from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
@@ -9,8 +11,6 @@ from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.sampling import PolicyGuidedSampler, SampleNoise, TrajectoryBatch
 from polygrad_fast.schedule import NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
-
-__version__ = "0.1.0"
 
 __all__ = [
     "A2CConfig",
@@ -22,6 +22,7 @@ __all__ = [
     "NonFiniteError",
     "Normalizer",
     "PolicyGuidedSampler",
+    "PolyGRAD",
     "ResidualMLPDenoiser",
     "SampleNoise",
     "SamplerConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -374,3 +375,20 @@ def _quick(env_id: str) -> TrainConfig:
 
 
 PRESETS = {"default": _default, "paper": _paper, "quick": _quick}
+
+
+def from_dict(data: dict[str, Any], cls: type = TrainConfig) -> Any:
+    """Rebuild a configuration from `dataclasses.asdict` (read back from JSON).
+
+    Raises:
+        InputError: an option is unknown or its value is not allowed.
+    """
+    types = typing.get_type_hints(cls)
+    unknown = set(data) - set(types)
+    if unknown:
+        raise InputError(f"{cls.__name__} has no option {min(unknown)!r}, got {sorted(data)}")
+    values = {
+        name: from_dict(value, types[name]) if dataclasses.is_dataclass(types[name]) else value
+        for name, value in data.items()
+    }
+    return cls(**values)

@@ -1,0 +1,450 @@
+"""Replay buffer: environment steps in a ring of tensors, training windows gathered by index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polygrad_fast.errors import CheckpointError, InputError
+
+_FORMAT = "polygrad_fast.replay.v1"
+# Steps that may wait to be merged into the moments: bounds the float64 copy one merge makes.
+_MAX_PENDING_STEPS = 65_536
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A batch of windows, raw (unnormalized) contiguous float32 tensors on the buffer's device.
+
+    Past a terminal step a window is padded: last observation and action, reward 0, terminal 1.
+    """
+
+    observations: Tensor  # [B, H, S]
+    actions: Tensor  # [B, H, A]
+    rewards: Tensor  # [B, H]
+    terminals: Tensor  # [B, H], 0 or 1
+
+
+def as_finite_float32(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Copy `value` into a float32 array after checking its shape and that every entry is finite.
+
+    Args:
+        value: numpy array, tensor on any device, or number.
+        shape: the shape wanted, with no or one dimension.
+        name: what to call the value in an error.
+
+    Returns:
+        A new float32 array of the given shape.
+
+    Raises:
+        InputError: not numeric, of another shape, or with an entry that is NaN, infinite or beyond
+            the range of float32.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    try:
+        source = np.asarray(value)
+        with np.errstate(over="ignore"):
+            array = np.array(source, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: got {value!r}, wanted numbers of shape {shape}") from error
+    if array.shape != shape:
+        raise InputError(f"{name}: got shape {array.shape}, wanted {shape}")
+    finite = np.isfinite(array)
+    if not finite.all():
+        index = tuple(int(i) for i in np.argwhere(~finite)[0])
+        where = f"[{', '.join(map(str, index))}]" if index else ""
+        raise InputError(f"{name}{where} is {source[index]}, wanted a finite float32 value")
+    return array
+
+
+class ReplayBuffer:
+    """Keep the newest `capacity` steps and draw windows of `horizon` steps of one episode.
+
+    A window starts anywhere in an episode (windows of Algorithm 1 of arXiv 2312.08533). Past a
+    terminal step it is padded with the last observation and action, terminal 1 and reward 0, so
+    every step of a terminated episode is a start. Truncation is not a terminal: windows of a
+    truncated or running episode lie inside it, and a truncated episode shorter than the horizon
+    gives none. A window whose first step has been overwritten is no longer drawn, so episodes and
+    stale steps never mix.
+
+    Step n, counted from 0 and never reused, lies in row n % capacity of one preallocated tensor
+    [capacity, S + A + 2]. The valid starts lie in a second ring [capacity, 2] of (start, last real
+    step), in chronological order: those that use overwritten steps are always at its head.
+
+    Args:
+        capacity: steps kept, at least `horizon`.
+        horizon: window length H, at least 1.
+        observation_dim: S, at least 1.
+        action_dim: A, at least 1.
+        device: where the steps are kept and the windows are returned.
+
+    Raises:
+        InputError: a size outside the ranges above.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        horizon: int,
+        observation_dim: int,
+        action_dim: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        sizes = {"horizon": horizon, "observation_dim": observation_dim, "action_dim": action_dim}
+        for name, size in sizes.items():
+            if size < 1:
+                raise InputError(f"{name}: got {size}, wanted at least 1")
+        if capacity < horizon:
+            raise InputError(f"capacity: got {capacity}, wanted at least the horizon, {horizon}")
+        self.capacity = int(capacity)
+        self.horizon = int(horizon)
+        self.observation_dim = int(observation_dim)
+        self.action_dim = int(action_dim)
+        self.device = torch.device(device)
+
+        self._field_sizes = (self.observation_dim, self.action_dim, 1, 1)
+        width = sum(self._field_sizes)
+        self._steps = torch.zeros(self.capacity, width, device=self.device)
+        self._starts = torch.zeros(self.capacity, 2, dtype=torch.int64, device=self.device)
+        self._offsets = torch.arange(self.horizon, device=self.device)
+        # Whether the step in a row is a start: known on the host, so evicting one never syncs.
+        self._is_start = bytearray(self.capacity)
+        self._first_start = 0  # starts dropped so far
+        self._end_start = 0  # starts found so far
+        self._total_steps = 0
+        self._episode_start = 0
+        self._total_episodes = 0
+
+        # Moments live on the host in float64, of values relative to the first step: a constant
+        # field then has a deviation of exactly zero, which a normalizer can recognize.
+        self._moment_steps = 0
+        self._moment_origin = torch.zeros(width, dtype=torch.float64)
+        self._moment_mean = torch.zeros(width, dtype=torch.float64)
+        self._moment_m2 = torch.zeros(width, dtype=torch.float64)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps held now."""
+        return min(self._total_steps, self.capacity)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps ever added."""
+        return self._total_steps
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that can be drawn now, one per valid start."""
+        return self._end_start - self._first_start
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes finished so far, those since overwritten included, the running one not."""
+        return self._total_episodes
+
+    def add(
+        self,
+        observation: np.ndarray | Tensor,
+        action: np.ndarray | Tensor,
+        reward: float,
+        terminated: bool,
+        truncated: bool,
+    ) -> None:
+        """Append one step of the running episode; no host synchronization for numpy input.
+
+        Args:
+            observation: [S], the observation the action was taken at.
+            action: [A], in the policy's space.
+            reward: scalar.
+            terminated: the step ended in a terminal state; stored as the step's terminal flag.
+            truncated: the episode was cut off after this step. If both are true, terminated wins.
+
+        Raises:
+            InputError: another shape, or NaN or infinity, naming field, index and value. Nothing is
+                stored then.
+        """
+        n = self._total_steps
+        row = np.empty(sum(self._field_sizes), dtype=np.float32)
+        s, a = self.observation_dim, self.action_dim
+        row[:s] = as_finite_float32(observation, (s,), f"step {n}: observation")
+        row[s : s + a] = as_finite_float32(action, (a,), f"step {n}: action")
+        row[s + a] = as_finite_float32(reward, (), f"step {n}: reward")
+        row[s + a + 1] = bool(terminated)
+
+        if n - self._moment_steps >= min(self.capacity, _MAX_PENDING_STEPS):
+            self._merge_moments()
+        if n == 0:
+            self._moment_origin = torch.from_numpy(row.astype(np.float64))
+        slot = n % self.capacity
+        if self._is_start[slot]:
+            self._is_start[slot] = 0
+            self._first_start += 1
+        self._steps[slot] = torch.from_numpy(row)
+        self._total_steps = n + 1
+
+        full = n - self.horizon + 1  # the start whose window ends at this step
+        if terminated:
+            self._add_starts(max(full, self._episode_start), n + 1, last=n)
+        elif full >= self._episode_start:
+            self._add_starts(full, full + 1, last=n)
+        if terminated or truncated:
+            self.end_episode()
+
+    def end_episode(self) -> None:
+        """Close the running episode as truncated after its newest step; nothing if none is running.
+
+        For a caller that must leave an episode without a further step, as when an environment could
+        not be restored: the next step added belongs to a new episode.
+        """
+        if self._episode_start < self._total_steps:
+            self._episode_start = self._total_steps
+            self._total_episodes += 1
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Windows:
+        """Draw windows uniformly over the valid starts, with replacement.
+
+        One `torch.randint` call, on the generator's device (the buffer's without one), so a seeded
+        generator gives the same windows again. Does not synchronize; not to be captured in a CUDA
+        graph, for the number of valid starts is a host value.
+
+        Args:
+            batch_size: B, at least 1.
+            generator: source of the draw; the default generator if None.
+
+        Returns:
+            Windows of B windows.
+
+        Raises:
+            InputError: batch_size below 1, or no valid window yet.
+        """
+        return self._gather(self._draw(batch_size, generator))
+
+    def sample_initial_observations(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw the first observations of uniformly drawn windows, without gathering the rest.
+
+        With a generator in the same state these are the first observations of what `sample` gives.
+
+        Args:
+            batch_size: B, at least 1.
+            generator: source of the draw; the default generator if None.
+
+        Returns:
+            float32 [B, S], raw.
+
+        Raises:
+            InputError: batch_size below 1, or no valid window yet.
+        """
+        picks = self._draw(batch_size, generator)
+        starts = self._starts[(picks + self._first_start) % self.capacity, 0]
+        return self._steps[starts % self.capacity, : self.observation_dim]
+
+    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return mean and population standard deviation of every field over all steps ever added.
+
+        Steps since overwritten and those of the running episode count; the padding of windows does
+        not. Only steps added since the last merge are read: count, mean and sum of squared
+        deviations are merged with theirs (Chan, Golub, LeVeque 1979) in float64, on the host, which
+        synchronizes. A constant field has a deviation of exactly 0.
+
+        Returns:
+            "observations" [S], "actions" [A], "rewards" [] and "terminals" [], each a pair (mean,
+            standard deviation) of float32 tensors on the buffer's device.
+
+        Raises:
+            InputError: no step has been added.
+        """
+        if self._total_steps == 0:
+            raise InputError("moments: got a buffer of 0 steps, wanted at least 1")
+        self._merge_moments()
+        mean = (self._moment_mean + self._moment_origin).to(self.device, torch.float32)
+        std = (self._moment_m2 / self._moment_steps).sqrt().to(self.device, torch.float32)
+        s, a = self.observation_dim, self.action_dim
+        fields = {
+            "observations": slice(0, s),
+            "actions": slice(s, s + a),
+            "rewards": s + a,
+            "terminals": s + a + 1,
+        }
+        return {name: (mean[i].clone(), std[i].clone()) for name, i in fields.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue identically, the running episode included.
+
+        Returns:
+            Host tensors, numbers and strings only (`torch.load(weights_only=True)` reads them). Of
+            the rings, only the filled part, oldest first.
+        """
+        held = torch.arange(self._total_steps - self.num_steps, self._total_steps)
+        starts = torch.arange(self._first_start, self._end_start)
+        return {
+            "format": _FORMAT,
+            "capacity": self.capacity,
+            "horizon": self.horizon,
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+            "total_steps": self._total_steps,
+            "total_episodes": self._total_episodes,
+            "episode_start": self._episode_start,
+            "steps": self._steps[(held % self.capacity).to(self.device)].cpu(),
+            "first_start": self._first_start,
+            "starts": self._starts[(starts % self.capacity).to(self.device)].cpu(),
+            "moment_steps": self._moment_steps,
+            "moment_origin": self._moment_origin.clone(),
+            "moment_mean": self._moment_mean.clone(),
+            "moment_m2": self._moment_m2.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the contents by those of a buffer with the same capacity, horizon and dimensions.
+
+        Raises:
+            CheckpointError: an entry is missing, of another shape, or of another configuration; the
+                message names both values. The buffer is unchanged then.
+        """
+        self._check_state(state)
+        steps, starts = state["steps"], state["starts"]
+        self._total_steps = state["total_steps"]
+        self._total_episodes = state["total_episodes"]
+        self._episode_start = state["episode_start"]
+        self._first_start = state["first_start"]
+        self._end_start = self._first_start + len(starts)
+        held = torch.arange(self._total_steps - len(steps), self._total_steps) % self.capacity
+        self._steps.zero_()
+        self._steps[held.to(self.device)] = steps.to(self.device)
+        ring = torch.arange(self._first_start, self._end_start) % self.capacity
+        self._starts.zero_()
+        self._starts[ring.to(self.device)] = starts.to(self.device)
+        self._is_start = bytearray(self.capacity)
+        for slot in (starts[:, 0] % self.capacity).tolist():
+            self._is_start[slot] = 1
+        self._moment_steps = state["moment_steps"]
+        self._moment_origin = state["moment_origin"].cpu().clone()
+        self._moment_mean = state["moment_mean"].cpu().clone()
+        self._moment_m2 = state["moment_m2"].cpu().clone()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        wanted = {
+            "format": _FORMAT,
+            "capacity": self.capacity,
+            "horizon": self.horizon,
+            "observation_dim": self.observation_dim,
+            "action_dim": self.action_dim,
+        }
+        counts = ("total_steps", "total_episodes", "episode_start", "first_start", "moment_steps")
+        width = sum(self._field_sizes)
+        vectors = ("moment_origin", "moment_mean", "moment_m2")
+        for name in (*wanted, *counts, "steps", "starts", *vectors):
+            if name not in state:
+                raise CheckpointError(f"replay buffer: {name!r} is missing from the saved state")
+        for name, value in wanted.items():
+            if state[name] != value:
+                raise CheckpointError(
+                    f"replay buffer: saved with {name} {state[name]!r}, this buffer has {value!r}"
+                )
+        for name in counts:
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise CheckpointError(
+                    f"replay buffer: saved {name} is {state[name]!r}, wanted an integer >= 0"
+                )
+        total = state["total_steps"]
+        held = min(total, self.capacity)
+        for name in ("episode_start", "first_start", "moment_steps"):
+            if state[name] > total:
+                raise CheckpointError(
+                    f"replay buffer: saved {name} is {state[name]}, wanted at most {total} (steps)"
+                )
+        if state["moment_steps"] < total - held:
+            raise CheckpointError(
+                f"replay buffer: saved moment_steps is {state['moment_steps']}, wanted at least "
+                f"{total - held}, the steps no longer held"
+            )
+        starts = state["starts"]
+        shapes = {"steps": (held, width), **dict.fromkeys(vectors, (width,))}
+        dtypes = {"steps": torch.float32, "starts": torch.int64}
+        for name in ("steps", *vectors, "starts"):
+            tensor, dtype = state[name], dtypes.get(name, torch.float64)
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise CheckpointError(
+                    f"replay buffer: saved {name} is {got}, wanted a {dtype} tensor"
+                )
+            if name in shapes and tuple(tensor.shape) != shapes[name]:
+                raise CheckpointError(
+                    f"replay buffer: saved {name} has shape {tuple(tensor.shape)}, wanted "
+                    f"{shapes[name]}"
+                )
+        if starts.ndim != 2 or starts.shape[1] != 2 or len(starts) > held:
+            raise CheckpointError(
+                f"replay buffer: saved starts have shape {tuple(starts.shape)}, wanted (n, 2) with "
+                f"n at most {held}"
+            )
+        if len(starts):
+            first, last = starts.unbind(1)
+            ordered = bool((first[1:] > first[:-1]).all() and (first <= last).all())
+            if not ordered or int(first[0]) < total - held or int(last.max()) >= total:
+                raise CheckpointError(
+                    f"replay buffer: saved starts reach from step {int(first.min())} to "
+                    f"{int(last.max())}, wanted increasing starts within steps {total - held} to "
+                    f"{total - 1}"
+                )
+
+    def _add_starts(self, first: int, stop: int, last: int) -> None:
+        """Append the starts first .. stop - 1, whose windows end, or are padded, after `last`."""
+        for start in range(first, stop):
+            self._is_start[start % self.capacity] = 1
+        steps = torch.arange(first, stop)
+        rows = torch.stack((steps, torch.full_like(steps, last)), dim=1)
+        ring = (steps - first + self._end_start) % self.capacity
+        self._starts[ring.to(self.device)] = rows.to(self.device)
+        self._end_start += stop - first
+
+    def _draw(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
+        """Draw B numbers in [0, num_windows), int64 [B] on the buffer's device."""
+        if batch_size < 1:
+            raise InputError(f"batch_size: got {batch_size}, wanted at least 1")
+        if self.num_windows == 0:
+            raise InputError(
+                f"sample: got {self.num_steps} steps and no valid window, wanted at least one "
+                f"window of horizon {self.horizon} inside an episode or up to a terminal step"
+            )
+        device = self.device if generator is None else generator.device
+        picks = torch.randint(self.num_windows, (batch_size,), generator=generator, device=device)
+        return picks.to(self.device)
+
+    def _gather(self, picks: Tensor) -> Windows:
+        """Return the windows numbered `picks` (int64 [B]), oldest valid start first."""
+        starts, lasts = self._starts[(picks + self._first_start) % self.capacity].unbind(1)
+        steps = starts[:, None] + self._offsets  # [B, H]
+        padded = steps > lasts[:, None]
+        # Repeating the last step repeats its observation, action, terminal flag and its reward.
+        rows = self._steps[torch.minimum(steps, lasts[:, None]) % self.capacity]
+        observations, actions, rewards, terminals = rows.split(self._field_sizes, dim=-1)
+        return Windows(
+            observations=observations.contiguous(),
+            actions=actions.contiguous(),
+            rewards=rewards.squeeze(-1).masked_fill(padded, 0.0),
+            terminals=terminals.squeeze(-1).contiguous(),
+        )
+
+    def _merge_moments(self) -> None:
+        """Merge the steps added since the last merge into count, mean and squared deviations."""
+        count, new = self._moment_steps, self._total_steps - self._moment_steps
+        if new == 0:
+            return
+        pending = torch.arange(count, self._total_steps, device=self.device) % self.capacity
+        values = self._steps[pending].to("cpu", torch.float64) - self._moment_origin
+        mean = values.mean(dim=0)
+        m2 = (values - mean).square().sum(dim=0)
+        delta = mean - self._moment_mean
+        total = count + new
+        self._moment_mean = self._moment_mean + delta * (new / total)
+        self._moment_m2 = self._moment_m2 + m2 + delta.square() * (count * new / total)
+        self._moment_steps = total

@@ -1,0 +1,1 @@
+"""Evaluation: returns of a policy, learning curves."""

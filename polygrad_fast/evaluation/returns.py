@@ -1,0 +1,82 @@
+"""Returns of a policy over whole episodes, played on parallel environments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import gymnasium
+import numpy as np
+
+from polygrad_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class EpisodeStatistics:
+    """Undiscounted returns and lengths of the episodes played."""
+
+    returns: np.ndarray  # [N] float64
+    lengths: np.ndarray  # [N] int64
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean return."""
+        return float(self.returns.mean())
+
+    @property
+    def std_reward(self) -> float:
+        """Population standard deviation of the returns."""
+        return float(self.returns.std())
+
+
+def evaluate_policy(
+    act: Callable[[np.ndarray], np.ndarray],
+    environments: Sequence[gymnasium.Env],
+    seeds: Sequence[int],
+    on_step: Callable[[], None] | None = None,
+) -> EpisodeStatistics:
+    """Play one episode per seed, the environments side by side with one batched `act` per step.
+
+    Args:
+        act: maps observations [N, S] (float32) to environment actions [N, A].
+        environments: at least one; each plays its share of the episodes. They are not closed.
+        seeds: one per episode, given to `reset`.
+        on_step: called after every reset and step, for instance to render.
+
+    Raises:
+        InputError: no environment, no seed, or an observation that is not finite.
+    """
+    if not environments or not seeds:
+        raise InputError(
+            f"wanted at least one environment and one episode, got {len(environments)} "
+            f"and {len(seeds)}"
+        )
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=np.int64)
+    waiting = list(range(len(seeds)))
+    running: dict[int, tuple[int, np.ndarray]] = {}  # environment -> (episode, observation)
+
+    def begin(slot: int) -> None:
+        running.pop(slot, None)
+        if waiting:
+            episode = waiting.pop(0)
+            observation, _ = environments[slot].reset(seed=int(seeds[episode]))
+            running[slot] = (episode, observation)
+
+    for slot in range(len(environments)):
+        begin(slot)
+    while running:
+        if on_step is not None:
+            on_step()
+        slots = list(running)
+        observations = np.stack([running[slot][1] for slot in slots]).astype(np.float32)
+        if not np.isfinite(observations).all():
+            raise InputError("an observation is not finite during evaluation, wanted numbers")
+        for slot, action in zip(slots, act(observations), strict=True):
+            episode = running[slot][0]
+            observation, reward, terminated, truncated, _ = environments[slot].step(action)
+            returns[episode] += float(reward)
+            lengths[episode] += 1
+            running[slot] = (episode, observation)
+            if terminated or truncated:
+                begin(slot)
+    return EpisodeStatistics(returns, lengths)

@@ -1,0 +1,294 @@
+"""What a run leaves besides its weights: metrics.csv, JSON files, versions, TensorBoard events."""
+
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polygrad_fast._version import __version__
+from polygrad_fast.errors import InputError
+
+STEP_COLUMN = "env_step"
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames inside ``directory`` survive a power loss. Does nothing on Windows."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes_atomic(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path``; a reader finds the old or the new content, never a mixture."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One fixed name: what a killed process left is overwritten by the next write.
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_json_atomic(path: str | Path, data: Any) -> None:
+    """Write ``data`` as indented JSON; a reader finds the old or the new file, never a mixture.
+
+    Raises TypeError, before anything is written, if JSON cannot express ``data``.
+    """
+    write_bytes_atomic(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """Read the rows of a metrics.csv.
+
+    Each row maps column names to floats (``env_step``: int); empty cells are left out, and a row
+    that is incomplete or unreadable (the last one of a killed run) is skipped. Raises InputError if
+    there is no such file or it is no log.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; wanted a metrics.csv") from None
+    return _parse(text, path)[1]
+
+
+def _parse(text: str, path: str | Path) -> tuple[list[str], list[dict[str, float]]]:
+    """Columns and rows of a log; what follows the last newline was cut off and does not count."""
+    lines = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    columns = next(lines, [])
+    if not columns:
+        return [STEP_COLUMN], []
+    if columns[0] != STEP_COLUMN:
+        raise InputError(
+            f"{path} is not a metrics log: its first column is {columns[0]!r}, wanted "
+            f"{STEP_COLUMN!r}"
+        )
+    rows = []
+    for cells in lines:
+        if len(cells) != len(columns):
+            continue
+        try:
+            row: dict[str, float] = {STEP_COLUMN: int(cells[0])}
+            for name, cell in zip(columns[1:], cells[1:], strict=True):
+                if cell:
+                    row[name] = float(cell)
+        except ValueError:
+            continue
+        rows.append(row)
+    return columns, rows
+
+
+class MetricsLog:
+    """Append metrics to a CSV file whose first column is ``env_step``.
+
+    Columns may appear at any time: the file is then rewritten atomically with the longer header;
+    cells without a value are empty. Floats are written with ``repr`` and read back exactly. Every
+    row is handed to the operating system at once and whole: a failed write (full disk) leaves the
+    file as it was.
+
+    Args:
+        path: the CSV file; its folder is created.
+        resume_step: continue an existing log from this environment step: its rows up to and
+            including this step stay, later and half-written ones are dropped. None: start a new
+            log.
+
+    Raises:
+        InputError: ``resume_step`` is None and ``path`` holds rows already, or ``path`` is not a
+            metrics log.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self._columns = [STEP_COLUMN]
+        rows: list[dict[str, float]] = []
+        if self.path.exists():
+            text = self.path.read_bytes().decode("utf-8", errors="replace")
+            self._columns, rows = _parse(text, self.path)
+            if resume_step is None and rows:
+                raise InputError(
+                    f"{self.path} holds {len(rows)} rows already: resume that run or choose "
+                    "another folder"
+                )
+            if resume_step is None:
+                self._columns = [STEP_COLUMN]
+            else:
+                rows = [row for row in rows if row[STEP_COLUMN] <= resume_step]
+        self._rewrite(rows)
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The rows in the file, as ``read_metrics`` returns them."""
+        return read_metrics(self.path)
+
+    def write(self, env_step: int, metrics: Mapping[str, float]) -> None:
+        """Append one row. Values are anything ``float()`` takes; a CUDA tensor synchronises."""
+        row = {STEP_COLUMN: int(env_step)}
+        for name, value in metrics.items():
+            if name == STEP_COLUMN or not name or not name.isprintable():
+                raise ValueError(
+                    f"got the metric {name!r}, wanted a printable name other than {STEP_COLUMN!r}"
+                )
+            row[name] = float(value)
+        added = [name for name in row if name not in self._columns]
+        if added:
+            rows = self.rows
+            self._file.close()
+            self._columns += added
+            try:
+                self._rewrite([*rows, row])
+            except BaseException:
+                self._columns = self._columns[: -len(added)]
+                self._file = open(self.path, "ab", buffering=0)
+                raise
+        else:
+            self._append(self._line(row))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _line(self, row: Mapping[str, float]) -> bytes:
+        return _csv_line([repr(row[name]) if name in row else "" for name in self._columns])
+
+    def _rewrite(self, rows: list[dict[str, float]]) -> None:
+        lines = [_csv_line(self._columns), *(self._line(row) for row in rows)]
+        write_bytes_atomic(self.path, b"".join(lines))
+        # Unbuffered: what a failed write could not place must not come back with a later row.
+        self._file = open(self.path, "ab", buffering=0)
+
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes of a row")
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)
+            raise
+
+
+def _csv_line(cells: list[str]) -> bytes:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    return buffer.getvalue().encode()
+
+
+class TensorboardLog:
+    """Write scalars as TensorBoard events. Needs the extra ``tensorboard``.
+
+    Args:
+        directory: folder of the event files; created.
+        resume_step: hide events after this environment step that an earlier, killed process wrote.
+
+    Raises:
+        InputError: tensorboard is not installed.
+    """
+
+    def __init__(self, directory: str | Path, resume_step: int | None = None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError(
+                "TensorBoard logging needs the extra 'tensorboard': "
+                "pip install 'polygrad-fast[tensorboard]'"
+            ) from error
+        purge_step = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+
+    def write(self, env_step: int, metrics: Mapping[str, float]) -> None:
+        """Add one scalar per entry at ``env_step``."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), int(env_step))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def __enter__(self) -> "TensorboardLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def versions() -> dict[str, str | None]:
+    """Describe the software and machine of a run, for versions.json; what is unknown is None.
+
+    Keys: polygrad_fast, git_commit (ends in "-dirty" if tracked files differ), python, torch,
+    numpy, gymnasium, mujoco, triton, cuda (the version torch was built for), gpu, platform,
+    processor. Never fails.
+    """
+    packages = ("torch", "numpy", "gymnasium", "mujoco", "triton")
+    cuda, gpu = _cuda()
+    return {
+        "polygrad_fast": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        **{name: _package_version(name) for name in packages},
+        "cuda": cuda,
+        "gpu": gpu,
+        "platform": platform.platform(),
+        "processor": _processor(),
+    }
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except Exception:
+        return None
+
+
+def _cuda() -> tuple[str | None, str | None]:
+    try:
+        import torch
+
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return torch.version.cuda, name
+    except Exception:
+        return None, None
+
+
+def _processor() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except (OSError, UnicodeError):
+        pass
+    return platform.processor() or platform.machine() or None
+
+
+def _git_commit() -> str | None:
+    checkout = Path(__file__).resolve().parents[2]
+    # An installed package may lie inside another checkout, whose commit says nothing about it.
+    if not (checkout / ".git").exists():
+        return None
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(checkout), *describe], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -185,6 +185,12 @@ class PolyGRAD:
         speed = _Speed(self.num_timesteps)
         bar = _progress_bar(first_step, self._target_timesteps, progress_bar)
         try:
+            if self.num_timesteps == 0:
+                metrics = self._evaluate_and_keep_best()
+                if log is not None:
+                    log.write(0, metrics)
+                if events is not None:
+                    events.write(0, metrics)
             if not self.environment.running:
                 self.environment.reset()
             while self.num_timesteps < self._target_timesteps:
@@ -391,22 +397,25 @@ class PolyGRAD:
         last = step == self._target_timesteps
         metrics: dict[str, float] = {}
         if step > c.prefill_steps and (step % c.eval_interval == 0 or last):
-            result = self.evaluate(c.eval_episodes)
-            metrics |= {
-                "eval/mean_reward": result.mean_reward,
-                "eval/std_reward": result.std_reward,
-                "eval/mean_episode_length": float(result.lengths.mean()),
-            }
-            if self._best_mean_reward is None or result.mean_reward > self._best_mean_reward:
-                self._best_mean_reward = result.mean_reward
-                if self._checkpoints is not None:
-                    self._checkpoints.save_best(self._weights(), self._metadata())
-            metrics["eval/best_mean_reward"] = self._best_mean_reward
+            metrics = self._evaluate_and_keep_best()
         if metrics or step % c.log_interval == 0 or last:
             metrics |= {name: total / count for name, (total, count) in self._sums.items()}
             self._sums = {}
             metrics |= speed.read(step)
         return metrics
+
+    def _evaluate_and_keep_best(self) -> dict[str, float]:
+        result = self.evaluate(self.config.eval_episodes)
+        if self._best_mean_reward is None or result.mean_reward > self._best_mean_reward:
+            self._best_mean_reward = result.mean_reward
+            if self._checkpoints is not None:
+                self._checkpoints.save_best(self._weights(), self._metadata())
+        return {
+            "eval/mean_reward": result.mean_reward,
+            "eval/std_reward": result.std_reward,
+            "eval/mean_episode_length": float(result.lengths.mean()),
+            "eval/best_mean_reward": self._best_mean_reward,
+        }
 
     def _postfix(self, metrics: dict[str, float]) -> str:
         shown = [f"{metrics['time/env_steps_per_s']:.0f} env steps/s"]
@@ -589,6 +598,50 @@ class PolyGRAD:
             if run_dir is not None:
                 agent._attach(run_dir)
         return agent
+
+    @classmethod
+    def resume(
+        cls,
+        run_dir: str | Path,
+        device: str | torch.device = "auto",
+        tensorboard: bool = False,
+    ) -> PolyGRAD:
+        """Load a run to continue it; a run killed before its first checkpoint starts anew.
+
+        Raises:
+            CheckpointError: no run there, or its configuration cannot be read.
+        """
+        run_dir = Path(run_dir)
+        stored = read_run_config(run_dir)
+        if CheckpointManager(run_dir).latest() is not None:
+            return cls.load(run_dir, device=device, tensorboard=tensorboard)
+        agent = cls(
+            stored["env_id"],
+            stored["preset"],
+            stored["seed"],
+            device,
+            from_dict(stored["config"]),
+            tensorboard=tensorboard,
+        )
+        agent._attach(run_dir)
+        return agent
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """Return a run directory's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = run_dir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{run_dir} is not a run directory: it has no config.json; wanted one that `train` made"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 class _Speed:

@@ -1,0 +1,43 @@
+"""Video of one episode (extra `video`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polygrad_fast.errors import InputError
+from polygrad_fast.evaluation.returns import evaluate_policy
+
+if TYPE_CHECKING:
+    from polygrad_fast.agent import PolyGRAD
+
+
+def record_episode(agent: PolyGRAD, path: Path, seed: int) -> None:
+    """Play one deterministic episode and write its frames to `path` (.mp4 or .gif).
+
+    Raises:
+        InputError: imageio is not installed, or the environment cannot render here.
+    """
+    try:
+        import imageio.v2 as imageio
+    except ImportError:
+        raise InputError(
+            "--video needs the extra 'video': pip install 'polygrad-fast[video]'"
+        ) from None
+    frames = []
+    try:
+        environment = agent.make_evaluation_environment(render_mode="rgb_array")
+        fps = environment.metadata.get("render_fps", 30)
+        evaluate_policy(
+            lambda observations: agent.predict(observations, deterministic=True)[0],
+            [environment],
+            [seed],
+            on_step=lambda: frames.append(environment.render()),
+        )
+        environment.close()
+    except Exception as error:  # no display, no GL library, no pygame: many kinds, one remedy
+        raise InputError(
+            f"{agent.env_id} cannot render here ({type(error).__name__}: {error}); without a "
+            "display set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+        ) from error
+    imageio.mimsave(path, frames, fps=fps)

@@ -235,7 +235,7 @@ class PolyGRAD:
         if terminated or truncated:
             self._add_metric("train/episode_return", self.environment.episode_return)
             self._add_metric("train/episode_length", self.environment.episode_length)
-            if self.num_timesteps >= c.prefill_steps:
+            if self.num_timesteps > c.prefill_steps and c.normalizer.refresh == "episode":
                 self._refresh_normalizer()
             self.environment.reset()
 
@@ -250,7 +250,7 @@ class PolyGRAD:
             self._update_policy(speed)
 
     def _refresh_normalizer(self) -> None:
-        self.normalizer.update(self.replay.moments(), self.config.normalizer.as_dict())
+        self.normalizer.update(self.replay.moments(), self.config.normalizer.min_std())
 
     def _update_denoiser(self, speed: _Speed) -> None:
         windows = self.replay.sample(self.config.denoiser.batch_size, self.generator)

@@ -225,8 +225,11 @@ class GuidanceConfig:
 
 @dataclass(frozen=True)
 class NormalizerConfig:
-    """Lower bounds of the standard deviations measured in the data."""
+    """When the moments are measured, and lower bounds of the standard deviations."""
 
+    refresh: Literal["episode", "prefill"] = "episode"
+    """After each episode (released code), or only once, after the prefill: networks that read
+    normalized observations then keep their meaning while the data change."""
     min_std_observations: float = 1e-3
     min_std_actions: float = 1e-3
     min_std_rewards: float = 1e-3

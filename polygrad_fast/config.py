@@ -235,10 +235,15 @@ class NormalizerConfig:
     min_std_rewards: float = 1e-3
     min_std_terminals: float = 1e-2
 
-    def as_dict(self) -> dict[str, float]:
-        """Return field -> bound, as `Normalizer.update` takes it."""
+    def __post_init__(self) -> None:
+        _check_choices(self, refresh=("episode", "prefill"))
+
+    def min_std(self) -> dict[str, float]:
+        """Return field -> lower bound, as `Normalizer.update` takes it."""
         return {
-            f.name.removeprefix("min_std_"): getattr(self, f.name) for f in dataclasses.fields(self)
+            f.name.removeprefix("min_std_"): getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name.startswith("min_std_")
         }
 
 

@@ -1,0 +1,29 @@
+# `make test` and `make demo` need Python 3.11 or newer with pip and venv; they set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+RUN_DIR := runs/demo
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	rm -rf $(RUN_DIR)
+	$(VENV)/bin/polygrad-fast train --env-id InvertedPendulum-v5 --preset quick --seed 0 --run-dir $(RUN_DIR)
+	$(VENV)/bin/polygrad-fast evaluate $(RUN_DIR) --episodes 10
+
+# One thread per process: pytest already starts one process per core.
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "polygrad_fast needs Python 3.11 or newer, but $(PYTHON) is %d.%d: run make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@

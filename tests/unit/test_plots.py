@@ -1,0 +1,76 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polygrad_fast.errors import InputError
+from polygrad_fast.evaluation import plots
+from polygrad_fast.evaluation.plots import plot_learning_curve
+from polygrad_fast.training.run_log import MetricsLog
+
+
+def write_log(path: Path) -> Path:
+    with MetricsLog(path) as log:
+        for step in range(0, 10_000, 100):
+            log.write(step, {"train/episode_return": (step * 7919) % 500})
+            if step % 2000 == 0:
+                log.write(step, {"eval/mean_reward": step / 20, "eval/std_reward": 30.0})
+        log.write(10_000, {"eval/mean_reward": float("nan")})
+    return path
+
+
+def test_the_figure_is_a_png_with_content(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    log = write_log(tmp_path / "metrics.csv")
+    plot_learning_curve(log, tmp_path / "plots" / "curve.png", "Hopper-v5, seed 0")
+    pixels = image.imread(tmp_path / "plots" / "curve.png")
+    assert pixels.shape[0] > 400 and pixels.shape[1] > 700
+    assert len({tuple(pixel) for pixel in pixels[::4, ::4].reshape(-1, pixels.shape[-1])}) > 5
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    plot_learning_curve(write_log(tmp_path / "metrics.csv"), tmp_path / "x.png", "A title")
+    (axes,) = drawn[0].axes
+    points, line = axes.lines
+    assert axes.get_title() == "A title" and axes.get_xlabel() and axes.get_ylabel()
+    assert list(line.get_xdata()) == [0, 2000, 4000, 6000, 8000]
+    assert list(line.get_ydata()) == [0.0, 100.0, 200.0, 300.0, 400.0]
+    assert len(points.get_xdata()) == 100
+    (band,) = axes.collections
+    assert band.get_paths()[0].get_extents().ymax == pytest.approx(430.0)
+
+
+def test_one_evaluation_without_spread_is_enough(tmp_path):
+    pytest.importorskip("matplotlib")
+    with MetricsLog(tmp_path / "metrics.csv") as log:
+        log.write(100, {"eval/mean_reward": 1.0})
+    plot_learning_curve(tmp_path / "metrics.csv", tmp_path / "curve.png", "one")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_nothing_to_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    with MetricsLog(tmp_path / "metrics.csv") as log:
+        log.write(100, {"train/episode_return": 1.0})
+    with pytest.raises(InputError, match="has 1 rows, none with a finite eval/mean_reward"):
+        plot_learning_curve(tmp_path / "metrics.csv", tmp_path / "curve.png", "none")
+    with pytest.raises(InputError, match="missing.csv"):
+        plot_learning_curve(tmp_path / "missing.csv", tmp_path / "curve.png", "none")
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=r"polygrad-fast\[plots\]"):
+        plot_learning_curve(tmp_path / "metrics.csv", tmp_path / "curve.png", "none")
+
+
+def test_importing_does_not_import_matplotlib():
+    root = Path(plots.__file__).parents[2]
+    script = "import sys, polygrad_fast.evaluation.plots; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=root)

@@ -593,6 +593,7 @@ class PolyGRAD:
             tensorboard=tensorboard,
         )
         agent._load_weights(weights)
+        agent.num_timesteps = metadata["num_timesteps"]
         if state is not None:
             agent._load_state(state)
             if run_dir is not None:

@@ -19,6 +19,7 @@ from polygrad_fast.agent import PolyGRAD, read_run_config
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.evaluation.plots import plot_learning_curve
+from polygrad_fast.evaluation.video import record_episode
 from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
 
 EVALUATION_SEED = 1_000_003
@@ -243,20 +244,20 @@ def _summarize(agent: PolyGRAD, run_dir: Path) -> None:
 
 
 def _evaluate(command: Evaluate) -> None:
+    if command.episodes < 1:
+        raise InputError(f"--episodes must be at least 1, got {command.episodes}")
+    if command.video is not None:
+        _check_writable(command.video)
     read_run_config(command.run_dir)
     agent = PolyGRAD.load(command.run_dir, device=command.device, checkpoint=command.checkpoint)
     if command.video is not None:
-        _check_writable(command.video)
+        record_episode(agent, command.video, command.seed)
+        print(f"video in {command.video}")
     result = agent.evaluate(command.episodes, command.seed, not command.stochastic)
     for episode, (value, length) in enumerate(
         zip(result.returns.tolist(), result.lengths.tolist(), strict=True), 1
     ):
         print(f"episode {episode}: return {value:.2f}, {length} steps")
-    if command.video is not None:
-        from polygrad_fast.evaluation.video import record_episode
-
-        record_episode(agent, command.video, command.seed)
-        print(f"video in {command.video}")
     print(
         f"{agent.env_id}, {command.checkpoint} checkpoint (environment step "
         f"{agent.num_timesteps:,}): mean return {result.mean_reward:.2f}, "

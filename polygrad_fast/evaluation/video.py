@@ -16,8 +16,11 @@ def record_episode(agent: PolyGRAD, path: Path, seed: int) -> None:
     """Play one deterministic episode and write its frames to `path` (.mp4 or .gif).
 
     Raises:
-        InputError: imageio is not installed, or the environment cannot render here.
+        InputError: another kind of file, imageio is not installed, or the environment cannot
+            render here.
     """
+    if path.suffix not in (".mp4", ".gif"):
+        raise InputError(f"{path} has the suffix {path.suffix!r}, wanted .mp4 or .gif")
     try:
         import imageio.v2 as imageio
     except ImportError:

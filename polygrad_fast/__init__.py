@@ -30,4 +30,5 @@ __all__ = [
     "TrajectoryBatch",
     "TransformerDenoiser",
     "ValueFunction",
+    "__version__",
 ]

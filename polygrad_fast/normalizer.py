@@ -64,7 +64,12 @@ class Normalizer(nn.Module):
             moments: field -> (mean, std).
             min_std: field -> lower bound of its standard deviation; early data may be constant (no
                 terminal yet).
+
+        Raises:
+            InputError: unknown field, wrong shape, a moment that is not finite, or a negative std;
+                no field was changed.
         """
+        checked = {}
         for field, (mean, std) in moments.items():
             if field not in FIELDS:
                 raise InputError(f"unknown field {field!r}, wanted one of {FIELDS}")
@@ -78,13 +83,14 @@ class Normalizer(nn.Module):
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std >= 0).all()):
                 raise InputError(
                     f"{field}: moments must be finite and std non-negative, got mean "
-                    f"{mean.tolist()} "
-                    f"and std {std.tolist()}"
+                    f"{mean.tolist()} and std {std.tolist()}"
                 )
             if min_std is not None:
                 std = std.clamp(min=min_std.get(field, 0.0))
-            target.copy_(mean)
-            self.get_buffer(f"{field}_scale").copy_(std + EPSILON)
+            checked[field] = mean, std + EPSILON
+        for field, (mean, scale) in checked.items():
+            self.get_buffer(f"{field}_mean").copy_(mean)
+            self.get_buffer(f"{field}_scale").copy_(scale)
 
     def _moments(self, field: str) -> tuple[Tensor, Tensor]:
         if field not in FIELDS:

@@ -41,19 +41,27 @@ class NoiseSchedule:
             tau: temperature, > 0. 1 in the paper, 0.1 for Hopper with the residual MLP.
 
         Raises:
-            InputError: K < 1 or tau not a positive finite number.
+            InputError: K < 1 or tau not a positive finite number, or a table cannot be represented
+                in float32 (K too large, or tau extreme).
         """
         if not isinstance(num_train_timesteps, (int, np.integer)) or num_train_timesteps < 1:
             raise InputError(
                 f"num_train_timesteps must be an integer of at least 1, got {num_train_timesteps!r}"
             )
-        if not (np.isfinite(tau) and tau > 0):
+        if not (isinstance(tau, (int, float, np.number)) and 0 < tau < np.inf):
             raise InputError(f"tau must be a positive finite number, got {tau!r}")
         s = np.linspace(0.0, 1.0, int(num_train_timesteps) + 1)
         v_start, v_end = np.cos(0.0) ** (2 * tau), np.cos(np.pi / 2) ** (2 * tau)
-        gamma = (v_end - np.cos(s * np.pi / 2) ** (2 * tau)) / (v_end - v_start)
-        betas = np.clip(1.0 - gamma[1:] / gamma[:-1], 0.0, 0.999)
-        return cls.from_betas(torch.tensor(betas, dtype=torch.float32))
+        with np.errstate(invalid="ignore", divide="ignore"):  # reported below
+            gamma = (v_end - np.cos(s * np.pi / 2) ** (2 * tau)) / (v_end - v_start)
+            betas = np.clip(1.0 - gamma[1:] / gamma[:-1], 0.0, 0.999)
+        schedule = cls.from_betas(torch.tensor(betas, dtype=torch.float32))
+        if not all(torch.isfinite(getattr(schedule, f.name)).all() for f in fields(schedule)):
+            raise InputError(
+                f"num_train_timesteps {num_train_timesteps} with tau {tau} gives tables that are "
+                f"not finite in float32, wanted fewer steps or a tau nearer to 1"
+            )
+        return schedule
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> NoiseSchedule:

@@ -59,12 +59,20 @@ class TransformerDenoiser(nn.Module):
         num_train_timesteps: int = 128,
     ):
         super().__init__()
-        if hidden_dim % num_heads:
+        for name, value in (
+            ("observation_dim", observation_dim),
+            ("action_dim", action_dim),
+            ("horizon", horizon),
+            ("num_layers", num_layers),
+            ("num_heads", num_heads),
+        ):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if hidden_dim < 4 or hidden_dim % 2 or hidden_dim % num_heads:
             raise InputError(
-                f"hidden_dim must be a multiple of num_heads, got {hidden_dim} and {num_heads}"
+                f"hidden_dim must be even, at least 4 and a multiple of num_heads, got "
+                f"{hidden_dim} and num_heads {num_heads}"
             )
-        if horizon < 1:
-            raise InputError(f"horizon must be at least 1, got {horizon}")
         self.observation_dim, self.action_dim, self.horizon = observation_dim, action_dim, horizon
         self.hidden_dim, self.num_layers, self.num_heads = hidden_dim, num_layers, num_heads
         self.step_conditioning = step_conditioning

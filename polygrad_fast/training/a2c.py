@@ -230,7 +230,10 @@ class ActorCritic:
         self.learning_rate_optimizer.step()
         with torch.no_grad():
             self.log_actor_learning_rate.clamp_(max=math.log(self.config.actor_learning_rate))
-        self.actor_optimizer.param_groups[0]["lr"] = self.log_actor_learning_rate.exp().item()
+        learning_rate = self.log_actor_learning_rate.exp().item()  # float32 may round above the cap
+        self.actor_optimizer.param_groups[0]["lr"] = min(
+            learning_rate, self.config.actor_learning_rate
+        )
 
     def _check(self, observations, actions, rewards, terminals) -> None:
         policy = self.policy
@@ -248,6 +251,11 @@ class ActorCritic:
         ):
             if tuple(tensor.shape) != wanted:
                 raise InputError(f"{name} of shape {tuple(tensor.shape)} given, wanted {wanted}")
+        if batch * (horizon - 1) < 2:
+            raise InputError(
+                f"{batch} trajectories of {horizon} steps given, wanted at least two steps with a "
+                f"next value (their advantages are standardized)"
+            )
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by name."""

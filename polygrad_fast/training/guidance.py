@@ -13,9 +13,8 @@ def spread(standardized_actions: Tensor, statistic: str) -> Tensor:
     """Return the spread of standardized actions (a - mu) / sigma, [..., A], which is 1 for
     on-policy actions.
 
-    "std": mean over action dimensions of the standard deviation (equation 9, as released); "
-    ""mean_abs":
-    E|z| / sqrt(2 / pi).
+    "std": mean over action dimensions of the standard deviation (equation 9, as released);
+    "mean_abs": E|z| / sqrt(2 / pi).
     """
     if statistic == "mean_abs":
         return standardized_actions.abs().mean() / math.sqrt(2 / math.pi)

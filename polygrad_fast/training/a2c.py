@@ -27,7 +27,7 @@ def generalized_advantages(
     continues = 1.0 - terminals[:, :-1]
     deltas = rewards[:, :-1] + gamma * continues * values[:, 1:] - values[:, :-1]
     advantages = torch.empty_like(deltas)
-    running = torch.zeros_like(deltas[:, 0])
+    running = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(deltas.shape[1])):
         running = deltas[:, t] + gamma * gae_lambda * continues[:, t] * running
         advantages[:, t] = running

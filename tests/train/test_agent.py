@@ -65,7 +65,7 @@ def test_learns_logs_and_checkpoints(tmp_path):
 
 
 def test_ratios_of_updates_to_environment_steps():
-    config = tiny_config(policy_delay_steps=10)
+    config = tiny_config(policy_delay_steps=10, policy_updates_per_env_step=0.25)
     agent = pg.PolyGRAD("Pendulum-v1", config=config)
     counts = {"denoiser/loss": 0.0, "a2c/actor_loss": 0.0}
 

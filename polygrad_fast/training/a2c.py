@@ -108,24 +108,14 @@ class ActorCritic:
             rewards = self.normalizer.unnormalize(rewards, "rewards")
 
         with torch.no_grad():
-            target_weights = [
-                target.lerp(value, 1.0 - config.target_critic_decay)
-                for target, value in zip(
-                    self.target_value_function.parameters(),
-                    self.value_function.parameters(),
-                    strict=True,
-                )
-            ]
+            # the target moves first, as released, but is stored only once all results are finite
+            current = dict(self.value_function.named_parameters())
+            target_weights = {
+                name: weight.lerp(current[name], 1.0 - config.target_critic_decay)
+                for name, weight in self.target_value_function.named_parameters()
+            }
             target_values = torch.func.functional_call(
-                self.target_value_function,
-                dict(
-                    zip(
-                        (name for name, _ in self.target_value_function.named_parameters()),
-                        target_weights,
-                        strict=True,
-                    )
-                ),
-                (observations,),
+                self.target_value_function, target_weights, (observations,)
             )
             advantages = generalized_advantages(
                 rewards, target_values, terminals, config.gamma, config.gae_lambda
@@ -172,10 +162,8 @@ class ActorCritic:
             if not math.isfinite(value):
                 raise NonFiniteError(f"{name} is {value}")
 
-        for target, weight in zip(
-            self.target_value_function.parameters(), target_weights, strict=True
-        ):
-            target.data.copy_(weight)
+        for name, weight in self.target_value_function.named_parameters():
+            weight.data.copy_(target_weights[name])
         self.critic_optimizer.step()
         metrics |= self._step_actor(
             observations[:, :-1], raw_actions, old_log_prob.detach(), target_update

@@ -584,6 +584,11 @@ class PolyGRAD:
                 raise CheckpointError(f"{run_dir} has no {checkpoint} checkpoint yet")
             path = found
         weights, state, metadata = load_checkpoint(path)
+        if env is None and metadata["env_id"] not in gymnasium.registry:
+            raise InputError(
+                f"{path} was trained on {metadata['env_id']}, which has no registered id: "
+                f"give the environment as env="
+            )
         agent = cls(
             env if env is not None else metadata["env_id"],
             metadata["preset"],

@@ -23,6 +23,11 @@ from polygrad_fast.evaluation.video import record_episode
 from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
 
 EVALUATION_SEED = 1_000_003
+SPEEDS = {
+    "time/env_steps_per_s": "environment steps/s",
+    "time/updates_per_s": "updates/s",
+    "time/sample_ms": "ms per sample",
+}
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,14 @@ def _train(command: Train) -> None:
 
 
 def _summarize(agent: PolyGRAD, run_dir: Path) -> None:
-    rows = [row for row in read_metrics(run_dir / "metrics.csv") if "eval/mean_reward" in row]
+    all_rows = read_metrics(run_dir / "metrics.csv")
+    speeds = [
+        f"{np.median(values):.4g} {unit}"
+        for name, unit in SPEEDS.items()
+        if (values := [row[name] for row in all_rows if name in row])
+    ]
+    print(f"speed (median): {', '.join(speeds)}")
+    rows = [row for row in all_rows if "eval/mean_reward" in row]
     curve = run_dir / "learning_curve.png"
     try:
         plot_learning_curve(run_dir / "metrics.csv", curve, f"{agent.env_id}, seed {agent.seed}")

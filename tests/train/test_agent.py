@@ -265,6 +265,21 @@ def test_environment_instances_and_functions():
         pg.PolyGRAD(lambda: 3, config=tiny_config())
 
 
+def test_load_needs_the_environment_where_it_has_no_id(tmp_path):
+    class Custom(gymnasium.Wrapper):
+        @property
+        def spec(self):
+            return None
+
+    agent = pg.PolyGRAD(lambda: Custom(gymnasium.make("Pendulum-v1")), config=tiny_config())
+    agent.learn(60)
+    agent.save(tmp_path / "saved")
+    with pytest.raises(pg.InputError, match="give the environment as env="):
+        pg.PolyGRAD.load(tmp_path / "saved")
+    loaded = pg.PolyGRAD.load(tmp_path / "saved", env=lambda: Custom(gymnasium.make("Pendulum-v1")))
+    assert loaded.num_timesteps == 60
+
+
 def test_evaluation_does_not_disturb_training():
     def weights(evaluate):
         agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config())

@@ -79,7 +79,8 @@ class PolyGRAD:
         self._env_source = env
         environment = _make(env)
         observation_dim, action_dim = check_spaces(environment)
-        self.env_id = environment_name(environment)
+        # as given: "module:Name-v0" must be imported again by whoever loads the agent
+        self.env_id = env if isinstance(env, str) else environment_name(environment)
         self.config = config if config is not None else TrainConfig.from_preset(preset, self.env_id)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise InputError(f"seed must be an integer in [0, 2^32), got {seed!r}")
@@ -584,13 +585,14 @@ class PolyGRAD:
                 raise CheckpointError(f"{run_dir} has no {checkpoint} checkpoint yet")
             path = found
         weights, state, metadata = load_checkpoint(path)
-        if env is None and metadata["env_id"] not in gymnasium.registry:
+        env_id = metadata["env_id"]
+        if env is None and ":" not in env_id and env_id not in gymnasium.registry:
             raise InputError(
-                f"{path} was trained on {metadata['env_id']}, which has no registered id: "
+                f"{path} was trained on {env_id}, which has no registered id: "
                 f"give the environment as env="
             )
         agent = cls(
-            env if env is not None else metadata["env_id"],
+            env if env is not None else env_id,
             metadata["preset"],
             metadata["seed"],
             device,

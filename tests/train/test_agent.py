@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from dataclasses import replace
 
 import gymnasium
@@ -278,6 +279,21 @@ def test_load_needs_the_environment_where_it_has_no_id(tmp_path):
         pg.PolyGRAD.load(tmp_path / "saved")
     loaded = pg.PolyGRAD.load(tmp_path / "saved", env=lambda: Custom(gymnasium.make("Pendulum-v1")))
     assert loaded.num_timesteps == 60
+
+
+def test_environment_of_a_module_is_imported_again_on_load(tmp_path, monkeypatch):
+    module = "import gymnasium\ngymnasium.register('Own-v0', 'mine:make')\n"
+    module += (
+        "def make(**options):\n    return gymnasium.make('Pendulum-v1', **options).unwrapped\n"
+    )
+    (tmp_path / "mine.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    agent = pg.PolyGRAD("mine:Own-v0", config=tiny_config())
+    agent.save(tmp_path / "saved")
+    gymnasium.registry.pop("Own-v0")
+    monkeypatch.delitem(sys.modules, "mine")
+    assert pg.PolyGRAD.load(tmp_path / "saved").env_id == "mine:Own-v0"
+    gymnasium.registry.pop("Own-v0")
 
 
 def test_evaluation_does_not_disturb_training():

@@ -1,0 +1,272 @@
+"""One layer of the residual MLP denoiser: LayerNorm, ReLU, GEMM, bias and residual in one launch.
+
+Twin: `polygrad_fast.reference.residual_mlp`. Derivations and counts: README.md in this folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FP16_MAX = tl.constexpr(65504.0)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a kernel multiplies: the dtype of the GEMM's operands and `tl.dot`'s input precision.
+
+    Sums, residual stream, moments and biases are float32 in all of them.
+    """
+
+    dtype: torch.dtype
+    input_precision: str
+    moments_tile: int
+    """Columns per partial moment: BLOCK_N of every layer that writes moments."""
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32, "ieee", 64),
+    "tf32": Precision(torch.float32, "tf32", 128),
+    "float16": Precision(torch.float16, "tf32", 128),
+    "bfloat16": Precision(torch.bfloat16, "tf32", 128),
+}
+
+
+@dataclass(frozen=True)
+class LayerBlocks:
+    """Tile sizes and launch parameters of one layer."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# (few rows, many rows, narrow output without moments)
+LAYER_BLOCKS = {
+    "float32": (
+        LayerBlocks(32, 64, 32, 4, 2),
+        LayerBlocks(64, 64, 32, 8, 2),
+        LayerBlocks(32, 32, 32, 4, 2),
+    ),
+    "tf32": (
+        LayerBlocks(64, 128, 32, 4, 3),
+        LayerBlocks(128, 128, 32, 8, 3),
+        LayerBlocks(64, 32, 32, 4, 3),
+    ),
+    "float16": (
+        LayerBlocks(64, 128, 64, 4, 3),
+        LayerBlocks(128, 128, 64, 8, 3),
+        LayerBlocks(64, 32, 64, 4, 3),
+    ),
+}
+LAYER_BLOCKS["bfloat16"] = LAYER_BLOCKS["float16"]
+MANY_ROWS = 2048
+MANY_ROWS_NARROW = 8192
+LARGE_SHARED_MEMORY = 128 * 1024
+
+
+def layer_blocks(
+    precision: str, rows: int, writes_moments: bool, shared_memory: int = LARGE_SHARED_MEMORY
+) -> LayerBlocks:
+    """Return the tile sizes for a layer of that many rows.
+
+    A layer without moments is the output layer, whose few columns need narrow tiles to occupy the
+    device; with many rows, larger tiles read each operand less often, where shared memory (bytes
+    per program) holds them: GeForce cards (sm_86, sm_89, sm_120) have 99 KB.
+    """
+    few, many, narrow = LAYER_BLOCKS[precision]
+    base, enough = (few, MANY_ROWS) if writes_moments else (narrow, MANY_ROWS_NARROW)
+    if rows < enough or (
+        shared_memory < LARGE_SHARED_MEMORY and many.block_k * many.block_m > 4096
+    ):
+        return base
+    return many
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return LARGE_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@triton.jit
+def _merged_moments(
+    moments_ptr, row, row_mask, rows, dim, eps, TILE: tl.constexpr, NUM_TILES: tl.constexpr
+):
+    """Merge per-tile (mean, sum of squared deviations) into mean and 1/std of whole rows (Chan)."""
+    tile = tl.arange(0, NUM_TILES)
+    count = tl.maximum(tl.minimum(dim - tile * TILE, TILE), 0).to(tl.float32)  # [NUM_TILES]
+    mask = row_mask[:, None] & (count > 0)[None, :]
+    at = moments_ptr + tile.to(tl.int64)[None, :] * 2 * rows + row.to(tl.int64)[:, None]
+    tile_mean = tl.load(at, mask=mask, other=0.0)  # [BLOCK_M, NUM_TILES]
+    tile_m2 = tl.load(at + rows, mask=mask, other=0.0)
+    mean = tl.sum(tile_mean * count[None, :], axis=1) / dim
+    delta = tl.where(mask, tile_mean - mean[:, None], 0.0)
+    variance = tl.sum(tile_m2 + count[None, :] * delta * delta, axis=1) / dim
+    return mean, 1.0 / tl.sqrt(variance + eps)  # [BLOCK_M] each
+
+
+@triton.jit
+def _residual_mlp_layer_kernel(
+    x_ptr,  # [rows, in_dim], float32, or the GEMM's dtype where neither NORMALIZE nor RELU
+    weight_ptr,  # [out_dim, in_dim], the GEMM's dtype
+    bias_ptr,  # [out_dim], float32
+    moments_ptr,  # [NUM_TILES, 2, rows]: what the producer of x wrote
+    gamma_ptr,  # [in_dim], float32
+    beta_ptr,  # [in_dim], float32
+    out_ptr,  # [rows, out_dim], float32
+    moments_out_ptr,  # [cdiv(out_dim, BLOCK_N), 2, rows]
+    rows,
+    in_dim,
+    out_dim,
+    stride_x,
+    stride_weight,
+    stride_out,
+    eps,
+    TILE: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WRITE_MOMENTS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Neighbouring programs share their rows: x is read from memory once and from L2 afterwards.
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    m_mask, n_mask = m < rows, n < out_dim
+    if NORMALIZE:
+        mean, rstd = _merged_moments(moments_ptr, m, m_mask, rows, in_dim, eps, TILE, NUM_TILES)
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x  # [BLOCK_M, 1]
+    weight_rows = weight_ptr + n.to(tl.int64)[None, :] * stride_weight  # [1, BLOCK_N]
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, in_dim, BLOCK_K):
+        column = start + k
+        k_mask = column < in_dim
+        a = tl.load(
+            x_rows + column[None, :], mask=m_mask[:, None] & k_mask[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        w = tl.load(
+            weight_rows + column[:, None], mask=k_mask[:, None] & n_mask[None, :], other=0.0
+        )  # [BLOCK_K, BLOCK_N]
+        if NORMALIZE:
+            gamma = tl.load(gamma_ptr + column, mask=k_mask, other=0.0)
+            beta = tl.load(beta_ptr + column, mask=k_mask, other=0.0)
+            a = (a - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+        if RELU:
+            a = tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            if not NORMALIZE and weight_ptr.dtype.element_ty == tl.float16:
+                a = tl.minimum(a, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+        a = a.to(weight_ptr.dtype.element_ty)
+        accumulator = tl.dot(a, w, accumulator, input_precision=INPUT_PRECISION)
+
+    out = accumulator + tl.load(bias_ptr + n, mask=n_mask, other=0.0)[None, :]
+    mask = m_mask[:, None] & n_mask[None, :]
+    if RESIDUAL:
+        out += tl.load(x_rows + n[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + m.to(tl.int64)[:, None] * stride_out + n[None, :], out, mask=mask)
+    if WRITE_MOMENTS:
+        count = tl.minimum(out_dim - tl.program_id(0) * BLOCK_N, BLOCK_N).to(tl.float32)
+        tile_mean = tl.sum(tl.where(n_mask[None, :], out, 0.0), axis=1) / count  # [BLOCK_M]
+        delta = tl.where(n_mask[None, :], out - tile_mean[:, None], 0.0)
+        at = moments_out_ptr + tl.program_id(0).to(tl.int64) * 2 * rows + m
+        tl.store(at, tile_mean, mask=m_mask)
+        tl.store(at + rows, tl.sum(delta * delta, axis=1), mask=m_mask)
+
+
+def is_interpreted() -> bool:
+    """Return whether the kernels run in triton's interpreter (TRITON_INTERPRET=1 at import)."""
+    return not isinstance(_residual_mlp_layer_kernel, triton.runtime.JITFunction)
+
+
+def moments_shape(precision: str, rows: int, dim: int) -> tuple[int, int, int]:
+    """Return the shape of the partial moments of a [rows, dim] tensor: [tiles, 2, rows]."""
+    return triton.cdiv(dim, PRECISIONS[precision].moments_tile), 2, rows
+
+
+def residual_mlp_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    precision: str,
+    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
+    relu: bool = False,
+    residual: bool = False,
+    moments_out: Tensor | None = None,
+    blocks: LayerBlocks | None = None,
+) -> Tensor:
+    """Write f(x) W^T + b (+ x) to `out`, f being LayerNorm and ReLU, either or none, in one launch.
+
+    Args:
+        x: [rows, in_dim], float32; where f is none, in the precision's dtype. Last axis contiguous.
+        weight: [out_dim, in_dim] in the precision's dtype, last axis contiguous, row stride a
+            multiple of 16 bytes for fast loads.
+        bias: [out_dim], float32.
+        out: [rows, out_dim], float32; not x, which other programs still read.
+        precision: a key of `PRECISIONS`.
+        norm: (moments of x as `moments_out` received them from x's producer, gamma [in_dim],
+            beta [in_dim], eps); None: no LayerNorm.
+        relu: apply ReLU (after the LayerNorm).
+        residual: add x; needs in_dim == out_dim and a float32 x.
+        moments_out: `moments_shape(precision, rows, out_dim)`, float32, receives out's moments.
+        blocks: tile sizes; default `layer_blocks`. block_n must be the precision's moments tile
+            where moments are written.
+
+    Returns:
+        `out`.
+
+    Numerics: float32 sums, residual and moments; a float16 operand without LayerNorm saturates.
+    Neither synchronizes nor allocates; may be captured.
+    """
+    rows, in_dim = x.shape
+    out_dim = weight.shape[0]
+    setting = PRECISIONS[precision]
+    blocks = blocks or layer_blocks(
+        precision, rows, moments_out is not None, shared_memory(x.device)
+    )
+    moments, gamma, beta, eps = norm or (x, x, x, 0.0)
+    grid = (triton.cdiv(out_dim, blocks.block_n), triton.cdiv(rows, blocks.block_m))
+    _residual_mlp_layer_kernel[grid](
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        moments_ptr=moments,
+        gamma_ptr=gamma,
+        beta_ptr=beta,
+        out_ptr=out,
+        moments_out_ptr=out if moments_out is None else moments_out,
+        rows=rows,
+        in_dim=in_dim,
+        out_dim=out_dim,
+        stride_x=x.stride(0),
+        stride_weight=weight.stride(0),
+        stride_out=out.stride(0),
+        eps=eps,
+        TILE=setting.moments_tile,
+        NUM_TILES=triton.next_power_of_2(triton.cdiv(in_dim, setting.moments_tile)),
+        NORMALIZE=norm is not None,
+        RELU=relu,
+        RESIDUAL=residual,
+        WRITE_MOMENTS=moments_out is not None,
+        INPUT_PRECISION=setting.input_precision,
+        BLOCK_M=blocks.block_m,
+        BLOCK_N=blocks.block_n,
+        BLOCK_K=blocks.block_k,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+    )
+    return out

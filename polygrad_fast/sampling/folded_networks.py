@@ -1,0 +1,324 @@
+"""Denoisers and policy as the torch engine evaluates them: folded, in the dtype of the engine,
+without autograd."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+from polygrad_fast.errors import InputError
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.policy import GaussianPolicy
+from polygrad_fast.reference.residual_mlp import fold_normalizer
+from polygrad_fast.sampling.linear import LinearOps
+
+LOG2_E = math.log2(math.e)
+ROWS_PER_THREAD = 256
+"""Rows of activations that a denoiser evaluates at a time on a CPU: at width 1024 and 10 steps,
+1024 rows at once take 10-20 % longer than four times 256."""
+
+
+class HeldTensors:
+    """The tensors a sampling loop reads, up to date after every refresh.
+
+    On a CPU a tensor that already has the wanted dtype is taken as it is, without a copy. A
+    captured graph needs fixed addresses: with `fixed_addresses=True` every tensor is copied into
+    one that lives as long as this object.
+    """
+
+    def __init__(self, device: torch.device, fixed_addresses: bool):
+        self.device, self.fixed_addresses = device, fixed_addresses
+        self._copies: dict[tuple[str, torch.Size], Tensor] = {}
+
+    def put(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `source` in `dtype` on the device; a copy has the same address each time for one
+        name and shape."""
+        source = source.detach()
+        as_it_is = source.dtype == dtype and source.device == self.device
+        if as_it_is and source.is_contiguous() and not self.fixed_addresses:
+            return source
+        key = (name, source.shape)
+        if key not in self._copies:
+            self._copies[key] = torch.empty(source.shape, dtype=dtype, device=self.device)
+        return self._copies[key].copy_(source)
+
+
+class FoldedResidualMLP:
+    """The residual MLP with its input Linears and step embedding folded into one Linear and one
+    bias row per diffusion step.
+
+    The flat input holds all states before all actions (columns permuted in the folded weight), so
+    that both parts are contiguous rows. The residual stream has the engine's dtype; LayerNorm
+    accumulates in float32.
+    """
+
+    def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
+        self.denoiser, self.num_steps, self.dtype = denoiser, num_steps, dtype
+        self.held, self.ops = held, ops
+        self.norm_dtype = _norm_dtype(held.device, dtype)
+        self.rows_per_part = ROWS_PER_THREAD
+
+    def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a new input buffer [B, H (D + A)] and its views of states [B, H, D] and actions
+        [B, H, A]."""
+        d = self.denoiser
+        states_size, actions_size = d.horizon * d.state_dim, d.horizon * d.action_dim
+        buffer = torch.zeros(
+            batch, states_size + actions_size, dtype=self.dtype, device=self.held.device
+        )
+        states, actions = buffer.split([states_size, actions_size], dim=1)
+        return (
+            buffer,
+            states.unflatten(1, (d.horizon, d.state_dim)),
+            actions.unflatten(1, (d.horizon, d.action_dim)),
+        )
+
+    def refresh(self) -> None:
+        """Read the module's current weights."""
+        d, put, dtype = self.denoiser, self.held.put, self.dtype
+        if d.step_conditioning == "input":
+            steps = torch.arange(self.num_steps, device=self.held.device)
+            weight = d.input.weight @ d.proj.weight
+            rows = F.linear(d.proj.bias + d.step_mlp(steps), d.input.weight, d.input.bias)
+        else:
+            weight, rows = d.input.weight, d.input.bias.expand(self.num_steps, -1)
+        tokens = weight.unflatten(1, (d.horizon, -1))
+        parts = tokens.split([d.state_dim, d.action_dim], dim=2)
+        weight = torch.cat([part.flatten(1) for part in parts], dim=1)
+        self.input_weight = put("input.weight", weight, dtype)
+        self.input_rows = put("input.rows", rows, dtype)
+        self.blocks = []
+        for i, block in enumerate(d.blocks):
+            weight = put(f"{i}.weight", block.linear.weight, dtype)
+            if d.step_conditioning == "input":
+                norm = _held_norm(put, f"{i}.norm", block.norm, self.norm_dtype)
+                rows = put(f"{i}.bias", block.linear.bias, dtype).expand(self.num_steps, -1)
+            else:
+                norm = None
+                rows = block.linear.bias + block.step_embedding.weight[: self.num_steps]
+                rows = put(f"{i}.rows", rows, dtype)
+            self.blocks.append((norm, weight, rows))
+        self.norm = None
+        if d.step_conditioning == "input":
+            self.norm = _held_norm(put, "norm", d.norm, self.norm_dtype)
+        self.output_weight = put("output.weight", d.output.weight, dtype)
+        self.output_bias = put("output.bias", d.output.bias, dtype)
+
+    def __call__(self, buffer: Tensor, k: int) -> Tensor:
+        """Predict at step k: an input buffer -> [B, H, D], a new tensor."""
+        ops = self.ops
+        x = ops.linear(buffer, self.input_weight, self.input_rows[k])
+        for norm, weight, rows in self.blocks:
+            h = relu_keeping_dtype_(torch.layer_norm(x, *norm) if norm else x.clone())
+            x = ops.linear_add(h, weight, rows[k], x)
+        x = torch.relu_(torch.layer_norm(x, *self.norm) if self.norm else x)
+        x = ops.linear(x, self.output_weight, self.output_bias)
+        return x.unflatten(1, (self.denoiser.horizon, -1))
+
+
+class FoldedTransformer:
+    """The transformer with one embedding row per diffusion step, its position embeddings and the
+    input bias folded together."""
+
+    def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
+        self.denoiser, self.num_steps, self.dtype = denoiser, num_steps, dtype
+        self.held, self.ops = held, ops
+        self.norm_dtype = _norm_dtype(held.device, dtype)
+        self.rows_per_part = max(1, ROWS_PER_THREAD // denoiser.horizon)
+
+    def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a new input buffer [B, H, D + A] and its views of states [B, H, D] and actions
+        [B, H, A]."""
+        d = self.denoiser
+        buffer = torch.zeros(
+            batch,
+            d.horizon,
+            d.state_dim + d.action_dim,
+            dtype=self.dtype,
+            device=self.held.device,
+        )
+        return buffer, *buffer.split([d.state_dim, d.action_dim], dim=2)
+
+    def refresh(self) -> None:
+        """Read the module's current weights."""
+        d, put, dtype = self.denoiser, self.held.put, self.dtype
+        steps = torch.arange(self.num_steps, device=self.held.device)
+        self.input_weight = put("input.weight", d.input.weight, dtype)
+        self.step_rows = put("step.rows", d.step_mlp(steps), torch.float32)
+        positions = d.position_embedding.weight + d.input.bias
+        self.positions = put("positions", positions, torch.float32)
+        self.blocks = []
+        for i, block in enumerate(d.blocks):
+            norms = [
+                _held_norm(put, f"{i}.{name}", getattr(block, name), self.norm_dtype)
+                for name in ("norm_1", "norm_2")
+            ]
+            linears = [
+                (
+                    put(f"{i}.{name}.weight", getattr(block, name).weight, dtype),
+                    put(f"{i}.{name}.bias", getattr(block, name).bias, dtype),
+                )
+                for name in ("qkv", "attention_output", "mlp_input", "mlp_output")
+            ]
+            self.blocks.append((*norms, *linears))
+        self.output_weight = put("output.weight", d.output.weight, dtype)
+        self.output_bias = put("output.bias", d.output.bias, dtype)
+
+    def __call__(self, buffer: Tensor, k: int) -> Tensor:
+        """Predict at step k: an input buffer -> [B, H, D], a new tensor."""
+        ops, heads = self.ops, self.denoiser.num_heads
+        batch, horizon, _ = buffer.shape
+        x = ops.linear(buffer.flatten(0, 1), self.input_weight, None)
+        x.view(batch, horizon, -1).add_((self.positions + self.step_rows[k]).to(x.dtype))
+        for norm_1, norm_2, qkv, attention_output, mlp_input, mlp_output in self.blocks:
+            joined = ops.linear(torch.layer_norm(x, *norm_1), *qkv)
+            q, k_heads, v = joined.view(batch, horizon, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k_heads, v, is_causal=True)
+            attended = attended.transpose(1, 2).reshape(batch * horizon, -1)
+            x = ops.linear_add(attended, *attention_output, x)
+            h = ops.linear(torch.layer_norm(x, *norm_2), *mlp_input, activation="gelu")
+            x = ops.linear_add(h, *mlp_output, x)
+        x = ops.linear(x, self.output_weight, self.output_bias)
+        return x.view(batch, horizon, -1)
+
+
+class ForeignDenoiser:
+    """A denoiser of another type, through denoiser(trajectory, actions, timesteps)."""
+
+    def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
+        if dtype != torch.float32:
+            raise InputError(
+                f"engine 'torch' evaluates a {type(denoiser).__name__} as it is, in float32; "
+                f"got dtype {str(dtype).removeprefix('torch.')!r}"
+            )
+        self.denoiser, self.device = denoiser, held.device
+        self.rows_per_part = None
+
+    def inputs(self, batch: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Return new buffers of states [B, H, D] and actions [B, H, A], as a pair and one by
+        one."""
+        d = self.denoiser
+        states = torch.zeros(batch, d.horizon, d.observation_dim + 2, device=self.device)
+        actions = torch.zeros(batch, d.horizon, d.action_dim, device=self.device)
+        return (states, actions), states, actions
+
+    def refresh(self) -> None:
+        """Do nothing: the module is called with the weights it has."""
+
+    def __call__(self, buffers: tuple[Tensor, Tensor], k: int) -> Tensor:
+        """Predict at step k: input buffers -> [B, H, D], a new tensor."""
+        states, actions = buffers
+        timesteps = torch.full((states.shape[0],), k, device=self.device)
+        return self.denoiser(states, actions, timesteps).clone()
+
+
+FOLDED_DENOISERS = {
+    ResidualMLPDenoiser: FoldedResidualMLP,
+    TransformerDenoiser: FoldedTransformer,
+}
+
+
+def is_foldable(denoiser) -> bool:
+    """Whether `fold_denoiser` knows the type; a subclass may compute something else."""
+    return type(denoiser) in FOLDED_DENOISERS
+
+
+def fold_denoiser(denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
+    """Return the folded form of a denoiser, or the denoiser as it is where its type is foreign."""
+    folded = FOLDED_DENOISERS.get(type(denoiser), ForeignDenoiser)
+    return folded(denoiser, num_steps, dtype, held, ops)
+
+
+class FoldedPolicy:
+    """`GaussianPolicy` with the normalizer folded into its first Linear, in float32.
+
+    It reads whole state rows [.., D] (zero weights for reward and terminal flag), which are
+    contiguous where the observations alone are not. It stays in float32 in every dtype of the
+    engine on a CPU: bfloat16 would save its GEMM half the time but lose most of that in LayerNorm
+    and ELU, which work in float32 inside.
+
+    On a CPU, ELU(y) + 1 = max(y, 0) + 2^(min(y, 0) log2 e): PyTorch's exp2 takes less than a third
+    of its exp. log2 e is folded into the LayerNorm before it, the 1 and the ln 2 into the Linear
+    after it. On a GPU one fused kernel is better.
+    """
+
+    def __init__(self, policy: GaussianPolicy, state_dim: int, held: HeldTensors):
+        self.policy, self.state_dim, self.held = policy, state_dim, held
+        self.ops = LinearOps.choose(held.device, torch.float32)
+        self.exp2 = held.device.type == "cpu"
+
+    def refresh(self, normalizer: Normalizer) -> None:
+        """Read the module's current weights and the normalizer's moments."""
+        modules = list(self.policy.network)
+        linears, norms = modules[0::3], modules[1::3]
+
+        def put(name: str, tensor: Tensor) -> Tensor:
+            return self.held.put(f"policy.{name}", tensor, torch.float32)
+
+        weight, bias = linears[0].weight, linears[0].bias
+        if not self.policy.normed_inputs:
+            weight, bias = fold_normalizer(
+                weight, bias, normalizer.observations_mean, normalizer.observations_scale
+            )
+        weight = F.pad(weight, (0, self.state_dim - weight.shape[1]))
+        self.linears = [(put("0.weight", weight), put("0.bias", bias))]
+        for i, linear in enumerate(linears[1:], start=1):
+            self.linears.append((put(f"{i}.weight", linear.weight), put(f"{i}.bias", linear.bias)))
+        self.norms = [
+            _held_norm(self.held.put, f"policy.{i}.norm", norm, torch.float32)
+            for i, norm in enumerate(norms)
+        ]
+        if self.exp2:
+            self.exp2_linears = self.linears[:1] + [
+                (weight / LOG2_E, bias - weight.sum(1)) for weight, bias in self.linears[1:]
+            ]
+            self.exp2_norms = [
+                (shape, gamma * LOG2_E, beta * LOG2_E, eps)
+                for shape, gamma, beta, eps in self.norms
+            ]
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Return the mean raw actions at normalized states: [rows, D] -> [rows, A], a new
+        tensor."""
+        if not self.exp2:
+            return self.differentiable_mean(rows)
+        linears = self.exp2_linears
+        for (weight, bias), norm in zip(linears[:-1], self.exp2_norms, strict=True):
+            h = self.ops.linear(rows, weight, bias)
+            rows = torch.layer_norm(h, *norm)
+            torch.clamp_max(rows, 0.0, out=h).exp2_()
+            rows.clamp_min_(0.0).add_(h, alpha=LOG2_E)
+        return self.ops.linear(rows, *linears[-1], activation="tanh")
+
+    def differentiable_mean(self, rows: Tensor) -> Tensor:
+        """Return the same, through operations autograd knows."""
+        for linear, norm in zip(self.linears[:-1], self.norms, strict=True):
+            rows = F.elu(torch.layer_norm(F.linear(rows, *linear), *norm))
+        return torch.tanh(F.linear(rows, *self.linears[-1]))
+
+
+def relu_keeping_dtype_(x: Tensor) -> Tensor:
+    """ReLU in place. Half-precision numbers on a CPU are compared as integers, twice as fast: a
+    negative number's sign bit makes a negative integer.
+
+    A NaN with its sign bit set becomes 0, so use it only where the NaN also lives on elsewhere.
+    """
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        x.view(torch.int16).clamp_min_(0)
+        return x
+    return torch.relu_(x)
+
+
+def _norm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """LayerNorm takes float32 parameters with half-precision input on a CPU only."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def _held_norm(put, name: str, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple:
+    """Return `torch.layer_norm`'s arguments after the input."""
+    weight, bias = put(f"{name}.weight", norm.weight, dtype), put(f"{name}.bias", norm.bias, dtype)
+    return norm.normalized_shape, weight, bias, norm.eps

@@ -1,0 +1,435 @@
+"""Engine "triton": fused kernels, all K steps in one CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from polygrad_fast.denoisers import ResidualMLPDenoiser
+from polygrad_fast.errors import InputError
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.policy import GaussianPolicy
+from polygrad_fast.reference.residual_mlp import fold_input, fold_normalizer
+from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+from polygrad_fast.sampling.graphs import GraphCache
+
+DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
+MINIMUM_CAPABILITY = (8, 0)
+ROW_ALIGNMENT = 64  # elements; whole tiles of the K loop, and rows aligned for 16-byte loads
+
+
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """Import the kernels, and with them triton."""
+    try:
+        from polygrad_fast.kernels import guided_step, residual_mlp
+    except ImportError as error:
+        raise InputError(
+            f"engine 'triton' needs the package triton ({error}); install polygrad-fast[triton] "
+            "or use engine 'torch' or 'reference'"
+        ) from None
+    return guided_step, residual_mlp
+
+
+def _refuse(got: str, wanted: str) -> None:
+    raise InputError(
+        f"engine 'triton' does not offer {got}, it wants {wanted}; engines 'torch' and "
+        "'reference' offer it"
+    )
+
+
+def _padded_zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    width = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return torch.zeros(rows, width, dtype=dtype, device=device)
+
+
+class DenoiserOperands:
+    """The residual MLP's weights as its kernels read them: folded, cast, at fixed addresses.
+
+    Args:
+        denoiser: whose current weights `refresh` reads.
+        precision: a key of `kernels.residual_mlp.PRECISIONS`.
+        num_steps: K.
+        device: where the kernels run.
+    """
+
+    def __init__(
+        self,
+        denoiser: ResidualMLPDenoiser,
+        precision: str,
+        num_steps: int,
+        device: torch.device,
+    ):
+        self.layer = _kernels()[1]
+        self.denoiser, self.precision, self.device = denoiser, precision, device
+        self.dtype = self.layer.PRECISIONS[precision].dtype
+        width, num_layers = denoiser.hidden_dim, denoiser.num_layers
+        self.in_dim = denoiser.horizon * (denoiser.state_dim + denoiser.action_dim)
+        self.out_dim = denoiser.horizon * denoiser.state_dim
+        self.by_layer = denoiser.step_conditioning == "layer"
+        self.timesteps = torch.arange(num_steps, device=device)
+        self.input_weight = _padded_zeros(width, self.in_dim, self.dtype, device)
+        self.input_bias = torch.empty(num_steps, width, device=device)
+        self.weights = [
+            torch.empty(dim, width, dtype=self.dtype, device=device)
+            for dim in (*[width] * num_layers, self.out_dim)
+        ]
+        bias_shape = (num_steps, width) if self.by_layer else (1, width)
+        self.biases = [torch.empty(bias_shape, device=device) for _ in range(num_layers)]
+        self.biases.append(torch.empty(1, self.out_dim, device=device))
+        # gamma and beta of every LayerNorm, the final one included
+        self.norms = torch.empty(num_layers + 1, 2, width, device=device)
+
+    def refresh(self) -> None:
+        """Read the denoiser's current weights into the operands; no host synchronization."""
+        net = self.denoiser
+        if self.by_layer:
+            weight, rows = net.input.weight, net.input.bias
+        else:
+            weight, rows = fold_input(
+                net.proj.weight,
+                net.proj.bias,
+                net.step_mlp(self.timesteps),
+                net.input.weight,
+                net.input.bias,
+            )
+            norms = [*(block.norm for block in net.blocks), net.norm]
+            for gamma_beta, norm in zip(self.norms, norms, strict=True):
+                gamma_beta[0].copy_(norm.weight)
+                gamma_beta[1].copy_(norm.bias)
+        self.input_weight[:, : self.in_dim].copy_(weight)
+        self.input_bias.copy_(rows)
+        linears = [*(block.linear for block in net.blocks), net.output]
+        torch._foreach_copy_(self.weights, [linear.weight for linear in linears])
+        for bias, linear in zip(self.biases, linears, strict=True):
+            bias.copy_(linear.bias)
+        if self.by_layer:
+            for bias, block in zip(self.biases, net.blocks, strict=False):
+                bias.add_(block.step_embedding(self.timesteps))
+
+    def workspace(self, batch: int) -> tuple[Tensor, ...]:
+        """Allocate the kernels' input, two residual streams with their moments, and the
+        prediction."""
+        width = self.denoiser.hidden_dim
+        moments = self.layer.moments_shape(self.precision, batch, width)
+        return (
+            _padded_zeros(batch, self.in_dim, self.dtype, self.device),
+            torch.empty(2, batch, width, device=self.device),
+            torch.empty(2, *moments, device=self.device),
+            torch.empty(batch, self.out_dim, device=self.device),
+        )
+
+    def predict(self, workspace: tuple[Tensor, ...], k: int) -> Tensor:
+        """Run the denoiser on the workspace's input in step k; return its prediction [B, H D]."""
+        x_in, streams, moments, prediction = workspace
+        layer = functools.partial(self.layer.residual_mlp_layer, precision=self.precision)
+        source = 0
+        layer(
+            x_in,
+            self.input_weight,
+            self.input_bias[k],
+            streams[source],
+            moments_out=None if self.by_layer else moments[source],
+            blocks=self._blocks(x_in.shape[0]),
+        )
+        modules = [*(block for block in self.denoiser.blocks), self.denoiser]
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            last = index == len(self.weights) - 1
+            norm = None
+            if not self.by_layer:
+                norm = (moments[source], *self.norms[index], modules[index].norm.eps)
+            layer(
+                streams[source],
+                weight,
+                bias[k if len(bias) > 1 else 0],
+                prediction if last else streams[1 - source],
+                norm=norm,
+                relu=True,
+                residual=not last,
+                moments_out=None if last or self.by_layer else moments[1 - source],
+                blocks=None if last else self._blocks(x_in.shape[0]),
+            )
+            source = 1 - source
+        return prediction
+
+    def _blocks(self, rows: int):
+        """Tiles of the wide layers; without LayerNorm they are the same, only without moments."""
+        return self.layer.layer_blocks(
+            self.precision, rows, True, self.layer.shared_memory(self.device)
+        )
+
+    def sources(self) -> list[Tensor]:
+        """Return every tensor that `refresh` reads."""
+        return [*self.denoiser.parameters(), *self.denoiser.buffers()]
+
+
+class PolicyWeights:
+    """The policy's weights as the guided step reads them: on normalized observations, cast.
+
+    Precision: its hidden layer multiplies in float16 in both half-precision engines (its operands
+    follow a LayerNorm, so float16's range holds them, with 8 times bfloat16's precision); its first
+    layer in tf32 there, whose range holds any estimate of the states; its last in float32 always.
+
+    Args:
+        policy: whose current weights `refresh` reads. normalizer: likewise its moments.
+        precision: the engine's.
+        device: where the kernel runs.
+    """
+
+    def __init__(
+        self, policy: GaussianPolicy, normalizer: Normalizer, precision: str, device: torch.device
+    ):
+        steps = _kernels()[0]
+        self.policy, self.normalizer = policy, normalizer
+        self.linears = [m for m in policy.network if isinstance(m, nn.Linear)]
+        self.norms = [m for m in policy.network if isinstance(m, nn.LayerNorm)]
+        if precision == "bfloat16":
+            precision = "float16"
+        dtype = torch.float16 if precision == "float16" else torch.float32
+        hidden, observation_dim = self.linears[0].weight.shape
+        action_dim, num_layers = policy.action_dim, len(self.norms)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device)
+
+        first_weight = _padded_zeros(hidden, observation_dim, torch.float32, device)
+        hidden_weight = first_weight
+        if num_layers > 1:
+            hidden_weight = _padded_zeros(hidden, hidden, dtype, device)
+        self.operands = steps.PolicyOperands(
+            first_weight=first_weight,
+            hidden_weight=hidden_weight,
+            vectors=empty(num_layers, 3, hidden),
+            last_weight=empty(action_dim, hidden),
+            last_bias=empty(action_dim),
+            std=empty(action_dim),
+            num_layers=num_layers,
+            eps=self.norms[0].eps,
+            precision=precision,
+        )
+
+    def refresh(self) -> None:
+        """Read the policy's current weights and the normalizer's current moments."""
+        to, first = self.operands, self.linears[0]
+        weight, bias = first.weight, first.bias
+        if not self.policy.normed_inputs:
+            weight, bias = fold_normalizer(
+                weight,
+                bias,
+                self.normalizer.observations_mean,
+                self.normalizer.observations_scale,
+            )
+        to.first_weight[:, : weight.shape[1]].copy_(weight)
+        to.vectors[0, 0].copy_(bias)
+        for linear in self.linears[1:-1]:
+            to.hidden_weight[:, : linear.in_features].copy_(linear.weight)
+            to.vectors[1, 0].copy_(linear.bias)
+        for vectors, norm in zip(to.vectors, self.norms, strict=True):
+            vectors[1].copy_(norm.weight)
+            vectors[2].copy_(norm.bias)
+        to.last_weight.copy_(self.linears[-1].weight)
+        to.last_bias.copy_(self.linears[-1].bias)
+        to.std.copy_(self.policy.std)
+
+    def sources(self) -> list[Tensor]:
+        """Return every tensor that `refresh` and the kernel read."""
+        return [*self.policy.parameters(), *self.normalizer.buffers()]
+
+
+class TritonEngine:
+    """Run Algorithm 2 in fused kernels: per step one launch per denoiser layer and one for all the
+    rest; on a GPU all steps are one CUDA graph, captured at the first sample of each shape.
+
+    Weights and moments are read anew at the start of every sample. Noise is drawn in the kernels,
+    from a seed that the caller's generator gives: equal seeds give equal trajectories, whatever
+    else is in the batch, but not those of another engine.
+
+    Args:
+        components: a residual MLP denoiser and a Gaussian policy of at most 2 layers of 256.
+        dtype: what the GEMMs' operands are in: "float32" (no tensor cores), "tf32", "float16" or
+            "bfloat16"; "auto" is "float16" on a GPU. Residual stream, sums and states are float32.
+
+    Raises:
+        InputError: an option, network or device that this engine does not offer; the message names
+            engines that do.
+
+    Numerics: float32 chains agree with the reference to 1e-4 per step; half-precision errors are
+    those of plain PyTorch in that dtype. See `PolicyWeights` for the policy's precision.
+    """
+
+    def __init__(self, components: SamplerComponents, dtype: str = "auto"):
+        if dtype not in DTYPES:
+            raise InputError(f"engine 'triton' takes dtype {list(DTYPES)}, got {dtype!r}")
+        self.components, self.device = components, components.device
+        self._check_options(components)
+        self.steps, layers = _kernels()
+        self._check_device(layers)
+        if dtype == "auto":
+            dtype = "float16" if self.device.type == "cuda" else "float32"
+        if self.interpreted and dtype == "bfloat16":
+            raise InputError(
+                "triton's interpreter multiplies bfloat16 wrongly, got dtype 'bfloat16'; use "
+                "'float32', 'float16' or a GPU"
+            )
+        self.dtype = dtype
+        c = components
+        self.options = self.steps.step_options(c.config)
+        self.table = self.steps.schedule_table(c.schedule, self.options, c.config)
+        num_steps = c.schedule.num_train_timesteps
+        self.denoiser = DenoiserOperands(c.denoiser, dtype, num_steps, self.device)
+        self.policy = PolicyWeights(c.policy, c.normalizer, dtype, self.device)
+        bounds = c.action_bounds or (torch.zeros((), device=self.device),) * 2
+        self.bounds = tuple(b.float().expand(c.action_dim).contiguous() for b in bounds)
+        self._check_sources()
+        self._graphs = None if self.interpreted else GraphCache()
+
+    def _check_options(self, c: SamplerComponents) -> None:
+        if c.config.update_states:
+            _refuse("update_states=True", "update_states=False")
+        if not isinstance(c.denoiser, ResidualMLPDenoiser):
+            _refuse(f"denoiser {type(c.denoiser).__name__}", "ResidualMLPDenoiser")
+        if not isinstance(c.policy, GaussianPolicy):
+            _refuse(f"policy {type(c.policy).__name__}", "GaussianPolicy")
+        steps = _kernels()[0]
+        num_layers = sum(isinstance(m, nn.LayerNorm) for m in c.policy.network)
+        hidden = c.policy.network[0].out_features
+        for name, got, low, high in (
+            ("policy num_layers", num_layers, 1, steps.MAX_POLICY_LAYERS),
+            ("policy hidden_dim", hidden, 1, steps.MAX_POLICY_DIM),
+            ("observation_dim", c.observation_dim, 1, steps.MAX_STATE_DIM - 2),
+            ("action_dim", c.action_dim, 1, steps.MAX_ACTION_DIM),
+        ):
+            if not low <= got <= high:
+                _refuse(f"{name} {got}", f"{low} to {high}")
+
+    def _check_device(self, layers: ModuleType) -> None:
+        self.interpreted = layers.is_interpreted()
+        if self.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(self.device)
+            if capability < MINIMUM_CAPABILITY:
+                _refuse(f"compute capability {capability}", f"{MINIMUM_CAPABILITY} or newer")
+        elif not self.interpreted:
+            raise InputError(
+                f"engine 'triton' needs a CUDA GPU (or TRITON_INTERPRET=1 in the environment, for "
+                f"tests), got device {str(self.device)!r}; use engine 'torch' or 'reference'"
+            )
+
+    def _check_sources(self) -> None:
+        for tensor in self._sources():
+            if tensor.device != self.device:
+                raise InputError(
+                    f"the sampler is on {self.device}, but a weight or moment of its modules on "
+                    f"{tensor.device}"
+                )
+
+    def _sources(self) -> list[Tensor]:
+        return [*self.denoiser.sources(), *self.policy.sources()]
+
+    def sample(
+        self,
+        initial_observations: Tensor,
+        guidance_scale: float | Tensor,
+        generator: torch.Generator | None,
+        noise: SampleNoise | None,
+        return_chain: bool,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [K,
+        B, H, .]; none of them shares memory with the engine.
+
+        Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
+        observations [B, S]. Does not synchronize with the device after the first call of a shape.
+        """
+        if torch.is_tensor(guidance_scale):
+            guidance = guidance_scale.detach().to(self.device, torch.float32).reshape(1)
+        else:
+            guidance = torch.full((1,), float(guidance_scale), device=self.device)
+        given = ()
+        if noise is not None:
+            given = (
+                noise.initial_trajectories,
+                noise.initial_actions,
+                noise.trajectories,
+                noise.actions,
+            )
+            seed = torch.zeros(2, dtype=torch.int64, device=self.device)
+        else:
+            seed = self._draw_seed(generator)
+        given = tuple(t.to(self.device, torch.float32).contiguous() for t in given)
+        s0 = initial_observations.to(self.device, torch.float32).contiguous()
+        inputs = (s0, guidance, seed, *given)
+        run = functools.partial(self._run, return_chain)
+        on_device = contextlib.nullcontext()
+        if self.device.type == "cuda":
+            on_device = torch.cuda.device(self.device)
+        with torch.no_grad(), on_device:
+            if self._graphs is None:
+                outputs = run(*inputs)
+            else:  # a tensor that was replaced, not changed in place, needs a new capture
+                addresses = tuple(tensor.data_ptr() for tensor in self._sources())
+                outputs = self._graphs((return_chain, addresses), run, inputs)
+        trajectory, actions, *chains = outputs
+        return trajectory, actions, tuple(chains) if chains else None
+
+    def _draw_seed(self, generator: torch.Generator | None) -> Tensor:
+        device = self.device if generator is None else generator.device
+        seed = torch.randint(2**62, (2,), generator=generator, device=device)
+        return seed.to(self.device)
+
+    def _run(
+        self,
+        return_chain: bool,
+        initial_observations: Tensor,
+        guidance_scale: Tensor,
+        seed: Tensor,
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One sample; launches only, so that it can be captured."""
+        c = self.components
+        batch, observation_dim = initial_observations.shape
+        num_steps = c.schedule.num_train_timesteps
+        kept = (num_steps,) if return_chain else (1,)
+        shape = (batch, c.horizon)
+        trajectories = torch.empty(*kept, *shape, observation_dim + 2, device=self.device)
+        all_actions = torch.empty(*kept, *shape, c.action_dim, device=self.device)
+        trajectory, actions = trajectories[0], all_actions[0]
+
+        self.denoiser.refresh()
+        self.policy.refresh()
+        workspace = self.denoiser.workspace(batch)
+        normalizer = c.normalizer
+        space = self.steps.ActionSpace(
+            normalizer.actions_mean, normalizer.actions_scale, *self.bounds
+        )
+        common = dict(
+            initial_observations=initial_observations,
+            table=self.table,
+            space=space,
+            options=self.options,
+            seed=seed,
+            denoiser_input=workspace[0],
+        )
+        self.steps.initial_state(
+            noise=given[:2] or None, trajectory_out=trajectory, actions_out=actions, **common
+        )
+        for step, k in enumerate(reversed(range(num_steps))):
+            prediction = self.denoiser.predict(workspace, k)
+            row = step if return_chain else 0
+            self.steps.guided_step(
+                prediction,
+                trajectory,
+                actions,
+                k=k,
+                policy=self.policy.operands,
+                guidance_scale=guidance_scale,
+                noise=(given[2][step], given[3][step]) if given else None,
+                trajectory_out=trajectories[row],
+                actions_out=all_actions[row],
+                **common,
+            )
+            trajectory, actions = trajectories[row], all_actions[row]
+        if return_chain:
+            return trajectory.clone(), actions.clone(), trajectories, all_actions
+        return trajectory, actions

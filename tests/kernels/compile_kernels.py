@@ -1,0 +1,211 @@
+"""Compile every kernel at every shipped block size for given GPUs, without one; print one JSON row
+per kernel.
+
+Run as a script, without TRITON_INTERPRET: the interpreter replaces the kernels when it is on. The
+launchers themselves are called, on host tensors, with the kernels replaced by recorders that
+compile what they are launched with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from polygrad_fast.config import SamplerConfig
+from polygrad_fast.kernels import guided_step, residual_mlp
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Recorder:
+    """Stands in for a kernel: keeps what it is launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launches.append(arguments)
+
+
+def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
+    """Specialize as a launch would: types, divisibility by 16, the integer 1, constants."""
+    options = {name: arguments[name] for name in OPTIONS}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        divisible = False
+        if parameter.is_constexpr or (
+            value == 1 if isinstance(value, int) and not parameter.do_not_specialize else False
+        ):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif torch.is_tensor(value):
+            signature[parameter.name] = POINTERS[value.dtype]
+            divisible = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            divisible = value % 16 == 0 and not parameter.do_not_specialize
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Read registers and stack (spills lie there) out of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(numbers["REG"]),
+        "stack": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+    }
+
+
+def compile_row(name: str, kernel, arguments: dict, architecture: int) -> dict:
+    """Compile one launch for one GPU and return its row of the table."""
+    src, options = source(kernel, arguments)
+    compiled = triton.compile(src, target=GPUTarget("cuda", architecture, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": name,
+        "sm": architecture,
+        "warps": options["num_warps"],
+        "stages": options["num_stages"],
+        "shared": compiled.metadata.shared,
+        **resources(compiled.asm["cubin"]),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+        "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+    }
+
+
+def layer_launches() -> Iterator[tuple[str, object, dict]]:
+    """Every tile size of the layer in the roles it ships in, paper-sized (H = 10, Walker2d)."""
+    recorder = Recorder(residual_mlp._residual_mlp_layer_kernel)
+    residual_mlp._residual_mlp_layer_kernel = recorder
+    width, in_dim, out_dim = 1024, 256, 190
+    for precision, setting in residual_mlp.PRECISIONS.items():
+        for rows in (1024, 4096):
+            x, out = torch.empty(rows, width), torch.empty(rows, width)
+            moments = torch.empty(residual_mlp.moments_shape(precision, rows, width))
+            gamma = torch.empty(width)
+            weight = torch.empty(width, width, dtype=setting.dtype)
+            norm = (moments, gamma, gamma, 1e-5)
+            roles = {
+                "input": dict(
+                    x=torch.empty(rows, in_dim, dtype=setting.dtype),
+                    weight=weight[:, :in_dim].contiguous(),
+                    bias=gamma,
+                    out=out,
+                    moments_out=moments,
+                ),
+                "hidden": dict(
+                    x=x, weight=weight, bias=gamma, out=out, norm=norm, relu=True, residual=True,
+                    moments_out=moments,
+                ),
+                "output": dict(
+                    x=x, weight=weight[:out_dim], bias=gamma, out=torch.empty(rows, out_dim),
+                    norm=norm, relu=True,
+                ),
+            }  # fmt: skip
+            for role, arguments in roles.items():
+                if precision == "bfloat16" and role != "hidden":
+                    continue  # the same machine code but for the operands' type
+                residual_mlp.residual_mlp_layer(precision=precision, **arguments)
+                launch = recorder.launches.pop()
+                tile = "x".join(str(launch[f"BLOCK_{axis}"]) for axis in "MNK")
+                yield f"layer {role} {precision} {tile}", recorder.kernel, launch
+
+
+def step_launches() -> Iterator[tuple[str, object, dict]]:
+    """Every tile size of the guided step with a paper-sized policy, and the initial state."""
+    recorder = Recorder(guided_step._guided_step_kernel)
+    guided_step._guided_step_kernel = recorder
+    initial = Recorder(guided_step._initial_state_kernel)
+    guided_step._initial_state_kernel = initial
+    action_dim, hidden, num_steps = 6, 256, 128
+    vector = torch.empty(action_dim)
+    space = guided_step.ActionSpace(vector, vector, vector, vector)
+    for precision, operand_dtype in (
+        ("float32", torch.float32), ("tf32", torch.float32), ("float16", torch.float16)
+    ):  # fmt: skip
+        options = guided_step.step_options(SamplerConfig.official())
+        for state_dim, pair in guided_step.STEP_BLOCKS[precision].items():
+            state_dim = 19 if state_dim == 32 else state_dim - 1  # 19: Walker2d
+            for blocks in dict.fromkeys(pair):
+                rows = 10240
+                batch, horizon = rows // 10, 10
+                trajectory = torch.empty(batch, horizon, state_dim)
+                actions = torch.empty(batch, horizon, action_dim)
+                stride = -(-horizon * (state_dim + action_dim) // 16) * 16
+                common = dict(
+                    table=torch.empty(num_steps, 8),
+                    space=space,
+                    options=options,
+                    seed=torch.empty(2, dtype=torch.int64),
+                    noise=None,
+                    trajectory_out=trajectory,
+                    actions_out=actions,
+                    denoiser_input=torch.empty(batch, stride, dtype=operand_dtype),
+                    initial_observations=torch.empty(batch, state_dim - 2),
+                )
+                for num_layers, k in (
+                    ((1, 64), (2, 64), (2, 0)) if state_dim == 19 else ((2, 64),)
+                ):  # fmt: skip
+                    policy = guided_step.PolicyOperands(
+                        first_weight=torch.empty(hidden, -(-(state_dim - 2) // 16) * 16),
+                        hidden_weight=torch.empty(hidden, hidden, dtype=operand_dtype),
+                        vectors=torch.empty(2, 3, hidden),
+                        last_weight=torch.empty(action_dim, hidden),
+                        last_bias=vector,
+                        std=vector,
+                        num_layers=num_layers,
+                        eps=1e-3,
+                        precision=precision,
+                    )
+                    guided_step.guided_step(
+                        trajectory, trajectory, actions, k=k, policy=policy,
+                        guidance_scale=torch.empty(1), blocks=blocks, **common,
+                    )  # fmt: skip
+                    name = f"guided_step {precision} D={state_dim} layers={num_layers} "
+                    name += f"rows={blocks.block_rows}" + ("" if k else " last")
+                    yield name, recorder.kernel, recorder.launches.pop()
+            if precision == "float16" and state_dim in (19, 511):
+                guided_step.initial_state(**common)
+                name = f"initial_state {precision} D={state_dim}"
+                yield name, initial.kernel, initial.launches.pop()
+
+
+def main(architecture: int, only: str = "") -> None:
+    """Print one row per kernel whose name matches the regular expression `only`."""
+    for launches in (layer_launches, step_launches):
+        for name, kernel, arguments in launches():
+            if re.search(only, name):
+                print(json.dumps(compile_row(name, kernel, arguments, architecture)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:3])

@@ -1,0 +1,371 @@
+"""Engine "triton": whole chains against the released code's records and the reference engine."""
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import polygrad_fast as pg  # noqa: E402
+from polygrad_fast.compat import official  # noqa: E402
+from polygrad_fast.errors import InputError  # noqa: E402
+from polygrad_fast.kernels import residual_mlp  # noqa: E402
+from polygrad_fast.sampling.components import SampleNoise, SamplerComponents  # noqa: E402
+from polygrad_fast.sampling.reference_engine import ReferenceEngine  # noqa: E402
+from polygrad_fast.sampling.triton_engine import DenoiserOperands, TritonEngine  # noqa: E402
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
+INDEX = json.loads((FIXTURES / "index.json").read_text())
+SAMPLES = [n for n in INDEX if n.startswith("sample_mlp") and "state_update" not in n]
+UPDATE = {"grad": "score", "sample": "sample", "none": "none"}
+S, A, H, K = 3, 2, 4, 8
+
+
+def relative_error(got, wanted):
+    return ((got - wanted).abs() / wanted.abs().clamp(min=1.0)).max().item()
+
+
+def load_fixture(name, device):
+    with np.load(FIXTURES / f"{name}.npz") as data:
+        arrays = {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
+
+    def part(prefix):
+        return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+    info = INDEX[name]
+    variant = info["variant"]
+    normalizer = pg.Normalizer.from_moments(**{
+        field: (arrays[f"normalizer.{field}.mean"], arrays[f"normalizer.{field}.std"])
+        for field in ("observations", "actions", "rewards")
+    }).to(device)  # fmt: skip
+    denoiser = official.load_denoiser(
+        part("model."), info["observation_dim"], info["action_dim"], info["horizon"]
+    ).to(device)
+    policy = official.load_policy(
+        part("actor."), arrays["logstd"], info["min_std"], normalizer
+    ).to(device)  # fmt: skip
+    config = pg.SamplerConfig.official(
+        prediction_type="epsilon" if info["predict_epsilon"] else "sample",
+        action_update=UPDATE[variant["guidance_type"]],
+        clip_std=variant["clip_std"],
+        policy_input={"recon": "denoised"}.get(
+            variant.get("states_for_guidance", "recon"), "posterior_mean"
+        ),
+        update_states=variant.get("update_states", False),
+        clip_state_change=info["clip_state_change"],
+    )
+    schedule = pg.NoiseSchedule.cosine(info["n_timesteps"], info["noise_sched_tau"]).to(device)
+    components = SamplerComponents(
+        denoiser, policy, schedule, normalizer, config, torch.device(device), None
+    )
+    arrays = {k: v.to(device) for k, v in arrays.items()}
+    noise = SampleNoise(
+        *(arrays[n] for n in ("x_init", "act_init", "state_noise", "action_noise"))
+    )  # fmt: skip
+    return components, arrays, info, noise
+
+
+def build(device, config=None, seed=0, hidden=32, num_layers=2, bounds=False, **denoiser_options):
+    """A small random sampler."""
+    torch.manual_seed(seed)
+    normalizer = pg.Normalizer.from_moments(
+        observations=(torch.randn(S), torch.rand(S) + 0.5),
+        actions=(0.1 * torch.randn(A), torch.rand(A) + 0.3),
+    ).to(device)
+    denoiser = pg.ResidualMLPDenoiser(
+        S, A, H, hidden, num_layers, num_train_timesteps=K, **denoiser_options
+    ).to(device)
+    policy = pg.GaussianPolicy(S, A, 24, 2, 0.5, 0.1).to(device)
+    return SamplerComponents(
+        denoiser,
+        policy,
+        pg.NoiseSchedule.cosine(K).to(device),
+        normalizer,
+        config or pg.SamplerConfig.official(),
+        torch.device(device),
+        tuple(torch.tensor(b, device=device) for b in (-1.0, 1.0)) if bounds else None,
+    )
+
+
+def draw_noise(device, batch, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, H, S + 2), (batch, H, A), (K, batch, H, S + 2), (K, batch, H, A))
+    return SampleNoise(*(torch.randn(s, generator=generator).to(device) for s in shapes))
+
+
+def sample(engine, s0, guidance=0.05, generator=None, noise=None, return_chain=False):
+    with torch.no_grad():
+        return engine.sample(s0, guidance, generator, noise, return_chain)
+
+
+def assert_same_chain(components, batch=3, guidance=0.05):
+    device = components.device
+    s0, noise = torch.randn(batch, S, device=device), draw_noise(device, batch)
+    got = sample(TritonEngine(components, "float32"), s0, guidance, None, noise, True)
+    wanted = sample(ReferenceEngine(components), s0, guidance, None, noise, True)
+    for step in range(K):
+        for name, mine, theirs in zip(("states", "actions"), got[2], wanted[2], strict=True):
+            assert relative_error(mine[step], theirs[step]) < 1e-4, (step, name)
+    assert torch.equal(got[0], got[2][0][-1]) and torch.equal(got[1], got[2][1][-1])
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_released_chain(device, name):
+    components, arrays, info, noise = load_fixture(name, device)
+    engine = TritonEngine(components, "float32")
+    scale = torch.tensor(info["guidance_scale"], device=device)
+    trajectory, actions, chain = sample(engine, arrays["s0"], scale, None, noise, True)
+    for step in range(info["n_timesteps"]):
+        assert relative_error(chain[0][step], arrays["x_chain"][step]) < 1e-4, step
+        assert relative_error(chain[1][step], arrays["act_chain"][step]) < 1e-4, step
+    assert torch.equal(trajectory[:, 0, : info["observation_dim"]], arrays["s0"])
+    without_chain = sample(engine, arrays["s0"], scale, None, noise)
+    assert torch.equal(without_chain[0], trajectory) and torch.equal(without_chain[1], actions)
+    assert without_chain[2] is None
+
+
+CONFIGS = {
+    "paper": pg.SamplerConfig.paper(prediction_type="sample"),
+    "paper, epsilon": pg.SamplerConfig.paper(),
+    "noisy states": pg.SamplerConfig.official(policy_input="noisy"),
+    "policy sampling, beta": pg.SamplerConfig.paper(action_update="sample"),
+    "quick preset": pg.SamplerConfig.official(
+        clip_state_change=None, denoiser_actions="clipped", max_guidance=0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chain_equals_the_reference(device, name):
+    bounds = CONFIGS[name].denoiser_actions == "clipped"
+    assert_same_chain(build(device, CONFIGS[name], bounds=bounds))
+
+
+def test_chain_of_the_papers_network(device):
+    assert_same_chain(build(device, step_conditioning="layer"))
+
+
+def test_chain_of_odd_widths(device):
+    assert_same_chain(build(device, hidden=50, num_layers=1), batch=1)
+    assert_same_chain(build(device, hidden=200, num_layers=1), batch=5)
+
+
+@pytest.mark.parametrize("conditioning", ["input", "layer"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float16", "float32", *(pytest.param(d, marks=pytest.mark.gpu) for d in ("tf32", "bfloat16"))],
+)
+@torch.no_grad()
+def test_denoiser_error(device, conditioning, dtype):
+    """The fused network's error is at most twice that of the plain one in the same dtype."""
+    c = build(device, hidden=160, num_layers=3, step_conditioning=conditioning)
+    operands = DenoiserOperands(c.denoiser, dtype, K, torch.device(device))
+    operands.refresh()
+    workspace = operands.workspace(9)
+    x, u = torch.randn(9, H, S + 2, device=device), torch.randn(9, H, A, device=device)
+    z = torch.cat([x, u], -1).flatten(1)
+    workspace[0][:, : z.shape[1]].copy_(z)
+    for tensor in workspace[1:]:
+        tensor.fill_(torch.nan)
+    steps = torch.full((9,), 5, device=device)
+    got = operands.predict(workspace, 5).view(x.shape).double()
+    exact = copy.deepcopy(c.denoiser).double()(x.double(), u.double(), steps)
+    half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype)
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    with torch.autocast(torch.device(device).type, dtype=half, enabled=half is not None):
+        plain = c.denoiser(x, u, steps).double()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    error, allowed = (got - exact).abs().max(), 2 * (plain - exact).abs().max() + 1e-6
+    assert error <= allowed
+
+
+def test_weights_and_moments_changed_in_place(device):
+    c = build(device)
+    engine = TritonEngine(c, "float32")
+    s0, noise = torch.randn(4, S, device=device), draw_noise(device, 4)
+    before = sample(engine, s0, noise=noise)
+    optimizer = torch.optim.Adam([*c.denoiser.parameters(), *c.policy.parameters()], lr=1e-2)
+    for _ in range(3):
+        steps = torch.randint(K, (4,), device=device)
+        prediction = c.denoiser(noise.initial_trajectories, noise.initial_actions, steps)
+        loss = prediction.square().mean() + (c.policy(s0)[0] - 1).square().mean()
+        optimizer.zero_grad()
+        (loss + c.policy.std.sum()).backward()
+        optimizer.step()
+    c.normalizer.update({"observations": (torch.ones(S), torch.full((S,), 2.0)),
+                         "actions": (torch.ones(A), torch.full((A,), 0.5))})  # fmt: skip
+    got = sample(engine, s0, noise=noise)
+    wanted = sample(ReferenceEngine(c), s0, noise=noise)
+    assert relative_error(got[0], wanted[0]) < 1e-4 and relative_error(got[1], wanted[1]) < 1e-4
+    assert relative_error(got[0], before[0]) > 1e-2
+
+
+def test_weights_replaced(device):
+    """A tensor put in a weight's place is seen too."""
+    c = build(device)
+    engine = TritonEngine(c, "float32")
+    s0, noise = torch.randn(4, S, device=device), draw_noise(device, 4)
+    sample(engine, s0, noise=noise)
+    c.denoiser.output.weight.data = torch.randn_like(c.denoiser.output.weight)
+    got, wanted = sample(engine, s0, noise=noise), sample(ReferenceEngine(c), s0, noise=noise)
+    assert relative_error(got[0], wanted[0]) < 1e-4
+
+
+def test_generator(device):
+    engine = TritonEngine(build(device), "float32")
+    s0 = torch.randn(5, S, device=device)
+
+    def seeded(seed, s0=s0):
+        return sample(engine, s0, generator=torch.Generator(device).manual_seed(seed))
+
+    first, again, other = seeded(0), seeded(0), seeded(1)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.isclose(first[1], other[1]).any()
+    generator = torch.Generator(device).manual_seed(0)
+    sample(engine, s0, generator=generator)
+    second = sample(engine, s0, generator=generator)
+    assert not torch.isclose(first[1], second[1]).any()
+    fewer = seeded(0, s0[:2])
+    assert torch.allclose(fewer[0], first[0][:2], atol=1e-5)
+    assert torch.allclose(fewer[1], first[1][:2], atol=1e-5)
+    torch.manual_seed(7)
+    default = sample(engine, s0)
+    torch.manual_seed(7)
+    assert torch.equal(sample(engine, s0)[0], default[0])
+
+
+def test_results_are_the_callers(device):
+    engine = TritonEngine(build(device), "float32")
+    s0, noise = torch.randn(3, S, device=device), draw_noise(device, 3)
+    first = sample(engine, s0, noise=noise, return_chain=True)
+    kept = [t.clone() for t in (first[0], first[1], *first[2])]
+    second = sample(engine, s0 + 1, noise=draw_noise(device, 3, seed=2), return_chain=True)
+    for tensor in (*second[:2], *second[2]):
+        tensor.fill_(torch.nan)
+    assert all(map(torch.equal, kept, (first[0], first[1], *first[2])))
+    first[0].zero_()
+    assert torch.equal(first[2][0], kept[2])
+
+
+def test_inputs_are_not_changed(device):
+    engine = TritonEngine(build(device), "float32")
+    wide, noise = torch.randn(6, 2 * S, device=device), draw_noise(device, 3)
+    s0 = wide[::2, ::2]  # not contiguous
+    kept = [t.clone() for t in (s0, *vars(noise).values())]
+    got = sample(engine, s0, noise=noise)
+    assert all(map(torch.equal, kept, (s0, *vars(noise).values())))
+    assert torch.equal(got[0], sample(engine, s0.contiguous(), noise=noise)[0])
+
+
+def two_sample_ks(x, y):
+    """p-value that two samples have one distribution."""
+    x, y = (v.double().flatten().sort().values for v in (x, y))
+    points = torch.cat([x, y])
+    d = (torch.searchsorted(x, points, right=True) / len(x)
+         - torch.searchsorted(y, points, right=True) / len(y)).abs().max().item()  # fmt: skip
+    n = len(x) * len(y) / (len(x) + len(y))
+    t = d * (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n))
+    return min(1.0, 2 * sum((-1) ** (j - 1) * math.exp(-2 * j * j * t * t) for j in range(1, 40)))
+
+
+def test_distribution_equals_the_reference(device, dtype="float16"):
+    """Standardized actions and final states, on in-kernel noise, against torch's generator.
+
+    One column at a time: the numbers of one trajectory are dependent.
+    """
+    c = build(device, pg.SamplerConfig.paper(prediction_type="sample"))
+    s0 = torch.zeros(250, S, device=device)
+
+    def standardized(engine, seed):
+        x, u, _ = sample(engine, s0, generator=torch.Generator(device).manual_seed(seed))
+        with torch.no_grad():
+            mean, std = c.policy(c.normalizer.unnormalize(x[..., :S], "observations"))
+        return x, (c.normalizer.unnormalize(u, "actions") - mean) / std
+
+    x, z = standardized(TritonEngine(c, dtype), 1)
+    wanted_x, wanted_z = standardized(ReferenceEngine(c), 2)
+    for t in (1, H - 1):
+        for i in range(A):
+            assert two_sample_ks(z[:, t, i], wanted_z[:, t, i]) > 1e-3
+        for i in range(S + 2):
+            assert two_sample_ks(x[:, t, i], wanted_x[:, t, i]) > 1e-3
+
+
+def test_refusals(device):
+    c = build(device)
+
+    def refuses(components, match, dtype="float32"):
+        with pytest.raises(InputError, match=match):
+            TritonEngine(components, dtype)
+
+    def changed(**fields):
+        return dataclasses.replace(c, **fields)
+
+    refuses(changed(config=pg.SamplerConfig.official(update_states=True)), "'torch' and 'ref")
+    refuses(changed(denoiser=pg.TransformerDenoiser(S, A, H, 16, 1, 2)), "TransformerDenoiser")
+    refuses(changed(policy=torch.nn.Linear(S, A)), "policy Linear")
+    refuses(changed(policy=pg.GaussianPolicy(S, A, 257)), "hidden_dim 257")
+    refuses(changed(policy=pg.GaussianPolicy(S, A, 16, 3)), "num_layers 3")
+    refuses(c, "dtype", "float64")
+    if not torch.cuda.is_available():
+        refuses(c, "bfloat16", "bfloat16")
+
+
+def test_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr(residual_mlp, "is_interpreted", lambda: False)
+    with pytest.raises(InputError, match="needs a CUDA GPU .*got device 'cpu'"):
+        TritonEngine(build("cpu"))
+
+
+# On a GPU: the captured graph against eager launches.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 257, 4096])
+def test_graph_equals_eager(device, dtype, batch):
+    c = build(device, hidden=256)
+    captured, eager = TritonEngine(c, dtype), TritonEngine(c, dtype)
+    eager._graphs = None
+    s0 = torch.randn(batch, S, device=device)
+    for seed in range(2):
+        results = [
+            sample(engine, s0, generator=torch.Generator(device).manual_seed(seed))
+            for engine in (captured, eager)
+        ]
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        with torch.no_grad():
+            for parameter in (*c.denoiser.parameters(), *c.policy.parameters()):
+                parameter.mul_(1.01)
+
+
+@pytest.mark.gpu
+def test_replays_do_not_synchronize(device):
+    engine = TritonEngine(build(device))
+    s0, delta = torch.randn(64, S, device=device), torch.tensor(0.05, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    first = sample(engine, s0, delta, generator)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = sample(engine, s0, delta, generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(first[1], second[1])
+
+
+@pytest.mark.gpu
+def test_several_shapes_and_samplers(device):
+    engines = [TritonEngine(build(device, seed=seed), "float32") for seed in range(3)]
+    for batch in (1, 7, 64, 7, 1):
+        for engine in engines:
+            s0, noise = torch.randn(batch, S, device=device), draw_noise(device, batch)
+            got = sample(engine, s0, noise=noise)
+            wanted = sample(ReferenceEngine(engine.components), s0, noise=noise)
+            assert relative_error(got[0], wanted[0]) < 1e-4

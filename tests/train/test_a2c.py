@@ -1,0 +1,455 @@
+import copy
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polygrad_fast as pg
+from polygrad_fast.policy import log_prob
+from polygrad_fast.training.a2c import generalized_advantages
+
+S, A, B, H = 4, 2, 16, 6
+FIELDS = ("observations", "actions", "rewards", "terminals")
+
+
+def make_normalizer() -> pg.Normalizer:
+    return pg.Normalizer.from_moments(
+        observations=(torch.arange(S).float(), torch.linspace(0.5, 2.0, S)),
+        actions=(torch.tensor([0.2, -0.4]), torch.tensor([0.6, 1.3])),
+        rewards=(1.5, 3.0),
+    )
+
+
+def make_actor_critic(config=None, normed_inputs=True, seed=0) -> pg.ActorCritic:
+    torch.manual_seed(seed)
+    normalizer = make_normalizer()
+    policy = pg.GaussianPolicy(
+        S, A, 16, init_std=0.6, normed_inputs=normed_inputs, normalizer=normalizer
+    )
+    return pg.ActorCritic(policy, pg.ValueFunction(S, 16), normalizer, config)
+
+
+def make_batch(seed=0, batch=B, horizon=H, terminal_rate=0.1) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "observations": torch.randn(batch, horizon, S, generator=g),
+        "actions": torch.randn(batch, horizon, A, generator=g),
+        "rewards": torch.randn(batch, horizon, generator=g),
+        "terminals": (torch.rand(batch, horizon, generator=g) < terminal_rate).float(),
+    }
+
+
+def snapshot(actor_critic):
+    """Every weight, optimizer moment and learned number."""
+    state = copy.deepcopy(actor_critic.state_dict())
+    return state, copy.deepcopy({n: m.state_dict() for n, m in actor_critic.modules().items()})
+
+
+def assert_equal(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def policy_vector(actor_critic) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in actor_critic.policy.parameters()])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    horizon=st.integers(1, 9),
+    gamma=st.floats(0, 1),
+    gae_lambda=st.floats(0, 1),
+    rate=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_gae_against_the_sum_of_its_definition(batch, horizon, gamma, gae_lambda, rate, seed):
+    g = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, batch, horizon, generator=g, dtype=torch.float64)
+    terminals = (torch.rand(batch, horizon, generator=g) < rate).double()
+    got = generalized_advantages(rewards, values, terminals, gamma, gae_lambda)
+    assert got.shape == (batch, horizon - 1)
+    for b in range(batch):
+        for t in range(horizon - 1):
+            wanted, weight = 0.0, 1.0
+            for u in range(t, horizon - 1):
+                alive = 1 - terminals[b, u].item()
+                bootstrap = gamma * alive * values[b, u + 1].item()
+                wanted += weight * (rewards[b, u].item() + bootstrap - values[b, u].item())
+                weight *= gamma * gae_lambda * alive
+            assert got[b, t].item() == pytest.approx(wanted, rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize("normed_inputs", [False, True])
+@pytest.mark.parametrize("normalize_advantages", [False, True])
+def test_losses_against_a_naive_loop(normed_inputs, normalize_advantages):
+    config = pg.A2CConfig(entropy_coef=0.1, normalize_advantages=normalize_advantages)
+    actor_critic = make_actor_critic(config, normed_inputs)
+    batch, normalizer = make_batch(terminal_rate=0.2), actor_critic.normalizer
+    observations, rewards = batch["observations"], batch["rewards"]
+    if not normed_inputs:
+        observations = normalizer.unnormalize(observations, "observations")
+        rewards = normalizer.unnormalize(rewards, "rewards")
+    actions = normalizer.unnormalize(batch["actions"], "actions")
+    with torch.no_grad():
+        mean, std = actor_critic.policy.distribution(observations)
+        values = actor_critic.value_function(observations)
+    terminals = batch["terminals"]
+    advantages = generalized_advantages(rewards, values, terminals, config.gamma, config.gae_lambda)
+    standard = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    actor_loss = critic_loss = 0.0
+    for b in range(B):
+        for t in range(H - 1):
+            if terminals[b, : t + 1].any():
+                break
+            pi = torch.distributions.Normal(mean[b, t], std[b, t])
+            advantage = (standard if normalize_advantages else advantages)[b, t]
+            actor_loss -= (pi.log_prob(actions[b, t]).sum() * advantage).item()
+            actor_loss -= 0.1 * pi.entropy().sum().item()
+            critic_loss += 0.5 * advantages[b, t].item() ** 2  # target - value, before any step
+    metrics = actor_critic.update(**batch)
+    assert metrics["actor_loss"] == pytest.approx(actor_loss / (B * (H - 1)), rel=1e-4, abs=1e-5)
+    assert metrics["critic_loss"] == pytest.approx(critic_loss / (B * (H - 1)), rel=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), terminal=st.integers(0, H - 1))
+def test_what_follows_a_terminal_carries_no_weight(seed, terminal):
+    config = pg.A2CConfig(normalize_advantages=False, line_search=False)
+    batch = make_batch(seed, terminal_rate=0.0)
+    batch["terminals"][:, terminal:] = 1.0
+    other, noise = copy.deepcopy(batch), make_batch(seed + 1)
+    other["actions"][:, terminal:] = noise["actions"][:, terminal:]
+    # the terminal step's own reward is real, and earlier advantages may count it
+    for field in ("observations", "rewards", "terminals"):
+        other[field][:, terminal + 1 :] = noise[field][:, terminal + 1 :]
+    results = []
+    for data in (batch, other):
+        actor_critic = make_actor_critic(config)
+        metrics = actor_critic.update(**data)
+        weights = {n: m.state_dict() for n, m in actor_critic.modules().items()}
+        results.append((metrics["actor_loss"], metrics["critic_loss"], weights))
+    assert_equal(results[0], results[1])
+    if terminal == 0:
+        assert results[0][:2] == (0.0, 0.0)
+
+
+def test_the_reward_of_the_terminal_step_counts_for_the_steps_before():
+    config = pg.A2CConfig(normalize_advantages=False)
+    batch = make_batch(terminal_rate=0.0)
+    batch["terminals"][:, 3:] = 1.0
+    before = make_actor_critic(config).update(**batch)
+    batch["rewards"][:, 3] += 1.0
+    assert make_actor_critic(config).update(**batch)["critic_loss"] != before["critic_loss"]
+
+
+def test_gradients_are_clipped_per_network():
+    limit, batch = 1e-3, make_batch()
+    free = make_actor_critic(pg.A2CConfig(max_grad_norm=None))
+    clipped = make_actor_critic(pg.A2CConfig(max_grad_norm=limit))
+    free.update(**batch)
+    metrics = clipped.update(**batch)
+    networks = (
+        ("actor_grad_norm", free.policy.network, clipped.policy.network),
+        ("critic_grad_norm", free.value_function, clipped.value_function),
+    )
+    for name, before, after in networks:
+        wanted = torch.cat([p.grad.flatten() for p in before.parameters()])
+        got = torch.cat([p.grad.flatten() for p in after.parameters()])
+        assert wanted.norm() > 10 * limit
+        assert metrics[name] == pytest.approx(wanted.norm().item(), rel=1e-5)
+        torch.testing.assert_close(got, wanted * limit / wanted.norm(), rtol=1e-3, atol=1e-9)
+    assert torch.equal(clipped.policy.log_std.grad, free.policy.log_std.grad)
+
+
+def test_gradients_below_the_limit_are_left_alone():
+    batch = make_batch()
+    free = make_actor_critic(pg.A2CConfig(max_grad_norm=None))
+    loose = make_actor_critic(pg.A2CConfig(max_grad_norm=1e3))
+    assert free.update(**batch) == loose.update(**batch)
+    assert_equal(snapshot(free), snapshot(loose))
+
+
+def run_line_search(learning_rate, config, seed=0):
+    """Update from a given learning rate; return metrics, weights before, direction and after."""
+    searched = make_actor_critic(config, seed=seed)
+    plain = make_actor_critic(replace(config, line_search=False), seed=seed)
+    for actor_critic in (searched, plain):
+        actor_critic.actor_optimizer.param_groups[0]["lr"] = learning_rate
+    before, batch = policy_vector(searched), make_batch(seed)
+    mean, std = searched.policy.distribution(batch["observations"][:, :-1])
+    actions = searched.normalizer.unnormalize(batch["actions"], "actions")[:, :-1]
+    old = log_prob(actions, mean, std).detach()
+    plain.update(**batch)
+    metrics = searched.update(**batch)
+    new = log_prob(actions, *searched.policy.distribution(batch["observations"][:, :-1])).detach()
+    assert metrics["update_size"] == pytest.approx((new - old).abs().mean().item(), rel=1e-4)
+    return metrics, before, policy_vector(plain) - before, policy_vector(searched) - before
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+def test_line_search_scales_the_adam_direction_to_the_target(learning_rate, seed):
+    config = pg.A2CConfig(actor_learning_rate=1e-1, target_update=0.02)
+    metrics, before, direction, taken = run_line_search(learning_rate, config, seed)
+    assert 0.8 * 0.02 <= metrics["update_size"] <= 1.2 * 0.02
+    moves = metrics["linesearch_steps"] - 1
+    scale = 0.8 ** (moves if metrics["update_size_initial"] > 0.02 else -moves)
+    # one rounding of before + scale * direction, and the direction's own rounding scaled
+    rounding = 2.0**-23 * before.abs() * (1 + scale)
+    assert ((taken - scale * direction).abs() <= rounding + 1e-12).all()
+    log_std = slice(0, A)
+    names = [name for name, _ in make_actor_critic().policy.named_parameters()]
+    assert names[0] == "log_std" and (direction[log_std] != 0).all() and (taken[log_std] != 0).all()
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 3e-5, 9.9e-5, 1e-4])
+def test_line_search_stays_below_the_cap_where_the_target_is_out_of_reach(learning_rate):
+    config = pg.A2CConfig(actor_learning_rate=1e-4, target_update=100.0)
+    metrics, _, direction, taken = run_line_search(learning_rate, config)
+    scale = (taken @ direction / (direction @ direction)).item()
+    assert metrics["update_size"] < 100.0
+    # as far as the search's steps of 1 / 0.8 go
+    assert 0.8 * 1e-4 * (1 - 1e-3) < scale * learning_rate <= 1e-4 * (1 + 1e-3)
+
+
+def test_line_search_ends_when_its_trials_are_spent():
+    config = pg.A2CConfig(actor_learning_rate=1e3, target_update=1e6, line_search_max_steps=7)
+    metrics, _, direction, taken = run_line_search(1e-6, config)
+    assert metrics["linesearch_steps"] == 8  # the first step and seven trials
+    scale = (taken @ direction / (direction @ direction)).item()
+    assert scale == pytest.approx(1.25**7, rel=1e-2)
+
+
+@pytest.mark.parametrize("target", [1e-5, 1e-2, 10.0])
+def test_adam_moments_advance_once_per_update(target):
+    config = pg.A2CConfig(actor_learning_rate=1e-2, target_update=target)
+    searched = make_actor_critic(config)
+    gradients = {p: torch.zeros_like(p) for p in searched.policy.parameters()}
+    for update in range(1, 4):
+        trials = searched.update(**make_batch(update))["linesearch_steps"]
+        for parameter, mean in gradients.items():
+            mean.lerp_(parameter.grad, 0.1)
+            state = searched.actor_optimizer.state[parameter]
+            assert state["step"].item() == update
+            torch.testing.assert_close(state["exp_avg"], mean)
+    assert trials > 1 or target == 10.0  # beyond reach at the cap: the first step stays
+
+
+def test_without_line_search_the_adam_step_is_taken_as_it_is():
+    config = pg.A2CConfig(actor_learning_rate=1e-2, target_update=1e-6, line_search=False)
+    actor_critic, batch = make_actor_critic(config), make_batch()
+    twin = copy.deepcopy(actor_critic.policy)
+    metrics = actor_critic.update(**batch)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    for ours, theirs in zip(actor_critic.policy.parameters(), twin.parameters(), strict=True):
+        theirs.grad = ours.grad
+    optimizer.step()
+    assert_equal(twin.state_dict(), actor_critic.policy.state_dict())
+    assert metrics["linesearch_steps"] == 1
+    assert metrics["update_size"] == metrics["update_size_initial"] > 1e-4
+
+
+@pytest.mark.parametrize("target, direction", [(1e-9, -1), (100.0, 1)])
+def test_the_learned_learning_rate_moves_towards_the_target_update(target, direction):
+    config = pg.A2CConfig(actor_learning_rate=1e-2, target_update=target)
+    actor_critic = make_actor_critic(config)
+    actor_critic.actor_optimizer.param_groups[0]["lr"] = 1e-3
+    with torch.no_grad():
+        actor_critic.log_actor_learning_rate.fill_(math.log(1e-3))
+    rates = [1e-3]
+    for seed in range(5):
+        rates.append(actor_critic.update(**make_batch(seed))["actor_learning_rate"])
+    moves = [direction * math.log(b / a) for a, b in itertools.pairwise(rates)]
+    assert moves[0] == pytest.approx(3e-4, rel=0.1)  # Adam's first step, and a little weight decay
+    assert all(move > 0 for move in moves)
+    assert actor_critic.actor_optimizer.param_groups[0]["lr"] == rates[-1]
+
+
+@pytest.mark.parametrize("cap", [1e-5, 3e-5, 3e-4, 1e-2])
+def test_the_learned_learning_rate_never_exceeds_its_cap(cap):
+    actor_critic = make_actor_critic(pg.A2CConfig(actor_learning_rate=cap, target_update=100.0))
+    for seed in range(3):
+        rate = actor_critic.update(**make_batch(seed))["actor_learning_rate"]
+        assert cap * (1 - 1e-5) < rate <= cap
+        assert actor_critic.log_actor_learning_rate.item() <= math.log(cap) + 1e-6, "no wind-up"
+
+
+def test_the_learning_rate_is_constant_unless_learned():
+    config = pg.A2CConfig(learn_actor_learning_rate=False, target_update=1e-9)
+    actor_critic = make_actor_critic(config)
+    assert actor_critic.update(**make_batch())["actor_learning_rate"] == 3e-5
+    assert actor_critic.actor_optimizer.param_groups[0]["lr"] == 3e-5
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+def test_target_critic_is_the_average_of_the_critics_before_the_step(decay):
+    actor_critic = make_actor_critic(pg.A2CConfig(target_critic_decay=decay))
+    target, critic = actor_critic.target_value_function, actor_critic.value_function
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    pairs = zip(target.parameters(), critic.parameters(), strict=True)
+    wanted = [decay * t.detach() + (1 - decay) * c.detach() for t, c in pairs]
+    actor_critic.update(**make_batch())
+    for got, average in zip(target.parameters(), wanted, strict=True):
+        torch.testing.assert_close(got, average, rtol=1e-6, atol=1e-6)
+        assert not got.requires_grad
+    assert target is not critic and target.network[0].weight is not critic.network[0].weight
+
+
+@pytest.mark.parametrize("progress, wanted", [(0.0, 0.02), (0.5, 0.011), (1.0, 0.002)])
+def test_target_update_anneals_linearly(progress, wanted):
+    config = pg.A2CConfig(actor_learning_rate=1.0, target_update=0.02, final_target_update=0.002)
+    config = replace(config, line_search_tolerance=0.01, line_search_ratio=0.995)
+    config = replace(config, line_search_max_steps=5000)
+    actor_critic = make_actor_critic(config)
+    actor_critic.actor_optimizer.param_groups[0]["lr"] = 1e-4
+    metrics = actor_critic.update(**make_batch(), progress=progress)
+    assert metrics["update_size"] == pytest.approx(wanted, rel=0.0101)
+
+
+@pytest.mark.parametrize("normed_inputs", [False, True])
+def test_reward_rms(normed_inputs):
+    config = pg.A2CConfig(reward_rms=0.5)
+    actor_critic, batch = make_actor_critic(config, normed_inputs), make_batch()
+    raw = 1.5 + 3.0 * batch["rewards"]
+    wanted = raw * 0.5 / math.hypot(1.5, 3.0)
+    metrics = actor_critic.update(**batch)
+    assert metrics["reward"] == pytest.approx(wanted.mean().item(), rel=1e-4, abs=1e-6)
+
+
+def test_metrics_of_standardized_actions():
+    actor_critic, batch = make_actor_critic(), make_batch()
+    mean, std = actor_critic.policy.distribution(batch["observations"][:, :-1])
+    actions = actor_critic.normalizer.unnormalize(batch["actions"], "actions")[:, :-1]
+    z = ((actions - mean) / std).detach().double()
+    metrics = actor_critic.update(**batch)
+    assert metrics["action_mean"] == pytest.approx(z.mean().item(), rel=1e-4)
+    per_dimension = z.flatten(0, 1).std(0, correction=1)
+    assert metrics["action_std"] == pytest.approx(per_dimension.mean().item(), rel=1e-4)
+    assert metrics["policy_std"] == pytest.approx(0.6, rel=1e-5)
+    assert all(isinstance(value, (int, float)) for value in metrics.values())
+    promised = "actor_loss critic_loss entropy action_mean action_std update_size_initial"
+    promised += " update_size linesearch_steps actor_learning_rate"
+    assert set(promised.split()) <= set(metrics)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("t", [0, H - 2, H - 1])
+def test_input_that_is_not_finite_changes_nothing(field, value, t):
+    t = min(t, H - 2) if field == "actions" else t  # the last action is not used
+    actor_critic = make_actor_critic()
+    actor_critic.update(**make_batch(1))
+    before, batch = snapshot(actor_critic), make_batch(2)
+    batch[field][3, t] = value
+    with pytest.raises(pg.NonFiniteError, match="is (nan|inf|-inf)"):
+        actor_critic.update(**batch)
+    assert_equal(snapshot(actor_critic), before)
+
+    undisturbed = make_actor_critic()
+    undisturbed.update(**make_batch(1))
+    assert actor_critic.update(**make_batch(3)) == undisturbed.update(**make_batch(3))
+    assert_equal(snapshot(actor_critic), snapshot(undisturbed))
+
+
+@pytest.mark.parametrize("network", ["policy", "value_function", "target_value_function"])
+def test_broken_weights_are_reported_and_nothing_else_breaks(network):
+    actor_critic = make_actor_critic()
+    actor_critic.update(**make_batch(1))
+    with torch.no_grad():
+        next(reversed(list(actor_critic.modules()[network].parameters()))).fill_(math.nan)
+    healthy = {n: copy.deepcopy(m.state_dict()) for n, m in actor_critic.modules().items()}
+    state = copy.deepcopy(actor_critic.state_dict())
+    with pytest.raises(pg.NonFiniteError):
+        actor_critic.update(**make_batch(2))
+    assert_equal(actor_critic.state_dict(), state)
+    for name, module in actor_critic.modules().items():
+        if name != network:
+            assert_equal(dict(module.state_dict()), dict(healthy[name]))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_wrong_shapes_name_got_and_wanted(field):
+    batch = make_batch()
+    wanted = str(tuple(batch[field].shape))
+    for wrong in (batch[field][:-1], batch[field][:, :-1], batch[field][..., None]):
+        actor_critic = make_actor_critic()
+        before = snapshot(actor_critic)
+        with pytest.raises(pg.InputError) as error:
+            actor_critic.update(**(batch | {field: wrong}))
+        assert_equal(snapshot(actor_critic), before)
+        message = str(error.value)
+        if field != "observations":  # the batch and horizon that the others are held to
+            assert message.startswith(field) and str(tuple(wrong.shape)) in message
+            assert wanted in message
+
+
+@pytest.mark.parametrize("batch, horizon", [(B, 1), (B, 0), (0, H), (1, 2)])
+def test_too_few_steps_are_refused(batch, horizon):
+    with pytest.raises(pg.InputError, match=f"{batch}.*{horizon}.*wanted"):
+        make_actor_critic().update(**make_batch(batch=batch, horizon=horizon))
+
+
+@pytest.mark.parametrize("batch, horizon", [(2, 2), (B, 2), (1, 3), (257, 10)])
+def test_small_and_odd_sizes_work(batch, horizon):
+    actor_critic = make_actor_critic(pg.A2CConfig(actor_learning_rate=0.1, target_update=0.01))
+    before = policy_vector(actor_critic)
+    metrics = actor_critic.update(**make_batch(batch=batch, horizon=horizon, terminal_rate=0))
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert not torch.equal(policy_vector(actor_critic), before)
+
+
+def test_strided_inputs_give_the_same():
+    first, second, batch = make_actor_critic(), make_actor_critic(), make_batch()
+    strided = {n: x.transpose(0, 1).contiguous().transpose(0, 1) for n, x in batch.items()}
+    assert not strided["rewards"].is_contiguous()
+    assert first.update(**batch) == pytest.approx(second.update(**strided), rel=1e-4)
+
+
+def test_state_dict_round_trip_continues_identically():
+    config = pg.A2CConfig(actor_learning_rate=1e-2)
+    original = make_actor_critic(config)
+    for seed in range(3):
+        original.update(**make_batch(seed))
+    restored = make_actor_critic(config, seed=9)
+    for name, module in restored.modules().items():
+        module.load_state_dict(original.modules()[name].state_dict())
+    restored.load_state_dict(copy.deepcopy(original.state_dict()))
+    for seed in range(3, 6):
+        assert original.update(**make_batch(seed)) == restored.update(**make_batch(seed))
+    assert_equal(snapshot(original), snapshot(restored))
+
+
+def test_a_bandit_is_learnt():
+    config = pg.A2CConfig(actor_learning_rate=3e-2, critic_learning_rate=1e-3, target_update=0.1)
+    torch.manual_seed(0)
+    normalizer = pg.Normalizer(S, A)
+    policy = pg.GaussianPolicy(S, A, 16, init_std=0.5, normed_inputs=True, normalizer=normalizer)
+    actor_critic = pg.ActorCritic(policy, pg.ValueFunction(S, 16), normalizer, config)
+    best = torch.tensor([0.5, -0.3])
+    for _ in range(200):
+        observations = torch.randn(64, 2, S)
+        with torch.no_grad():
+            actions = torch.normal(*policy(observations))
+        rewards = -(actions - best).square().sum(-1)
+        actor_critic.update(observations, actions, rewards, torch.zeros(64, 2))
+    mean, std = policy(torch.randn(200, S))
+    assert ((mean - best).abs().mean(0) < 0.1).all()
+    assert (std < 0.4).all(), "less exploration pays"

@@ -1,0 +1,268 @@
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import polygrad_fast as pg
+from polygrad_fast.config import DenoiserConfig
+from polygrad_fast.training.denoiser import DenoiserTrainer, build_denoiser, denoising_loss
+
+S, A, H, K = 3, 2, 4, 8
+D = S + 2
+
+
+class SpyDenoiser(nn.Module):
+    """Returns a fixed prediction and records what it is shown."""
+
+    def __init__(self, prediction=None):
+        super().__init__()
+        self.prediction, self.calls = prediction, []
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, trajectory, actions, timesteps):
+        self.calls.append((trajectory.clone(), actions.clone(), timesteps.clone()))
+        prediction = torch.zeros_like(trajectory) if self.prediction is None else self.prediction
+        return prediction + self.weight
+
+
+def make_inputs(seed=0, batch=5, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    trajectory, noise, prediction = torch.randn(3, batch, H, D, generator=g, dtype=dtype)
+    actions = torch.randn(batch, H, A, generator=g, dtype=dtype)
+    return trajectory, actions, torch.randint(K, (batch,), generator=g), noise, prediction
+
+
+def make_trainer(seed=0, sampler_config=None, **options) -> DenoiserTrainer:
+    torch.manual_seed(seed)
+    config = DenoiserConfig(**({"hidden_dim": 16, "num_layers": 2} | options))
+    return DenoiserTrainer(
+        build_denoiser(config, S, A, H, K),
+        pg.NoiseSchedule.cosine(K),
+        config,
+        sampler_config if sampler_config is not None else pg.SamplerConfig.official(),
+    )
+
+
+def windows(seed: int, batch: int = 64):
+    """Normalized windows of a noiseless linear system that starts from random states."""
+    g = torch.Generator().manual_seed(seed)
+    states, actions = torch.randn(batch, S, generator=g), torch.randn(batch, H, A, generator=g)
+    mix = torch.tensor([[0.8, 0.3, 0.0], [-0.3, 0.8, 0.0], [0.0, 0.2, 0.9]])
+    push = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, 0.5]])
+    rows = []
+    for t in range(H):
+        reward = states.sum(-1, keepdim=True) / 2 - actions[:, t, :1]
+        rows.append(torch.cat([states, reward, torch.zeros(batch, 1)], -1))
+        states = states @ mix + actions[:, t] @ push
+    return torch.stack(rows, 1), actions
+
+
+def weights(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    prediction_type=st.sampled_from(["sample", "epsilon"]),
+    scale_actions=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_loss_against_a_naive_loop(prediction_type, scale_actions, seed):
+    schedule = pg.NoiseSchedule.from_betas(pg.NoiseSchedule.cosine(K).betas.double())
+    config = pg.SamplerConfig.official(prediction_type=prediction_type, scale_actions=scale_actions)
+    x, actions, timesteps, noise, prediction = make_inputs(seed, dtype=torch.float64)
+    spy = SpyDenoiser(prediction)
+    loss, parts = denoising_loss(spy, x, actions, timesteps, noise, schedule, config)
+    ((seen_x, seen_actions, seen_timesteps),) = spy.calls
+    assert torch.equal(seen_timesteps, timesteps)
+    total = {"observation_loss": [], "reward_loss": [], "terminal_loss": []}
+    for b, k in enumerate(timesteps.tolist()):
+        alphabar = math.prod(1 - beta for beta in schedule.betas[: k + 1].tolist())
+        factor = math.sqrt(alphabar) if scale_actions else 1.0
+        torch.testing.assert_close(seen_actions[b], factor * actions[b], rtol=1e-12, atol=0)
+        for t in range(H):
+            for d in range(D):
+                clean, eps = x[b, t, d].item(), noise[b, t, d].item()
+                given_observation = t == 0 and d < S
+                noisy = math.sqrt(alphabar) * clean + math.sqrt(1 - alphabar) * eps
+                shown = clean if given_observation else noisy
+                assert seen_x[b, t, d].item() == pytest.approx(shown, rel=1e-9, abs=1e-12)
+                answer = clean if given_observation else prediction[b, t, d].item()
+                target = eps if prediction_type == "epsilon" else clean
+                part = "observation_loss" if d < S else ["reward_loss", "terminal_loss"][d - S]
+                total[part].append((answer - target) ** 2)
+    everything = sum(total.values(), [])
+    assert loss.item() == pytest.approx(sum(everything) / len(everything), rel=1e-12)
+    assert parts.keys() == total.keys()
+    for name, errors in total.items():
+        assert parts[name].item() == pytest.approx(sum(errors) / len(errors), rel=1e-12)
+        assert not parts[name].requires_grad
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
+def test_no_gradient_through_the_given_observation_and_inputs_stay(prediction_type):
+    x, actions, timesteps, noise, prediction = make_inputs()
+    prediction.requires_grad_(True)
+    kept = [tensor.detach().clone() for tensor in (x, actions, noise, prediction)]
+    config = pg.SamplerConfig.official(prediction_type=prediction_type)
+    schedule = pg.NoiseSchedule.cosine(K)
+    loss, _ = denoising_loss(
+        SpyDenoiser(prediction), x, actions, timesteps, noise, schedule, config
+    )
+    loss.backward()
+    assert (prediction.grad[:, 0, :S] == 0).all()
+    assert (prediction.grad[:, 0, S:] != 0).all() and (prediction.grad[:, 1:] != 0).all()
+    assert_same((x, actions, noise, prediction), kept)
+
+
+def test_timesteps_are_uniform_and_noise_is_standard_normal():
+    schedule, config = pg.NoiseSchedule.cosine(K), pg.SamplerConfig.official()
+    trainer = DenoiserTrainer(SpyDenoiser(), schedule, DenoiserConfig(), config)
+    trajectory = torch.zeros(4000, H, D)
+    trainer.update(trajectory, torch.zeros(4000, H, A), torch.Generator().manual_seed(0))
+    ((noisy, _, timesteps),) = trainer.model.calls
+    counts = torch.bincount(timesteps, minlength=K)
+    assert counts.shape == (K,)
+    assert ((counts - 500).abs() < 5 * math.sqrt(500)).all()
+    scale = (1 - schedule.alphas_cumprod[timesteps]).sqrt().view(-1, 1, 1)
+    noise = (noisy / scale)[:, 1:]
+    assert noise.mean().item() == pytest.approx(0, abs=5 / math.sqrt(noise.numel()))
+    assert noise.std().item() == pytest.approx(1, abs=5 / math.sqrt(2 * noise.numel()))
+
+
+def test_draws_come_from_the_generator_alone():
+    trajectory, actions = windows(0)
+    results = []
+    for seed in (1, 1, 2):
+        trainer = make_trainer()
+        before = torch.get_rng_state()
+        losses = trainer.update(trajectory, actions, torch.Generator().manual_seed(seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(losses["loss"].item())
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize("interval, start, decay", [(1, 0, 0.5), (3, 4, 0.75), (2, 100, 0.9)])
+def test_ema_interval_start_and_decay(interval, start, decay):
+    trainer = make_trainer(ema_interval=interval, ema_start=start, ema_decay=decay)
+    initial = weights(trainer.model)
+    assert_same(weights(trainer.ema_model), initial)
+    wanted = initial
+    for update in range(10):
+        trainer.update(*windows(update), torch.Generator().manual_seed(update))
+        current = weights(trainer.model)
+        if update % interval == 0:
+            keep = decay if update >= start else 0.0
+            wanted = [keep * w + (1 - keep) * c for w, c in zip(wanted, current, strict=True)]
+        for got, average in zip(trainer.ema_model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(got, average, rtol=1e-6, atol=1e-7)
+        if update % interval == 0 and update < start:
+            assert_same(weights(trainer.ema_model), current)
+    assert trainer.num_updates == 10
+
+
+def test_the_averaged_copy_shares_fixed_features_but_no_weights():
+    trainer = make_trainer()
+    trainer.update(*windows(0))
+    for (name, buffer), other in zip(
+        trainer.model.named_buffers(), trainer.ema_model.buffers(), strict=True
+    ):
+        assert torch.equal(buffer, other), name
+    assert not any(p.requires_grad for p in trainer.ema_model.parameters())
+    pointers = {p.data_ptr() for p in trainer.model.parameters()}
+    assert not pointers & {p.data_ptr() for p in trainer.ema_model.parameters()}
+
+
+def test_the_averaged_copy_is_changed_in_place():
+    trainer = make_trainer(ema_interval=1)
+    pointers = [p.data_ptr() for p in trainer.ema_model.parameters()]
+    trainer.update(*windows(0))
+    assert [p.data_ptr() for p in trainer.ema_model.parameters()] == pointers
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_dim": 48},
+        {"hidden_dim": 48, "step_conditioning": "layer"},
+        {"hidden_dim": 32, "kind": "transformer", "num_heads": 2},
+        {
+            "hidden_dim": 32,
+            "kind": "transformer",
+            "num_heads": 2,
+            "step_conditioning": "learned",
+        },
+    ],
+    ids=["mlp", "mlp-layer", "transformer", "transformer-learned"],
+)
+def test_a_linear_system_is_learnt(options, prediction_type):
+    config = pg.SamplerConfig.official(prediction_type=prediction_type)
+    trainer = make_trainer(0, config, learning_rate=3e-3, ema_start=0, ema_decay=0.8, **options)
+    trajectory, actions = windows(999, batch=1000)
+    g = torch.Generator().manual_seed(99)
+    timesteps, noise = torch.randint(K, (1000,), generator=g), torch.randn(1000, H, D, generator=g)
+    target = noise if prediction_type == "epsilon" else trajectory
+    # the given first observation is put into the prediction, whatever the target
+    unavoidable = (trajectory - target)[:, 0, :S].square().sum() / trajectory.numel()
+
+    @torch.no_grad()
+    def held_out_loss():
+        arguments = (trajectory, actions, timesteps, noise, trainer.schedule, config)
+        return (denoising_loss(trainer.ema_model, *arguments)[0] - unavoidable).item()
+
+    before = held_out_loss()
+    for update in range(300):
+        trainer.update(*windows(update), torch.Generator().manual_seed(update))
+    assert 0 <= held_out_loss() < 0.2 * before
+
+
+def test_state_dict_round_trip_continues_identically():
+    options = {"ema_interval": 3, "ema_start": 2, "ema_decay": 0.5}
+    original, restored = make_trainer(0, **options), make_trainer(1, **options)
+    for update in range(5):
+        original.update(*windows(update), torch.Generator().manual_seed(update))
+    restored.model.load_state_dict(original.model.state_dict())
+    restored.ema_model.load_state_dict(original.ema_model.state_dict())
+    restored.load_state_dict(copy.deepcopy(original.state_dict()))
+    for update in range(5, 12):
+        losses = [
+            trainer.update(*windows(update), torch.Generator().manual_seed(update))
+            for trainer in (original, restored)
+        ]
+        assert losses[0] == losses[1]
+    assert_same(weights(original.model), weights(restored.model))
+    assert_same(weights(original.ema_model), weights(restored.ema_model))
+    assert original.num_updates == restored.num_updates == 12
+
+
+@pytest.mark.parametrize(
+    "options, kind, conditioning",
+    [
+        ({}, pg.ResidualMLPDenoiser, "input"),
+        ({"step_conditioning": "layer"}, pg.ResidualMLPDenoiser, "layer"),
+        ({"kind": "transformer"}, pg.TransformerDenoiser, "input"),
+        (
+            {"kind": "transformer", "step_conditioning": "learned"},
+            pg.TransformerDenoiser,
+            "learned",
+        ),
+    ],
+)
+def test_build_denoiser_follows_its_configuration(options, kind, conditioning):
+    config = DenoiserConfig(hidden_dim=24, num_layers=3, num_heads=2, **options)
+    denoiser = build_denoiser(config, S, A, H, K)
+    assert type(denoiser) is kind and denoiser.step_conditioning == conditioning
+    assert (denoiser.observation_dim, denoiser.action_dim, denoiser.horizon) == (S, A, H)
+    assert (denoiser.hidden_dim, denoiser.num_layers) == (24, 3)
+    last_step = torch.full((1,), K - 1)
+    assert denoiser(torch.zeros(1, H, D), torch.zeros(1, H, A), last_step).shape == (1, H, D)

@@ -1,0 +1,146 @@
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polygrad_fast as pg
+
+examples = settings(max_examples=60, deadline=None)
+EPS = 2.0**-24  # half a unit in the last place of float32
+NAMES = [f.name for f in fields(pg.NoiseSchedule)]
+num_steps = st.integers(1, 300)
+taus = st.floats(0.05, 3.0)
+
+
+def chen_gamma(s: float, tau: float) -> float:
+    """Chen 2023, Algorithm 1, start 0, end 1, without its lower clip."""
+    start, end = math.cos(0.0) ** (2 * tau), math.cos(math.pi / 2) ** (2 * tau)
+    return (end - math.cos(s * math.pi / 2) ** (2 * tau)) / (end - start)
+
+
+def chen_betas(steps: int, tau: float) -> list[float]:
+    gamma = [chen_gamma(i / steps, tau) for i in range(steps + 1)]
+    ratios = (b / a for a, b in zip(gamma[:-1], gamma[1:], strict=True))
+    return [min(max(1.0 - ratio, 0.0), 0.999) for ratio in ratios]
+
+
+def float64_schedule(steps: int, tau: float) -> pg.NoiseSchedule:
+    return pg.NoiseSchedule.from_betas(torch.tensor(chen_betas(steps, tau), dtype=torch.float64))
+
+
+@examples
+@given(num_steps, taus)
+def test_betas_are_chens_formula_rounded_once(steps, tau):
+    betas = pg.NoiseSchedule.cosine(steps, tau).betas
+    wanted = torch.tensor(chen_betas(steps, tau), dtype=torch.float64)
+    assert (betas.double() - wanted).abs().div(wanted).max() < 1.01 * EPS + 1e-9
+
+
+@examples
+@given(num_steps, taus)
+def test_alphas_cumprod_are_chens_gamma_and_fall(steps, tau):
+    schedule = pg.NoiseSchedule.cosine(steps, tau)
+    got = schedule.alphas_cumprod
+    assert (got[1:] < got[:-1]).all()
+    assert got[0] < 1 and got[-1] > 0
+    for k in range(steps):
+        if schedule.betas[k] >= 0.998:
+            break
+        wanted = chen_gamma((k + 1) / steps, tau)
+        # every factor 1 - beta is rounded once, relative to 1, and so is every product
+        rounding = sum(EPS / (1 - beta) + EPS for beta in schedule.betas[: k + 1].tolist())
+        assert abs(got[k].item() - wanted) <= 1.1 * rounding * wanted
+
+
+@examples
+@given(num_steps, taus)
+def test_tables_are_float32_of_length_k(steps, tau):
+    schedule = pg.NoiseSchedule.cosine(steps, tau)
+    assert schedule.num_train_timesteps == steps
+    for name in NAMES:
+        table = getattr(schedule, name)
+        assert table.dtype == torch.float32 and table.shape == (steps,), name
+        assert torch.isfinite(table).all(), name
+
+
+@examples
+@given(num_steps, taus)
+def test_posterior_identities(steps, tau):
+    s = float64_schedule(steps, tau)
+    previous, current = s.alphas_cumprod_prev, s.alphas_cumprod
+    close = {"rtol": 1e-7, "atol": 1e-12}  # 1 - alphabar of the first step costs half the digits
+    assert previous[0] == 1 and torch.equal(previous[1:], current[:-1])
+    assert s.posterior_variance[0] == 0
+    # Bayes: precisions of q(x_{i-1} | x_0) and q(x_i | x_{i-1}) add up
+    precision = (1 - s.betas[1:]) / s.betas[1:] + 1 / (1 - previous[1:])
+    torch.testing.assert_close(1 / s.posterior_variance[1:], precision, **close)
+    # averaging the posterior over x_i given x_0 gives q(x_{i-1} | x_0) back: mean and variance
+    mean = s.posterior_mean_coef1 + s.posterior_mean_coef2 * current.sqrt()
+    torch.testing.assert_close(mean, previous.sqrt(), **close)
+    variance = s.posterior_mean_coef2.square() * (1 - current) + s.posterior_variance
+    torch.testing.assert_close(variance, 1 - previous, **close)
+    torch.testing.assert_close(
+        s.posterior_log_variance_clipped.exp()[1:], s.posterior_variance[1:], **close
+    )
+    assert s.posterior_log_variance_clipped[0].item() == pytest.approx(math.log(1e-20))
+
+
+@examples
+@given(num_steps, taus, st.integers(0, 2**31))
+def test_posterior_mean_is_equation_1(steps, tau, seed):
+    s = float64_schedule(steps, tau)
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(2, steps, 5, generator=generator, dtype=torch.float64)
+    beta, alphabar = s.betas[:, None], s.alphas_cumprod[:, None]
+    equation_1 = (x - beta / (1 - alphabar).sqrt() * noise) / (1 - beta).sqrt()
+    x0 = s.sqrt_recip_alphas_cumprod[:, None] * x - s.sqrt_recipm1_alphas_cumprod[:, None] * noise
+    mean = s.posterior_mean_coef1[:, None] * x0 + s.posterior_mean_coef2[:, None] * x
+    torch.testing.assert_close(mean, equation_1, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps, tau", [(12, 1.0), (128, 1.0), (128, 0.1)])
+def test_float32_tables_lose_no_more_than_their_conditioning(steps, tau):
+    got = pg.NoiseSchedule.cosine(steps, tau)
+    wanted = float64_schedule(steps, tau)
+    count = torch.arange(1, steps + 1)
+    rounding = EPS * count * (1 / wanted.alphas_cumprod + 1 / (1 - wanted.alphas_cumprod)) * 4
+    for name in set(NAMES) - {"posterior_log_variance_clipped"}:
+        error = (getattr(got, name).double() - getattr(wanted, name)).abs()
+        assert (error <= rounding * getattr(wanted, name).abs()).all(), name
+
+
+def test_one_step_is_valid():
+    schedule = pg.NoiseSchedule.cosine(1)
+    assert schedule.betas.item() == pytest.approx(0.999)
+    assert schedule.posterior_mean_coef1.item() == pytest.approx(1.0)
+    assert schedule.posterior_mean_coef2.item() == 0
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "8", None, float("nan")])
+def test_number_of_steps_must_be_a_positive_integer(steps):
+    with pytest.raises(pg.InputError, match=r"num_train_timesteps must be .* at least 1, got"):
+        pg.NoiseSchedule.cosine(steps)
+
+
+@pytest.mark.parametrize("tau", [0, 0.0, -1.0, math.nan, math.inf, -math.inf, None, "1"])
+def test_tau_must_be_a_positive_finite_number(tau):
+    with pytest.raises(pg.InputError, match="tau must be a positive finite number, got"):
+        pg.NoiseSchedule.cosine(128, tau)
+
+
+@pytest.mark.parametrize("steps, tau", [(10_000, 1.0), (128, 200.0), (128, 1e-17)])
+@pytest.mark.filterwarnings("error")
+def test_a_schedule_that_float32_cannot_hold_is_refused(steps, tau):
+    with pytest.raises(pg.InputError, match=f"num_train_timesteps {steps} with tau {tau}"):
+        pg.NoiseSchedule.cosine(steps, tau)
+
+
+def test_to_converts_every_table():
+    schedule = pg.NoiseSchedule.cosine(5)
+    for name in NAMES:
+        converted = getattr(schedule.to(torch.float64), name)
+        assert converted.dtype == torch.float64
+        assert torch.equal(converted.float(), getattr(schedule, name))

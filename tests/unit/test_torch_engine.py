@@ -1,0 +1,593 @@
+"""Engine "torch" computes what the reference computes."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import polygrad_fast as pg
+from polygrad_fast.compat import official
+from polygrad_fast.errors import InputError
+from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
+from polygrad_fast.sampling import torch_engine
+from polygrad_fast.sampling.components import SamplerComponents
+from polygrad_fast.sampling.linear import LinearOps
+from polygrad_fast.sampling.reference_engine import ReferenceEngine
+from polygrad_fast.sampling.torch_engine import TorchEngine
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
+INDEX = json.loads((FIXTURES / "index.json").read_text())
+SAMPLES = [name for name in INDEX if name.startswith("sample_")]
+UPDATE = {"grad": "score", "sample": "sample", "none": "none"}
+S, A = 5, 2
+DENOISERS = {
+    "mlp": lambda h, k: pg.ResidualMLPDenoiser(S, A, h, hidden_dim=64, num_layers=2),
+    "mlp_layer": lambda h, k: pg.ResidualMLPDenoiser(
+        S, A, h, hidden_dim=64, num_layers=2, step_conditioning="layer", num_train_timesteps=k
+    ),
+    "transformer": lambda h, k: pg.TransformerDenoiser(S, A, h, hidden_dim=32, num_layers=2),
+    "transformer_learned": lambda h, k: pg.TransformerDenoiser(
+        S, A, h, hidden_dim=32, num_layers=2, step_conditioning="learned", num_train_timesteps=k
+    ),
+}
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def randomize(module: nn.Module, seed: int) -> nn.Module:
+    """Give every parameter, LayerNorms included, a value that matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def make_components(kind="mlp", horizon=4, num_steps=6, config=None, seed=0, **policy_options):
+    torch.manual_seed(seed)
+    normalizer = pg.Normalizer.from_moments(
+        observations=(torch.randn(S), torch.rand(S) + 0.5),
+        actions=(0.3 * torch.randn(A), torch.rand(A) + 0.5),
+    )
+    policy = pg.GaussianPolicy(S, A, hidden_dim=32, normalizer=normalizer, **policy_options)
+    return SamplerComponents(
+        randomize(DENOISERS[kind](horizon, num_steps), seed),
+        randomize(policy, seed + 1),
+        pg.NoiseSchedule.cosine(num_steps),
+        normalizer,
+        config or pg.SamplerConfig.official(),
+        torch.device("cpu"),
+        (torch.tensor(-0.5), torch.full((A,), 0.5)),
+    )
+
+
+def make_noise(c, batch: int, seed: int = 0) -> pg.SampleNoise:
+    generator = torch.Generator().manual_seed(seed)
+    k, states = c.schedule.num_train_timesteps, (batch, c.horizon, c.observation_dim + 2)
+    actions = (batch, c.horizon, c.action_dim)
+    shapes = (states, actions, (k, *states), (k, *actions))
+    return pg.SampleNoise(*(torch.randn(shape, generator=generator) for shape in shapes))
+
+
+def reference(c, s0, noise, guidance_scale=0.05):
+    with torch.no_grad():
+        return ReferenceEngine(c).sample(s0, guidance_scale, None, noise, True)
+
+
+def assert_close(got, wanted, tolerance, what=""):
+    scale = max(1.0, wanted.abs().max().item())
+    assert (got - wanted).abs().max().item() < tolerance * scale, what
+
+
+def single_step(engine: TorchEngine, step: int, x, u, s0, noise, guidance_scale):
+    """Run one step of an engine from given states and actions."""
+    engine = copy.copy(engine)
+    engine._steps = engine._steps[step : step + 1]
+    one = pg.SampleNoise(x, u, noise.trajectories[step : step + 1], noise.actions[step : step + 1])
+    return engine.sample(s0, guidance_scale, None, one, False)[:2]
+
+
+def assert_steps_agree(engine, c, s0, noise, guidance_scale, tolerance):
+    """Compare every step with the reference's, each from the reference's inputs."""
+    *_, chain = reference(c, s0, noise, guidance_scale)
+    x, u = noise.initial_trajectories.clone(), noise.initial_actions
+    x[:, 0, : s0.shape[1]] = s0
+    for step, (wanted_x, wanted_u) in enumerate(zip(*chain, strict=True)):
+        got_x, got_u = single_step(engine, step, x, u, s0, noise, guidance_scale)
+        assert_close(got_x, wanted_x, tolerance, f"states, step {step}")
+        assert_close(got_u, wanted_u, tolerance, f"actions, step {step}")
+        x, u = wanted_x, wanted_u
+
+
+def load_fixture(name):
+    info = INDEX[name]
+    with np.load(FIXTURES / f"{name}.npz") as data:
+        arrays = {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
+
+    def part(prefix):
+        return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+    normalizer = pg.Normalizer.from_moments(
+        **{
+            field: (arrays[f"normalizer.{field}.mean"], arrays[f"normalizer.{field}.std"])
+            for field in ("observations", "actions", "rewards")
+        }
+    )
+    variant = info["variant"]
+    read = variant.get("states_for_guidance", "recon")
+    config = pg.SamplerConfig.official(
+        prediction_type="epsilon" if info["predict_epsilon"] else "sample",
+        action_update=UPDATE[variant["guidance_type"]],
+        clip_std=variant["clip_std"],
+        policy_input="denoised" if read == "recon" else "posterior_mean",
+        update_states=variant.get("update_states", False),
+        clip_state_change=info["clip_state_change"],
+    )
+    components = SamplerComponents(
+        official.load_denoiser(
+            part("model."), info["observation_dim"], info["action_dim"], info["horizon"]
+        ),
+        official.load_policy(part("actor."), arrays["logstd"], info["min_std"], normalizer),
+        pg.NoiseSchedule.cosine(info["n_timesteps"], info["noise_sched_tau"]),
+        normalizer,
+        config,
+        torch.device("cpu"),
+        None,
+    )
+    noise = pg.SampleNoise(
+        arrays["x_init"], arrays["act_init"], arrays["state_noise"], arrays["action_noise"]
+    )
+    return components, arrays, noise, info["guidance_scale"]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_released_chain(name):
+    c, arrays, noise, guidance_scale = load_fixture(name)
+    engine = TorchEngine(c)
+    x, u, chain = engine.sample(arrays["s0"], guidance_scale, None, noise, True)
+    for k in range(len(chain[0])):
+        assert_close(chain[0][k], arrays["x_chain"][k], 1e-4, k)
+        assert_close(chain[1][k], arrays["act_chain"][k], 1e-4, k)
+    assert torch.equal(x, chain[0][-1]) and torch.equal(u, chain[1][-1])
+    assert torch.equal(x[:, 0, : arrays["s0"].shape[1]], arrays["s0"])
+    assert_steps_agree(engine, c, arrays["s0"], noise, guidance_scale, 1e-5)
+
+
+@st.composite
+def configs(draw):
+    action_update = draw(st.sampled_from(["score", "sample", "none"]))
+    return pg.SamplerConfig(
+        prediction_type=draw(st.sampled_from(["sample", "epsilon"])),
+        action_update=action_update,
+        clip_std=draw(st.sampled_from([None, 0.5, 3.0])),
+        clip_order=draw(st.sampled_from(["before", "after"])),
+        clip_final_actions=draw(st.booleans()),
+        policy_input=draw(st.sampled_from(["denoised", "posterior_mean", "noisy"])),
+        update_states=action_update == "score" and draw(st.booleans()),
+        clip_state_change=draw(st.sampled_from([None, 0.25])),
+        clip_state_change_steps=draw(st.integers(0, 4)),
+        variance_type=draw(st.sampled_from(["posterior", "beta"])),
+        scale_actions=draw(st.booleans()),
+        denoiser_actions=draw(st.sampled_from(["raw", "clipped"])),
+        max_guidance=draw(st.sampled_from([None, 0.3])),
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    config=configs(),
+    kind=st.sampled_from(list(DENOISERS)),
+    horizon=st.sampled_from([1, 3]),
+    batch=st.sampled_from([1, 7]),
+    num_steps=st.integers(1, 5),
+    normed_inputs=st.booleans(),
+    num_layers=st.integers(0, 2),
+    guidance_scale=st.sampled_from([0.0, 0.005, 0.7]),
+    as_tensor=st.booleans(),
+)
+def test_every_option(
+    config,
+    kind,
+    horizon,
+    batch,
+    num_steps,
+    normed_inputs,
+    num_layers,
+    guidance_scale,
+    as_tensor,
+):
+    c = make_components(
+        kind, horizon, num_steps, config, normed_inputs=normed_inputs, num_layers=num_layers
+    )
+    delta = torch.tensor(guidance_scale) if as_tensor else guidance_scale
+    s0 = torch.randn(batch, S, generator=torch.Generator().manual_seed(1))
+    assert_steps_agree(TorchEngine(c), c, s0, make_noise(c, batch), delta, 1e-5)
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("batch", [1, 7, 257])
+def test_whole_chain(kind, batch):
+    c = make_components(kind, horizon=10)
+    s0, noise = torch.randn(batch, S), make_noise(c, batch)
+    got = TorchEngine(c).sample(s0, 0.05, None, noise, True)
+    wanted = reference(c, s0, noise)
+    for g, w in zip((*got[:2], *got[2]), (*wanted[:2], *wanted[2]), strict=True):
+        assert_close(g, w, 1e-4)
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_splitting_the_batch_changes_nothing(kind, monkeypatch):
+    c = make_components(kind)
+    s0, noise = torch.randn(29, S), make_noise(c, 29)
+    whole, split = TorchEngine(c), TorchEngine(c)
+    split._denoiser.rows_per_part = 2
+    monkeypatch.setattr(torch_engine, "POLICY_ROWS_PER_THREAD", 5)
+    got = split.sample(s0, 0.05, None, noise, False)
+    monkeypatch.undo()
+    wanted = whole.sample(s0, 0.05, None, noise, False)
+    assert_close(got[0], wanted[0], 1e-5)
+    assert_close(got[1], wanted[1], 1e-5)
+
+
+def test_guidance_scale_per_action():
+    c = make_components()
+    s0, noise = torch.randn(3, S), make_noise(c, 3)
+    delta = torch.tensor([0.01, 0.2])
+    engine = TorchEngine(c)
+    got = engine.sample(s0, delta, None, noise, False)
+    assert_close(got[1], reference(c, s0, noise, delta)[1], 1e-4)
+    got = engine.sample(s0, 0.05, None, noise, False)
+    assert_close(got[1], reference(c, s0, noise)[1], 1e-4)
+
+
+class HalfPrecision(nn.Module):
+    """The denoiser in plain PyTorch at a dtype, between float32 states."""
+
+    def __init__(self, denoiser, dtype):
+        super().__init__()
+        self.denoiser, self.dtype = copy.deepcopy(denoiser).to(dtype), dtype
+        for name in ("observation_dim", "action_dim", "horizon"):
+            setattr(self, name, getattr(denoiser, name))
+
+    def forward(self, trajectory, actions, timesteps):
+        inputs = trajectory.to(self.dtype), actions.to(self.dtype)
+        return self.denoiser(*inputs, timesteps).to(trajectory.dtype)
+
+
+def with_modules(c, **modules):
+    """Return the components with other modules."""
+    changed = copy.copy(c)
+    for name, module in modules.items():
+        object.__setattr__(changed, name, module)
+    return changed
+
+
+def reference_step(c, step, x, u, s0, noise):
+    k = c.schedule.num_train_timesteps - 1 - step
+    x = x.clone()
+    x[:, 0, : s0.shape[1]] = s0
+    with torch.no_grad():
+        seen = denoiser_actions(u, k, c.schedule, c.normalizer, c.config, c.action_bounds)
+        prediction = c.denoiser(x, seen, torch.full((len(x),), k))
+        normals = noise.trajectories[step].to(x.dtype), noise.actions[step].to(x.dtype)
+        modules = c.policy, c.normalizer, c.schedule, c.config
+        return guided_step(prediction, x, u, s0, k, *modules, 0.05, *normals)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
+def test_half_precision_error(kind, dtype, prediction_type):
+    """At most twice the error of plain PyTorch at that dtype, against float64, every step from the
+    same inputs."""
+    config = pg.SamplerConfig.official(prediction_type=prediction_type, clip_state_change=None)
+    errors = {"engine": [], "plain": []}
+    for seed in range(3):
+        c = make_components(kind, horizon=6, num_steps=8, config=config, seed=seed)
+        exact = with_modules(
+            c,
+            denoiser=copy.deepcopy(c.denoiser).double(),
+            policy=copy.deepcopy(c.policy).double(),
+            normalizer=copy.deepcopy(c.normalizer).double(),
+            schedule=c.schedule.to(torch.float64),
+        )
+        plain = with_modules(c, denoiser=HalfPrecision(c.denoiser, HALF[dtype]))
+        engine = TorchEngine(c, dtype)
+        s0, noise = torch.randn(48, S), make_noise(c, 48)
+        x, u = noise.initial_trajectories, noise.initial_actions
+        *_, chain = reference(c, s0, noise)
+        for step in range(8):
+            wanted = reference_step(exact, step, *(t.double() for t in (x, u, s0)), noise)
+            got = single_step(engine, step, x, u, s0, noise, 0.05)
+            errors["engine"].append([(g - w).abs() for g, w in zip(got, wanted, strict=True)])
+            got = reference_step(plain, step, x, u, s0, noise)
+            errors["plain"].append([(g - w).abs() for g, w in zip(got, wanted, strict=True)])
+            x, u = chain[0][step], chain[1][step]
+    (states, actions), (plain_states, plain_actions) = (
+        [torch.stack(part).flatten() for part in zip(*errors[name], strict=True)]
+        for name in ("engine", "plain")
+    )
+    assert states.square().mean().sqrt() <= 2 * plain_states.square().mean().sqrt()
+    assert states.max() <= 2 * plain_states.max()
+    # Few actions, where the policy is steep, carry most of the squared error: no use comparing it.
+    assert actions.mean() <= 2 * plain_actions.mean()
+    assert actions.quantile(0.99) <= 2 * plain_actions.quantile(0.99)
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_changed_weights_are_seen(kind, dtype):
+    c = make_components(kind)
+    s0, noise = torch.randn(9, S), make_noise(c, 9)
+    engine = TorchEngine(c, dtype)
+    modules = nn.ModuleList([c.denoiser, c.policy])
+    ema = copy.deepcopy(modules)
+    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-2)
+
+    def train():
+        for parameter in modules.parameters():
+            parameter.grad = torch.randn(parameter.shape)
+        optimizer.step()
+
+    def data_copy():
+        for parameter in modules.parameters():
+            parameter.data.copy_(parameter.data * 0.9)
+
+    def foreach_lerp():
+        with torch.no_grad():
+            torch._foreach_lerp_(list(modules.parameters()), list(ema.parameters()), 0.3)
+
+    def new_parameters():
+        for module in modules.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach() * 1.1))
+
+    def load():
+        modules.load_state_dict(ema.state_dict())
+
+    def moments():
+        c.normalizer.update(
+            {"observations": (torch.randn(S), torch.rand(S) + 1), "actions": (torch.ones(A),) * 2}
+        )
+
+    previous = engine.sample(s0, 0.05, None, noise, False)
+    for change in (train, data_copy, foreach_lerp, new_parameters, load, moments):
+        change()
+        got = engine.sample(s0, 0.05, None, noise, False)
+        fresh = TorchEngine(c, dtype).sample(s0, 0.05, None, noise, False)
+        for g, f, p in zip(got[:2], fresh[:2], previous[:2], strict=True):
+            assert torch.equal(g, f), change.__name__
+            assert not torch.equal(g, p), change.__name__
+        if dtype == "float32":
+            assert_close(got[0], reference(c, s0, noise)[0], 1e-4, change.__name__)
+        previous = got
+
+
+def test_results_are_the_callers_own():
+    c = make_components()
+    engine = TorchEngine(c)
+    s0, noise = torch.randn(4, S), make_noise(c, 4)
+    kept = (s0.clone(), noise.initial_trajectories.clone(), noise.trajectories.clone())
+    first = engine.sample(s0, 0.05, None, noise, True)
+    tensors = (*first[:2], *first[2])
+    copies = [tensor.clone() for tensor in tensors]
+    engine.sample(s0 + 1, 0.3, None, make_noise(c, 4, seed=1), True)
+    assert all(torch.equal(t, k) for t, k in zip(tensors, copies, strict=True))
+    for tensor in tensors:
+        tensor.fill_(float("nan"))
+    again = engine.sample(s0, 0.05, None, noise, True)
+    assert all(torch.equal(t, k) for t, k in zip((*again[:2], *again[2]), copies, strict=True))
+    for t, k in zip((s0, noise.initial_trajectories, noise.trajectories), kept, strict=True):
+        assert torch.equal(t, k)
+
+
+def test_samplers_side_by_side_and_changing_batch_sizes():
+    cs = [make_components(kind, seed=i) for i, kind in enumerate(DENOISERS)]
+    engines = [TorchEngine(c) for c in cs]
+    for batch in (3, 1, 8, 3, *range(1, 12), 3):  # more sizes than workspaces are kept
+        s0 = torch.randn(batch, S)
+        for c, engine in zip(cs, engines, strict=True):
+            noise = make_noise(c, batch)
+            got = engine.sample(s0, 0.05, None, noise, False)
+            assert torch.equal(got[0], TorchEngine(c).sample(s0, 0.05, None, noise, False)[0])
+            assert len(engine._workspaces) <= torch_engine.MAX_WORKSPACES
+
+
+@pytest.mark.parametrize("action_update", ["score", "sample", "none"])
+def test_same_seed_same_trajectories_as_the_reference(action_update):
+    c = make_components(config=pg.SamplerConfig.official(action_update=action_update))
+    s0 = torch.randn(20, S)
+    generators = [torch.Generator().manual_seed(5) for _ in range(3)]
+    engine = TorchEngine(c)
+    for _ in range(2):  # the second sample continues each generator's stream
+        first = engine.sample(s0, 0.05, generators[0], None, True)
+        second = engine.sample(s0, 0.05, generators[1], None, False)
+        with torch.no_grad():
+            wanted = ReferenceEngine(c).sample(s0, 0.05, generators[2], None, False)
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+        assert_close(first[0], wanted[0], 1e-4)
+        assert_close(first[1], wanted[1], 1e-4)
+        assert torch.equal(generators[0].get_state(), generators[2].get_state())
+    torch.manual_seed(7)
+    default = engine.sample(s0, 0.05, None, None, False)
+    seeded = engine.sample(s0, 0.05, torch.Generator().manual_seed(7), None, False)
+    assert torch.equal(default[0], seeded[0])
+
+
+def test_non_contiguous_inputs():
+    c = make_components()
+    s0, noise = torch.randn(7, S), make_noise(c, 7)
+    wanted = TorchEngine(c).sample(s0, 0.05, None, noise, False)
+    strided = pg.SampleNoise(
+        *(
+            torch.stack([t, t], dim=-1)[..., 0]
+            for t in (
+                noise.initial_trajectories,
+                noise.initial_actions,
+                noise.trajectories,
+                noise.actions,
+            )
+        )
+    )
+    assert not strided.trajectories.is_contiguous()
+    got = TorchEngine(c).sample(s0.t().contiguous().t(), 0.05, None, strided, False)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+class StateDependentPolicy(nn.Module):
+    """Some policy of the user's: raw observations -> mean and std."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(S, 2 * A)
+
+    def forward(self, observations):
+        mean, log_std = self.linear(observations).chunk(2, dim=-1)
+        return mean, torch.exp(0.1 * log_std) + 0.2
+
+
+class Scaled(pg.GaussianPolicy):
+    """A subclass may compute something else."""
+
+    def forward(self, observations):
+        mean, std = super().forward(observations)
+        return 0.5 * mean, std
+
+
+@pytest.mark.parametrize("update_states", [False, True])
+@pytest.mark.parametrize("make", [StateDependentPolicy, lambda: Scaled(S, A, hidden_dim=16)])
+def test_foreign_policy(make, update_states):
+    config = pg.SamplerConfig.official(update_states=update_states, max_guidance=0.4)
+    c = make_components(config=config)
+    c = with_modules(c, policy=make())
+    s0, noise = torch.randn(7, S), make_noise(c, 7)
+    assert_steps_agree(TorchEngine(c), c, s0, noise, 0.05, 1e-5)
+
+
+class ForeignDenoiser(nn.Module):
+    """Returns the same buffer each time, which the engine must not write to."""
+
+    observation_dim, action_dim, horizon = S, A, 4
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("prediction", torch.full((3, 4, S + 2), 0.3))
+
+    def forward(self, trajectory, actions, timesteps):
+        return self.prediction
+
+
+def test_foreign_denoiser():
+    c = make_components(config=pg.SamplerConfig.paper())
+    c = with_modules(c, denoiser=ForeignDenoiser())
+    noise = make_noise(c, 3)
+    assert_steps_agree(TorchEngine(c), c, torch.randn(3, S), noise, 0.05, 1e-5)
+    with pytest.raises(InputError, match="ForeignDenoiser.*'bfloat16'"):
+        TorchEngine(c, "bfloat16")
+
+
+def test_dtypes_that_cannot_be():
+    with pytest.raises(InputError, match="'int8'"):
+        TorchEngine(make_components(), "int8")
+    with pytest.raises(InputError, match="'tf32' needs a CUDA device.*'cpu'"):
+        TorchEngine(make_components(), "tf32")
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_without_onednn(kind, monkeypatch):
+    monkeypatch.setattr(LinearOps, "choose", classmethod(lambda cls, *_: cls(onednn=False)))
+    c = make_components(kind)
+    s0, noise = torch.randn(7, S), make_noise(c, 7)
+    assert_steps_agree(TorchEngine(c), c, s0, noise, 0.05, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *HALF])
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_nan_is_not_hidden(kind, dtype):
+    c = make_components(kind)
+    with torch.no_grad():
+        c.denoiser.input.weight[3, 0] = -float("nan")
+    x, *_ = TorchEngine(c, dtype).sample(torch.randn(2, S), 0.05, None, make_noise(c, 2), False)
+    assert x[:, 1].isnan().all()
+
+
+class TracedGraphs:
+    """Stands in for `GraphCache` without a GPU: a trace keeps numbers and addresses as a captured
+    graph does, and reads nothing else when replayed."""
+
+    def __init__(self):
+        self.traces = {}
+
+    def __call__(self, key, function, inputs):
+        key = (key, tuple(tensor.shape for tensor in inputs))
+        if key not in self.traces:
+            self.traces[key] = make_fx(function)(*inputs)
+        return tuple(output.clone() for output in self.traces[key](*inputs))
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("update_states", [False, True])
+def test_what_a_graph_would_capture(kind, update_states):
+    config = pg.SamplerConfig.official(update_states=update_states, denoiser_actions="clipped")
+    c = make_components(kind, num_steps=2, config=config)
+    engine = TorchEngine(c)
+    engine._captures = engine._held.fixed_addresses = True
+    engine._graphs, engine._policy.exp2 = TracedGraphs(), False  # as on a GPU
+    optimizer = torch.optim.SGD([*c.denoiser.parameters(), *c.policy.parameters()], lr=0.1)
+    deltas = [0.05, torch.tensor(0.3), 0.1, 0.2]
+    if not update_states:  # which needs one guidance scale for all
+        deltas.insert(1, torch.tensor([0.1, 0.2]))
+    for i, delta in enumerate(deltas):
+        for return_chain in (False, True):
+            batch = 3 + (i == 1)
+            s0, noise = torch.randn(batch, S), make_noise(c, batch, seed=i)
+            x, u, chain = engine.sample(s0, delta, None, noise, return_chain)
+            wanted = reference(c, s0, noise, delta)
+            assert_close(x, wanted[0], 1e-4, i)
+            assert_close(u, wanted[1], 1e-4, i)
+            assert (chain is not None) == return_chain
+            if return_chain:
+                assert_close(chain[1], wanted[2][1], 1e-4, i)
+            for parameter in (*c.denoiser.parameters(), *c.policy.parameters()):
+                parameter.grad = torch.randn(parameter.shape)
+            optimizer.step()
+            c.normalizer.update({"actions": (torch.randn(A), torch.rand(A) + 0.5)})
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    draws = [engine.sample(s0, 0.05, generator, None, False)[0] for generator in generators]
+    assert torch.equal(*draws)
+
+
+def ks_statistic(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest distance between two samples' empirical distribution functions."""
+    grid = torch.cat([a, b]).sort().values
+    shares = [torch.searchsorted(t.sort().values, grid, right=True) / len(t) for t in (a, b)]
+    return (shares[0] - shares[1]).abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_distribution_of_standardized_actions(dtype):
+    c, arrays, _, guidance_scale = load_fixture("sample_mlp_x0_official")
+    n = 6000
+    s0 = arrays["s0"][torch.arange(n) % len(arrays["s0"])]
+
+    def standardized(engine, seed):
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed)
+            x, u, _ = engine.sample(s0, guidance_scale, generator, None, False)
+            observations = c.normalizer.unnormalize(x[..., : c.observation_dim], "observations")
+            mean, std = c.policy(observations)
+            z = (c.normalizer.unnormalize(u, "actions") - mean) / std
+        return z[:, -1]  # one step per trajectory: independent rows
+
+    ours, theirs = standardized(TorchEngine(c, dtype), 0), standardized(ReferenceEngine(c), 1)
+    critical = 1.63 * (2 / n) ** 0.5  # 1 % level of the two-sample statistic
+    for action in range(c.action_dim):
+        assert ks_statistic(ours[:, action], theirs[:, action]) < critical
+        shifted = theirs[:, action] + 0.1  # the check sees a tenth of a standard deviation
+        assert ks_statistic(ours[:, action], shifted) > critical

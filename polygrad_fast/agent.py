@@ -81,7 +81,8 @@ class PolyGRAD:
         observation_dim, action_dim = check_spaces(environment)
         # as given: "module:Name-v0" must be imported again by whoever loads the agent
         self.env_id = env if isinstance(env, str) else environment_name(environment)
-        self.config = config if config is not None else TrainConfig.from_preset(preset, self.env_id)
+        config = config if config is not None else TrainConfig.from_preset(preset, self.env_id)
+        self.config = config.resolved()
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise InputError(f"seed must be an integer in [0, 2^32), got {seed!r}")
         self.preset, self.seed = preset, seed

@@ -3,27 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any, Literal
 
 from polygrad_fast.errors import InputError
 
 
-def _check(config: Any, condition: bool, name: str, wanted: str) -> None:
-    if not condition:
-        raise InputError(
-            f"{type(config).__name__}.{name} must be {wanted}, got {getattr(config, name)!r}"
-        )
+def _matches(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of an option's type; numbers must be finite."""
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is types.UnionType:
+        return any(_matches(value, part) for part in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
-def _check_choices(config: Any, **choices: tuple) -> None:
-    for name, allowed in choices.items():
-        _check(config, getattr(config, name) in allowed, name, f"one of {list(allowed)}")
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {list(typing.get_args(hint))}"
+    if typing.get_origin(hint) is types.UnionType:
+        return " or ".join(_describe(part) for part in typing.get_args(hint))
+    return {float: "a finite number", int: "an integer", types.NoneType: "None"}.get(
+        hint, f"a {hint.__name__}"
+    )
+
+
+class _Options:
+    """Check every option's type when a configuration is built, then its range."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            self._check(_matches(getattr(self, name), hint), name, _describe(hint))
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        """Raise InputError for a value out of range; types are right already."""
+
+    def _check(self, condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            raise InputError(
+                f"{type(self).__name__}.{name} must be {wanted}, got {getattr(self, name)!r}"
+            )
+
+    def _check_at_least(self, minimum: float, *names: str) -> None:
+        for name in names:
+            self._check(getattr(self, name) >= minimum, name, f"at least {minimum}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            optional = _matches(None, typing.get_type_hints(type(self))[name])
+            wanted = "None or a positive number" if optional else "positive"
+            self._check(value is None or value > 0, name, wanted)
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(_Options):
     """Options of policy-guided trajectory diffusion (Algorithm 2). Build one with `official()` or
     `paper()`."""
 
@@ -60,23 +102,17 @@ class SamplerConfig:
     """Upper bound of guidance_scale / sigma^2, the share of the way to the mean in one step; None:
     no bound."""
 
-    def __post_init__(self) -> None:
-        _check_choices(
-            self,
-            prediction_type=("sample", "epsilon"),
-            action_update=("score", "sample", "none"),
-            clip_order=("before", "after"),
-            policy_input=("denoised", "posterior_mean", "noisy"),
-            variance_type=("posterior", "beta"),
-            denoiser_actions=("raw", "clipped"),
-        )
-        for name in ("clip_std", "clip_state_change", "max_guidance"):
-            value = getattr(self, name)
-            _check(self, value is None or value > 0, name, "None or a positive number")
-        _check(self, self.clip_state_change_steps >= 0, "clip_state_change_steps", "at least 0")
+    def _check_ranges(self) -> None:
+        self._check_positive("clip_std", "clip_state_change", "max_guidance")
+        self._check_at_least(0, "clip_state_change_steps")
         if self.update_states and self.action_update != "score":
             raise InputError(
                 f"update_states=True needs action_update='score', got {self.action_update!r}"
+            )
+        if self.update_states and self.policy_input == "noisy":
+            raise InputError(
+                "update_states=True moves the estimated observations, which policy_input='noisy' "
+                "does not use; wanted 'denoised' or 'posterior_mean'"
             )
 
     @classmethod
@@ -99,26 +135,33 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(_Options):
     """Diffusion process (table 4)."""
 
     num_train_timesteps: int = 128
     tau: float = 1.0
 
+    def _check_ranges(self) -> None:
+        self._check_at_least(1, "num_train_timesteps")
+        self._check_positive("tau")
+
 
 @dataclass(frozen=True)
-class DenoiserConfig:
+class DenoiserConfig(_Options):
     """Denoising network and its training (tables 2 and 3)."""
 
     kind: Literal["residual_mlp", "transformer"] = "residual_mlp"
-    hidden_dim: int = 1024
+    hidden_dim: int | None = None
+    """None: the paper's 1024 (horizon up to 10) or 2048 for the residual MLP, 312 for the
+    transformer."""
     num_layers: int = 6
     num_heads: int = 4
     """Attention heads; the transformer only."""
     step_conditioning: Literal["input", "layer", "learned"] = "input"
     """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the
     paper's."""
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
+    """None: the paper's 3e-4 for the residual MLP, 1e-4 for the transformer."""
     batch_size: int = 256
     ema_decay: float = 0.99
     ema_interval: int = 10
@@ -129,20 +172,32 @@ class DenoiserConfig:
     pretrain_updates: int = 0
     """Updates right after the prefill."""
 
-    def __post_init__(self) -> None:
-        _check_choices(self, kind=("residual_mlp", "transformer"))
+    def _check_ranges(self) -> None:
         paper_style = {"residual_mlp": "layer", "transformer": "learned"}[self.kind]
-        _check_choices(self, step_conditioning=("input", paper_style))
-        for name in ("hidden_dim", "num_layers", "num_heads", "batch_size", "ema_interval"):
-            _check(self, getattr(self, name) >= 1, name, "at least 1")
-        _check(self, self.learning_rate > 0, "learning_rate", "positive")
-        _check(self, 0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]")
-        _check(self, self.updates_per_env_step >= 0, "updates_per_env_step", "at least 0")
-        _check(self, self.pretrain_updates >= 0, "pretrain_updates", "at least 0")
+        self._check(
+            self.step_conditioning in ("input", paper_style),
+            "step_conditioning",
+            f"'input' or {paper_style!r} for kind {self.kind!r}",
+        )
+        self._check_at_least(1, "num_layers", "num_heads", "batch_size", "ema_interval")
+        self._check_at_least(0, "ema_start", "updates_per_env_step", "pretrain_updates")
+        self._check_positive("hidden_dim", "learning_rate")
+        self._check(0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]")
+
+    def resolved(self, horizon: int) -> DenoiserConfig:
+        """Return the configuration with the paper's values in place of None."""
+        transformer = self.kind == "transformer"
+        width = 312 if transformer else (1024 if horizon <= 10 else 2048)
+        rate = 1e-4 if transformer else 3e-4
+        return replace(
+            self,
+            hidden_dim=width if self.hidden_dim is None else self.hidden_dim,
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
+        )
 
 
 @dataclass(frozen=True)
-class A2CConfig:
+class A2CConfig(_Options):
     """Advantage actor-critic in imagination (table 1). The defaults are the released settings."""
 
     gamma: float = 0.99
@@ -170,26 +225,25 @@ class A2CConfig:
     """Divide rewards so that their root mean square in the data becomes this; None: rewards as
     they are."""
 
-    def __post_init__(self) -> None:
+    def _check_ranges(self) -> None:
         for name in ("gamma", "gae_lambda", "target_critic_decay"):
-            _check(self, 0 <= getattr(self, name) <= 1, name, "in [0, 1]")
-        for name in (
+            self._check(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
+        self._check_positive(
             "actor_learning_rate",
             "critic_learning_rate",
+            "max_grad_norm",
             "target_update",
+            "final_target_update",
             "line_search_tolerance",
             "actor_learning_rate_lr",
-        ):
-            _check(self, getattr(self, name) > 0, name, "positive")
-        for name in ("max_grad_norm", "reward_rms", "final_target_update"):
-            value = getattr(self, name)
-            _check(self, value is None or value > 0, name, "None or a positive number")
-        _check(self, 0 < self.line_search_ratio < 1, "line_search_ratio", "in (0, 1)")
-        _check(self, self.line_search_max_steps >= 1, "line_search_max_steps", "at least 1")
+            "reward_rms",
+        )
+        self._check(0 < self.line_search_ratio < 1, "line_search_ratio", "in (0, 1)")
+        self._check_at_least(1, "line_search_max_steps")
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(_Options):
     """Policy and value networks."""
 
     hidden_dim: int = 256
@@ -200,9 +254,14 @@ class PolicyConfig:
     """Whether the networks read normalized observations; rewards are then normalized too, unless
     `reward_rms` is set."""
 
+    def _check_ranges(self) -> None:
+        self._check_at_least(1, "hidden_dim", "num_layers")
+        self._check_at_least(0, "min_std")
+        self._check(self.init_std > self.min_std, "init_std", f"above min_std, {self.min_std}")
+
 
 @dataclass(frozen=True)
-class GuidanceConfig:
+class GuidanceConfig(_Options):
     """Tuning of the guidance scale delta towards standardized actions of unit spread."""
 
     initial: float = 0.005
@@ -216,15 +275,13 @@ class GuidanceConfig:
     minimum: float = 1e-6
     maximum: float = 10.0
 
-    def __post_init__(self) -> None:
-        _check_choices(self, rule=("log", "linear", "none"), statistic=("std", "mean_abs"))
-        _check(self, 0 < self.minimum < self.maximum, "minimum", "positive and below maximum")
-        _check(self, self.initial > 0, "initial", "positive")
-        _check(self, self.learning_rate > 0, "learning_rate", "positive")
+    def _check_ranges(self) -> None:
+        self._check_positive("initial", "learning_rate", "minimum")
+        self._check(self.minimum < self.maximum, "minimum", f"below maximum, {self.maximum}")
 
 
 @dataclass(frozen=True)
-class NormalizerConfig:
+class NormalizerConfig(_Options):
     """When the moments are measured, and lower bounds of the standard deviations."""
 
     refresh: Literal["episode", "prefill"] = "episode"
@@ -235,8 +292,10 @@ class NormalizerConfig:
     min_std_rewards: float = 1e-3
     min_std_terminals: float = 1e-2
 
-    def __post_init__(self) -> None:
-        _check_choices(self, refresh=("episode", "prefill"))
+    def _check_ranges(self) -> None:
+        self._check_at_least(
+            0, "min_std_observations", "min_std_actions", "min_std_rewards", "min_std_terminals"
+        )
 
     def min_std(self) -> dict[str, float]:
         """Return field -> lower bound, as `Normalizer.update` takes it."""
@@ -248,7 +307,7 @@ class NormalizerConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Options):
     """Everything a run of Algorithm 3 needs besides the environment, seed and device."""
 
     horizon: int = 10
@@ -280,8 +339,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     engine: Literal["auto", "reference", "torch", "triton"] = "auto"
 
-    def __post_init__(self) -> None:
-        for name in (
+    def _check_ranges(self) -> None:
+        self._check_at_least(
+            1,
             "horizon",
             "total_timesteps",
             "imagined_batch_size",
@@ -292,11 +352,13 @@ class TrainConfig:
             "log_interval",
             "checkpoint_interval",
             "keep_checkpoints",
-        ):
-            _check(self, getattr(self, name) >= 1, name, "at least 1")
-        _check(self, self.horizon >= 2, "horizon", "at least 2 to train (A2C needs a next value)")
-        _check(self, self.policy_delay_steps >= 0, "policy_delay_steps", "at least 0")
-        _check(self, self.policy_updates_per_env_step >= 0, "policy_updates_per_env_step", ">= 0")
+        )
+        self._check(self.horizon >= 2, "horizon", "at least 2 to train (A2C needs a next value)")
+        self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
+
+    def resolved(self) -> TrainConfig:
+        """Return the configuration with every None that stands for the paper's value replaced."""
+        return replace(self, denoiser=self.denoiser.resolved(self.horizon))
 
     @classmethod
     def from_preset(cls, name: str, env_id: str = "") -> TrainConfig:
@@ -382,7 +444,7 @@ def _quick(env_id: str) -> TrainConfig:
             initial=0.05, learning_rate=1e-2, statistic="mean_abs", maximum=0.5
         ),
         normalizer=NormalizerConfig(refresh="prefill", min_std_rewards=0.1, min_std_terminals=0.1),
-        total_timesteps=12_000 if pendulum else 8000,
+        total_timesteps=10_000 if pendulum else 8000,
         imagined_batch_size=128,
         policy_updates_per_env_step=0.5,
         prefill_steps=1000,
@@ -404,12 +466,14 @@ def from_dict(data: dict[str, Any], cls: type = TrainConfig) -> Any:
     Raises:
         InputError: an option is unknown or its value is not allowed.
     """
-    types = typing.get_type_hints(cls)
-    unknown = set(data) - set(types)
+    if not isinstance(data, dict):
+        raise InputError(f"{cls.__name__} must be a dictionary of options, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = set(data) - set(hints)
     if unknown:
         raise InputError(f"{cls.__name__} has no option {min(unknown)!r}, got {sorted(data)}")
     values = {
-        name: from_dict(value, types[name]) if dataclasses.is_dataclass(types[name]) else value
+        name: from_dict(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else value
         for name, value in data.items()
     }
     return cls(**values)

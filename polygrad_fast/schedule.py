@@ -89,6 +89,23 @@ class NoiseSchedule:
         """Number of diffusion steps K."""
         return self.betas.shape[0]
 
+    def step_coefficients(self, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what one reverse step x <- a x0_hat + b x + c z needs: a, b and c, [K] each.
+
+        a x0_hat + b x is the DDPM posterior mean, which equals equation 1's
+        (x - beta / sqrt(1 - alphabar) eps_hat) / sqrt(1 - beta) for the noise eps_hat that x0_hat
+        implies. "posterior": the released code's float32 tables and the posterior's standard
+        deviation, 0 in the last step. "beta": equation 1, with a and b from float64 (in float32
+        cancellation makes a[0] 1.0002 instead of 1 at K = 128), and c = sqrt(beta).
+        """
+        if variance_type == "posterior":
+            noise_std = torch.exp(0.5 * self.posterior_log_variance_clipped)
+            noise_std[0] = 0.0
+            return self.posterior_mean_coef1, self.posterior_mean_coef2, noise_std
+        exact = self.from_betas(self.betas.double())
+        coefficients = (exact.posterior_mean_coef1, exact.posterior_mean_coef2)
+        return *(c.to(self.betas.dtype) for c in coefficients), self.betas.sqrt()
+
     def to(self, *args, **kwargs) -> NoiseSchedule:
         """Return the same schedule on another device or in another dtype."""
         return replace(

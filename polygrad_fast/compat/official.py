@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor
 
 from polygrad_fast.config import A2CConfig
@@ -14,6 +15,7 @@ from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.training.a2c import ActorCritic
 
+_LINEAR = re.compile(r"(\d+)\.weight$")
 _TRANSFORMER_NAMES = {
     "transformer.wte": "input",
     "transformer.wpe": "position_embedding",
@@ -84,7 +86,13 @@ def load_denoiser(
     """
     weights = _strip(state_dict, "model.")
     if "residual_mlp.final_linear.weight" in weights:
+        what = "a released residual MLP"
         num_layers = sum(bool(re.search(r"\.linear\.weight$", name)) for name in weights)
+        if num_layers < 1 or "proj.weight" not in weights:
+            raise InputError(
+                f"these weights are not {what}: 'proj.weight' or every block is missing, got names "
+                f"{sorted(weights)[:4]}"
+            )
         embed_dim = weights["proj.weight"].shape[0]
         denoiser = ResidualMLPDenoiser(
             observation_dim,
@@ -95,7 +103,6 @@ def load_denoiser(
             embed_dim=embed_dim,
         )
         renamed = {_residual_mlp_name(n, num_layers): v for n, v in weights.items()}
-        what = "a released residual MLP"
     elif "transformer.wte.weight" in weights:
         denoiser = TransformerDenoiser(
             observation_dim,
@@ -148,7 +155,8 @@ def _trunk(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, int, 
     weights = state_dict
     for prefix in ("actor.", "critic.", "model."):
         weights = _strip(weights, prefix)
-    matrices = [v for n, v in weights.items() if n.endswith("weight") and v.ndim == 2]
+    layers = {int(match[1]): v for n, v in weights.items() if (match := _LINEAR.match(n))}
+    matrices = [layers[i] for i in sorted(layers) if layers[i].ndim == 2]
     if len(matrices) < 2:
         raise InputError(
             f"wanted the state_dict of a released actor or critic ('model.0.weight', ..), got "
@@ -174,7 +182,7 @@ def load_policy(
     """Build a policy from the released actor's `state_dict` and its log-std [A]: std =
     exp(log_std) + min_std."""
     weights, in_dim, hidden_dim, out_dim, num_layers = _trunk(actor_state_dict)
-    log_std = log_std.reshape(-1)
+    log_std = torch.as_tensor(log_std, dtype=torch.float32).reshape(-1)
     policy = GaussianPolicy(
         in_dim,
         out_dim,
@@ -201,6 +209,11 @@ def load_actor_critic(
     critic."""
     policy = load_policy(actor_state_dict, log_std, min_std, normalizer, normed_inputs)
     weights, in_dim, hidden_dim, _, num_layers = _trunk(critic_state_dict)
+    for name, other in (("critic", in_dim), ("normalizer", normalizer.observation_dim)):
+        if other != policy.observation_dim:
+            raise InputError(
+                f"the {name} is for {other} observations, the actor for {policy.observation_dim}"
+            )
     value_function = _load(
         ValueFunction(in_dim, hidden_dim, num_layers), weights, "a released critic"
     )

@@ -74,6 +74,7 @@ class ResidualMLPDenoiser(nn.Module):
         self.observation_dim, self.action_dim, self.horizon = observation_dim, action_dim, horizon
         self.hidden_dim, self.num_layers = hidden_dim, num_layers
         self.step_conditioning = step_conditioning
+        self.num_embedded_steps = num_train_timesteps if step_conditioning == "layer" else None
         self.state_dim = observation_dim + 2
         in_dim, out_dim = horizon * (self.state_dim + action_dim), horizon * self.state_dim
         if step_conditioning == "input":
@@ -97,7 +98,7 @@ class ResidualMLPDenoiser(nn.Module):
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
         """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D];
         all normalized."""
-        check_inputs(trajectory, actions, timesteps, self.horizon, self.state_dim, self.action_dim)
+        check_inputs(self, trajectory, actions, timesteps)
         x = torch.cat([trajectory, actions], dim=-1).flatten(1)
         if self.step_conditioning == "input":
             x = self.input(self.proj(x) + self.step_mlp(timesteps))

@@ -11,18 +11,15 @@ from polygrad_fast.errors import InputError
 
 
 def check_inputs(
-    trajectory: Tensor,
-    actions: Tensor,
-    timesteps: Tensor,
-    horizon: int,
-    state_dim: int,
-    action_dim: int,
+    denoiser: nn.Module, trajectory: Tensor, actions: Tensor, timesteps: Tensor
 ) -> None:
-    """Raise InputError unless the shapes are [B, H, D], [B, H, A] and [B]."""
+    """Raise InputError unless the shapes are [B, H, D], [B, H, A] and [B], and states and actions
+    of the weights' dtype (or autocast takes care of it)."""
     batch = trajectory.shape[0] if trajectory.ndim else 0
+    dtype = denoiser.output.weight.dtype
     for name, tensor, wanted in (
-        ("trajectory", trajectory, (batch, horizon, state_dim)),
-        ("actions", actions, (batch, horizon, action_dim)),
+        ("trajectory", trajectory, (batch, denoiser.horizon, denoiser.state_dim)),
+        ("actions", actions, (batch, denoiser.horizon, denoiser.action_dim)),
         ("timesteps", timesteps, (batch,)),
     ):
         if tuple(tensor.shape) != wanted:
@@ -30,6 +27,12 @@ def check_inputs(
                 f"{name} of shape {tuple(tensor.shape)} given, the denoiser wants {wanted} "
                 f"(batch from trajectory)"
             )
+        if (
+            name != "timesteps"
+            and tensor.dtype != dtype
+            and not torch.is_autocast_enabled(tensor.device.type)
+        ):
+            raise InputError(f"{name} of {tensor.dtype} given, the denoiser's weights are {dtype}")
 
 
 class RandomFourierFeatures(nn.Module):

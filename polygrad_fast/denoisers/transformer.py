@@ -76,6 +76,7 @@ class TransformerDenoiser(nn.Module):
         self.observation_dim, self.action_dim, self.horizon = observation_dim, action_dim, horizon
         self.hidden_dim, self.num_layers, self.num_heads = hidden_dim, num_layers, num_heads
         self.step_conditioning = step_conditioning
+        self.num_embedded_steps = num_train_timesteps if step_conditioning == "learned" else None
         self.state_dim = observation_dim + 2
         self.input = nn.Linear(self.state_dim + action_dim, hidden_dim)
         self.position_embedding = nn.Embedding(horizon, hidden_dim)
@@ -106,7 +107,7 @@ class TransformerDenoiser(nn.Module):
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
         """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D];
         all normalized."""
-        check_inputs(trajectory, actions, timesteps, self.horizon, self.state_dim, self.action_dim)
+        check_inputs(self, trajectory, actions, timesteps)
         x = self.input(torch.cat([trajectory, actions], dim=-1))
         x = x + self.position_embedding.weight + self.step_mlp(timesteps).unsqueeze(1)
         for block in self.blocks:

@@ -79,14 +79,13 @@ def guided_step(
         denoised = prediction.clone()
     denoised[:, 0, :observation_dim] = initial_observations
 
-    # line 13 without its noise. The DDPM posterior mean of (x0_hat, x_i) is the same number as
-    # equation 1's (x_i - beta_i / sqrt(1 - alphabar_i) eps_hat) / sqrt(1 - beta_i), eps_hat being
-    # the noise that x0_hat implies.
+    # line 13 without its noise: equation 1, written in terms of x0_hat
+    from_denoised, from_trajectory, noise_std = (
+        table[k] for table in schedule.step_coefficients(config.variance_type)
+    )
+
     def posterior_mean(denoised: Tensor) -> Tensor:
-        return (
-            schedule.posterior_mean_coef1[k] * denoised
-            + schedule.posterior_mean_coef2[k] * trajectory
-        )
+        return from_denoised * denoised + from_trajectory * trajectory
 
     mean = posterior_mean(denoised)
     if config.clip_state_change is not None and k < config.clip_state_change_steps:
@@ -97,10 +96,6 @@ def guided_step(
     policy_observations = policy_states[config.policy_input][..., :observation_dim]
 
     # lines 8-12: update the actions
-    if config.variance_type == "beta":
-        noise_std = schedule.betas[k].sqrt()
-    else:
-        noise_std = torch.exp(0.5 * schedule.posterior_log_variance_clipped[k])
     if config.action_update == "score" or last_step:
         policy_mean, policy_std = policy_distribution(policy, normalizer, policy_observations)
         raw_actions = normalizer.unnormalize(actions, "actions")
@@ -119,10 +114,8 @@ def guided_step(
             raw_actions = clip(raw_actions)
         step_size = guidance_scale
         if config.max_guidance is not None:
-            step_size = torch.minimum(
-                torch.as_tensor(guidance_scale) * torch.ones_like(policy_std),
-                config.max_guidance * policy_std.square(),
-            )
+            largest = config.max_guidance * policy_std.square()
+            step_size = torch.minimum(torch.ones_like(largest) * guidance_scale, largest)
         raw_actions = raw_actions + step_size * score(raw_actions, policy_mean, policy_std)
         if config.clip_order == "after":
             raw_actions = clip(raw_actions)
@@ -133,7 +126,6 @@ def guided_step(
                 likelihood = log_prob(raw_actions, *distribution).sum()
                 (gradient,) = torch.autograd.grad(likelihood, observations)
             denoised[..., :observation_dim] = policy_observations + guidance_scale * gradient
-            denoised[:, 0, :observation_dim] = initial_observations
             mean = posterior_mean(denoised)
         actions = normalizer.normalize(raw_actions, "actions") + noise_std * action_noise
     elif config.action_update == "sample":
@@ -142,9 +134,6 @@ def guided_step(
         actions = normalizer.normalize(raw_actions, "actions")
 
     # line 13: update states and rewards; line 6 of the next step: set the initial state
-    if last_step and config.variance_type == "posterior":
-        trajectory = mean
-    else:
-        trajectory = mean + noise_std * trajectory_noise
+    trajectory = mean + noise_std * trajectory_noise
     trajectory[:, 0, :observation_dim] = initial_observations
     return trajectory, actions

@@ -41,7 +41,7 @@ class ReferenceEngine:
             return torch.randn(shape, generator=generator, device=c.device)
 
         trajectory = normals(states_shape, noise and noise.initial_trajectories).clone()
-        actions = normals(actions_shape, noise and noise.initial_actions)
+        actions = normals(actions_shape, noise and noise.initial_actions).clone()
         trajectory[:, 0, :observation_dim] = initial_observations
         chain = []
         for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):

@@ -83,12 +83,15 @@ class PolicyGuidedSampler:
         if device == "auto":
             device = next(denoiser.parameters()).device
         if action_bounds is not None:
-            action_bounds = tuple(
-                torch.as_tensor(bound, dtype=torch.float32, device=device)
-                for bound in action_bounds
-            )
+            action_bounds = _check_bounds(action_bounds, denoiser.action_dim, device)
         elif self.config.denoiser_actions == "clipped":
             raise InputError("denoiser_actions='clipped' needs action_bounds=(low, high), got None")
+        table_rows = getattr(denoiser, "num_embedded_steps", None)
+        if table_rows is not None and table_rows < schedule.num_train_timesteps:
+            raise InputError(
+                f"the schedule has {schedule.num_train_timesteps} steps, the denoiser's step "
+                f"embedding only {table_rows} rows"
+            )
         self.components = SamplerComponents(
             denoiser,
             policy,
@@ -129,14 +132,17 @@ class PolicyGuidedSampler:
                 shapes.
         """
         s0 = self._check_observations(initial_observations)
-        if not torch.is_tensor(guidance_scale) and not 0 <= guidance_scale < float("inf"):
+        if not torch.is_tensor(guidance_scale) and not (
+            isinstance(guidance_scale, (int, float)) and 0 <= guidance_scale < float("inf")
+        ):
             raise InputError(
-                f"guidance_scale must be a non-negative finite number, got {guidance_scale!r}"
+                f"guidance_scale must be a non-negative finite number or a tensor, got "
+                f"{guidance_scale!r}"
             )
         if noise is not None:
-            self._check_noise(noise, s0.shape[0])
+            noise = self._check_noise(noise, s0.shape[0])
         s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             trajectory, actions, chain = self._engine.sample(
                 s0_norm, guidance_scale, generator, noise, return_chain
             )
@@ -169,28 +175,55 @@ class PolicyGuidedSampler:
             raise InputError(
                 f"initial_observations must be floating point, got {observations.dtype}"
             )
-        finite = torch.isfinite(observations)
+        converted = observations.to(self.components.device, torch.float32)
+        finite = torch.isfinite(converted)
         if not finite.all():
             row, column = (~finite).nonzero()[0].tolist()
             raise InputError(
                 f"initial_observations[{row}, {column}] is {observations[row, column].item()}, "
-                f"wanted a finite number"
+                f"wanted a finite float32 number"
             )
-        return observations.to(self.components.device, torch.float32)
+        return converted
 
-    def _check_noise(self, noise: SampleNoise, batch: int) -> None:
-        num_steps = self.components.schedule.num_train_timesteps
-        states = (batch, self.components.horizon, self.components.observation_dim + 2)
-        actions = (batch, self.components.horizon, self.components.action_dim)
+    def _check_noise(self, noise: SampleNoise, batch: int) -> SampleNoise:
+        if not isinstance(noise, SampleNoise):
+            raise InputError(f"noise must be a SampleNoise, got {type(noise).__name__}")
+        c = self.components
+        states = (batch, c.horizon, c.observation_dim + 2)
+        actions = (batch, c.horizon, c.action_dim)
+        num_steps = c.schedule.num_train_timesteps
+        converted = {}
         for name, wanted in (
             ("initial_trajectories", states),
             ("initial_actions", actions),
             ("trajectories", (num_steps, *states)),
             ("actions", (num_steps, *actions)),
         ):
-            got = tuple(getattr(noise, name).shape)
-            if got != wanted:
-                raise InputError(f"noise.{name} of shape {got} given, wanted {wanted}")
+            tensor = getattr(noise, name)
+            if tuple(tensor.shape) != wanted:
+                raise InputError(
+                    f"noise.{name} of shape {tuple(tensor.shape)} given, wanted {wanted}"
+                )
+            converted[name] = tensor.to(c.device, torch.float32)
+            if not torch.isfinite(converted[name]).all():
+                raise InputError(f"noise.{name} holds NaN or infinity, wanted finite numbers")
+        return SampleNoise(**converted)
+
+
+def _check_bounds(bounds: tuple, action_dim: int, device) -> tuple[Tensor, Tensor]:
+    """Return (low, high) as float32 tensors [A] or scalars."""
+    low, high = (torch.as_tensor(b, dtype=torch.float32, device=device) for b in bounds)
+    for name, bound in (("low", low), ("high", high)):
+        if tuple(bound.shape) not in ((), (1,), (action_dim,)):
+            raise InputError(
+                f"action_bounds: {name} of shape {tuple(bound.shape)} given, wanted a number or "
+                f"({action_dim},)"
+            )
+    if not (low <= high).all():
+        raise InputError(
+            f"action_bounds: wanted low <= high, got {low.tolist()} and {high.tolist()}"
+        )
+    return low, high
 
 
 def _build_engine(name: str, components: SamplerComponents, dtype: str):

@@ -95,6 +95,11 @@ class TorchEngine:
 
     Weights and moments are read anew at every sample, whichever way they were changed.
 
+    On a GPU all K steps are one CUDA graph, captured once per batch size, and all normals of a
+    sample are drawn before it, in another order than the reference's; they take 8 K B H (D + A)
+    bytes. No call reads a tensor on the host. Modules of foreign types are called as they are,
+    step by step and uncaptured.
+
     Args:
         components: modules and options.
         dtype: "auto" and "float32"; "bfloat16" and "float16" hold the denoiser's weights and
@@ -395,7 +400,6 @@ class TorchEngine:
                 step = self._guidance_scale * self._likelihood_gradient(ws, policy_states)
                 observation_dim = initial_observations.shape[1]
                 denoised[..., :observation_dim] = policy_states[..., :observation_dim] + step
-                self._inpaint(denoised, initial_observations)
                 self._posterior_mean(ws, denoised, constants)
             ws.actions.add_(action_noise, alpha=constants.noise_std)
         elif config.action_update == "sample":
@@ -456,10 +460,7 @@ class TorchEngine:
 def _step_constants(components: SamplerComponents) -> list[StepConstants]:
     """Return the constants of every step, in loop order (first k = K - 1)."""
     schedule, config = components.schedule, components.config
-    if config.variance_type == "beta":
-        noise_std = schedule.betas.sqrt()
-    else:
-        noise_std = torch.exp(0.5 * schedule.posterior_log_variance_clipped)
+    from_denoised, from_trajectory, noise_std = schedule.step_coefficients(config.variance_type)
     action_scale = schedule.alphas_cumprod.sqrt()
     if not config.scale_actions:
         action_scale = torch.ones_like(action_scale)
@@ -468,8 +469,8 @@ def _step_constants(components: SamplerComponents) -> list[StepConstants]:
             action_scale,
             schedule.sqrt_recip_alphas_cumprod,
             schedule.sqrt_recipm1_alphas_cumprod,
-            schedule.posterior_mean_coef1,
-            schedule.posterior_mean_coef2,
+            from_denoised,
+            from_trajectory,
             noise_std,
         ],
         dim=1,

@@ -239,6 +239,12 @@ class ActorCritic:
         ):
             if tuple(tensor.shape) != wanted:
                 raise InputError(f"{name} of shape {tuple(tensor.shape)} given, wanted {wanted}")
+            weights = policy.log_std
+            if (tensor.dtype, tensor.device) != (weights.dtype, weights.device):
+                raise InputError(
+                    f"{name} of {tensor.dtype} on {tensor.device} given, the policy's weights are "
+                    f"{weights.dtype} on {weights.device}"
+                )
         if batch * (horizon - 1) < 2:
             raise InputError(
                 f"{batch} trajectories of {horizon} steps given, wanted at least two steps with a "

@@ -20,6 +20,7 @@ def build_denoiser(
     num_train_timesteps: int,
 ) -> nn.Module:
     """Build the configured denoising network with fresh weights."""
+    config = config.resolved(horizon)
     arguments = {
         "observation_dim": observation_dim,
         "action_dim": action_dim,
@@ -91,9 +92,9 @@ class DenoiserTrainer:
         sampler_config: SamplerConfig,
     ):
         self.model, self.schedule = model, schedule
-        self.config, self.sampler_config = config, sampler_config
+        self.config, self.sampler_config = config.resolved(model.horizon), sampler_config
         self.ema_model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=self.config.learning_rate)
         self.num_updates = 0
 
     def update(

@@ -20,7 +20,7 @@ class SpyDenoiser(nn.Module):
 
     def __init__(self, prediction=None):
         super().__init__()
-        self.prediction, self.calls = prediction, []
+        self.prediction, self.calls, self.horizon = prediction, [], 10
         self.weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, trajectory, actions, timesteps):

@@ -23,7 +23,7 @@ CLASSES = [
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_tables_1_2_and_4(preset):
-    config = pg.TrainConfig.from_preset(preset, "Walker2d-v5")
+    config = pg.TrainConfig.from_preset(preset, "Walker2d-v5").resolved()
     assert config.imagined_batch_size == 1024
     assert config.horizon == 10
     assert config.a2c.gae_lambda == 0.9
@@ -139,6 +139,21 @@ def test_presets_build_a_sampler_and_an_actor_critic(preset):
     assert normalizer.terminals_scale.item() >= config.normalizer.min_std_terminals
 
 
+def test_table_3_and_the_width_of_long_horizons():
+    transformer = c.DenoiserConfig(kind="transformer").resolved(50)
+    assert (transformer.hidden_dim, transformer.num_layers, transformer.num_heads) == (312, 6, 4)
+    assert transformer.learning_rate == 1e-4
+    assert c.DenoiserConfig().resolved(11).hidden_dim == 2048
+    assert c.DenoiserConfig(hidden_dim=7, learning_rate=1.0).resolved(11).hidden_dim == 7
+
+
+def test_dictionaries_of_the_wrong_kind():
+    with pytest.raises(pg.InputError, match="ScheduleConfig must be a dictionary"):
+        c.from_dict({"schedule": 3})
+    with pytest.raises(pg.InputError, match="horizon must be an integer, got 'x'"):
+        c.from_dict({"horizon": "x"})
+
+
 def test_missing_options_take_their_defaults():
     assert c.from_dict({}) == pg.TrainConfig()
     partial = c.from_dict({"horizon": 7, "a2c": {"gamma": 0.5}})
@@ -167,22 +182,32 @@ def test_unknown_options_are_named_with_their_class():
         (c.SamplerConfig, "variance_type", "learned", "'posterior', 'beta'"),
         (c.SamplerConfig, "denoiser_actions", "noisy", "'raw', 'clipped'"),
         (c.SamplerConfig, "clip_std", -3.0, "None or a positive number"),
-        (c.SamplerConfig, "clip_std", math.nan, "None or a positive number"),
+        (c.SamplerConfig, "clip_std", math.nan, "a finite number or None"),
         (c.SamplerConfig, "clip_state_change", 0.0, "None or a positive number"),
         (c.SamplerConfig, "max_guidance", -0.5, "None or a positive number"),
         (c.SamplerConfig, "clip_state_change_steps", -1, "at least 0"),
         (c.DenoiserConfig, "kind", "unet", "'residual_mlp', 'transformer'"),
-        (c.DenoiserConfig, "step_conditioning", "learned", "'input', 'layer'"),
-        (c.DenoiserConfig, "hidden_dim", 0, "at least 1"),
+        (c.DenoiserConfig, "step_conditioning", "learned", "'input' or 'layer'"),
+        (c.DenoiserConfig, "hidden_dim", 0, "None or a positive number"),
         (c.DenoiserConfig, "batch_size", 0, "at least 1"),
         (c.DenoiserConfig, "ema_interval", 0, "at least 1"),
         (c.DenoiserConfig, "ema_decay", 1.5, r"in \[0, 1\]"),
-        (c.DenoiserConfig, "learning_rate", math.nan, "positive"),
+        (c.DenoiserConfig, "learning_rate", math.nan, "a finite number or None"),
+        (c.DenoiserConfig, "learning_rate", -1.0, "None or a positive number"),
         (c.DenoiserConfig, "updates_per_env_step", -1.0, "at least 0"),
         (c.DenoiserConfig, "pretrain_updates", -1, "at least 0"),
         (c.A2CConfig, "gamma", 1.01, r"in \[0, 1\]"),
         (c.A2CConfig, "gae_lambda", -0.1, r"in \[0, 1\]"),
-        (c.A2CConfig, "target_critic_decay", math.nan, r"in \[0, 1\]"),
+        (c.A2CConfig, "target_critic_decay", math.nan, "a finite number"),
+        (c.A2CConfig, "entropy_coef", "small", "a finite number"),
+        (c.A2CConfig, "line_search", 1, "a bool"),
+        (c.ScheduleConfig, "tau", -1.0, "positive"),
+        (c.ScheduleConfig, "num_train_timesteps", 0, "at least 1"),
+        (c.PolicyConfig, "init_std", 0.05, "above min_std"),
+        (c.NormalizerConfig, "min_std_rewards", -1.0, "at least 0"),
+        (c.TrainConfig, "horizon", 2.5, "an integer"),
+        (c.TrainConfig, "engine", "jax", "'auto', 'reference', 'torch', 'triton'"),
+        (c.TrainConfig, "schedule", 3, "a ScheduleConfig"),
         (c.A2CConfig, "actor_learning_rate", 0.0, "positive"),
         (c.A2CConfig, "target_update", -0.01, "positive"),
         (c.A2CConfig, "final_target_update", 0.0, "None or a positive number"),
@@ -195,7 +220,7 @@ def test_unknown_options_are_named_with_their_class():
         (c.TrainConfig, "imagined_batch_size", 0, "at least 1"),
         (c.TrainConfig, "eval_episodes", -1, "at least 1"),
         (c.TrainConfig, "policy_delay_steps", -1, "at least 0"),
-        (c.TrainConfig, "policy_updates_per_env_step", -0.5, ">= 0"),
+        (c.TrainConfig, "policy_updates_per_env_step", -0.5, "at least 0"),
     ],
 )
 def test_invalid_values_name_option_wanted_and_got(cls, name, value, wanted):
@@ -216,6 +241,11 @@ def test_transformers_have_their_own_step_conditioning():
 def test_state_updates_need_the_score(action_update):
     with pytest.raises(pg.InputError, match=f"action_update='score', got '{action_update}'"):
         pg.SamplerConfig.official(action_update=action_update, update_states=True)
+
+
+def test_state_updates_need_the_estimated_states():
+    with pytest.raises(pg.InputError, match="policy_input='noisy'"):
+        pg.SamplerConfig.official(policy_input="noisy", update_states=True)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

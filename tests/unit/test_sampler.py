@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -100,14 +100,16 @@ class SpyPolicy(nn.Module):
 @st.composite
 def sampler_configs(draw) -> pg.SamplerConfig:
     action_update = draw(st.sampled_from(ACTION_UPDATES))
+    policy_input = draw(st.sampled_from(["denoised", "posterior_mean", "noisy"]))
+    moves_states = action_update == "score" and policy_input != "noisy"
     return pg.SamplerConfig(
         prediction_type=draw(st.sampled_from(["sample", "epsilon"])),
         action_update=action_update,
         clip_std=draw(st.sampled_from([None, 0.5, 3.0])),
         clip_order=draw(st.sampled_from(["before", "after"])),
         clip_final_actions=draw(st.booleans()),
-        policy_input=draw(st.sampled_from(["denoised", "posterior_mean", "noisy"])),
-        update_states=action_update == "score" and draw(st.booleans()),
+        policy_input=policy_input,
+        update_states=moves_states and draw(st.booleans()),
         clip_state_change=draw(st.sampled_from([None, 0.05, 0.25])),
         clip_state_change_steps=draw(st.sampled_from([0, 1, 3, 11])),
         variance_type=draw(st.sampled_from(["posterior", "beta"])),
@@ -272,7 +274,6 @@ class Float64Case:
 )
 def test_one_step_of_every_option_matches_a_naive_float64_step(config, k, delta, seed):
     # x0_hat moved along the score from noisy states has no meaning in the paper
-    assume(not (config.update_states and config.policy_input == "noisy"))
     case = Float64Case(seed)
     x, u = case.run(config, k, delta)
     with torch.no_grad():
@@ -678,3 +679,54 @@ def test_clipped_denoiser_actions_need_bounds():
 
 def test_config_defaults_to_the_released_codes():
     assert make_sampler().config == pg.SamplerConfig.official()
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_input_that_only_looks_right_is_refused(engine):
+    sampler, s0 = make_sampler(engine=engine), make_observations()
+    huge = torch.full((2, S), 1e300, dtype=torch.float64)
+    with pytest.raises(pg.InputError, match=r"initial_observations\[0, 0\] is 1e\+300"):
+        sampler.sample(huge)
+    noise = make_noise()
+    broken = replace(noise, actions=noise.actions * float("nan"))
+    with pytest.raises(pg.InputError, match="noise.actions holds NaN"):
+        sampler.sample(s0, noise=broken)
+    with pytest.raises(pg.InputError, match="SampleNoise, got tuple"):
+        sampler.sample(s0, noise=())
+    with pytest.raises(pg.InputError, match="guidance_scale must be .* got 'x'"):
+        sampler.sample(s0, guidance_scale="x")
+
+
+def test_action_bounds_are_checked_at_construction():
+    clipped = pg.SamplerConfig.official(denoiser_actions="clipped")
+    with pytest.raises(pg.InputError, match=r"low of shape \(5,\) given"):
+        make_sampler(clipped, action_bounds=(torch.zeros(5), 1.0))
+    with pytest.raises(pg.InputError, match="wanted low <= high, got 1.0 and -1.0"):
+        make_sampler(clipped, action_bounds=(1.0, -1.0))
+
+
+def test_more_steps_than_the_step_embedding_has():
+    denoiser = pg.ResidualMLPDenoiser(
+        S, A, H, hidden_dim=8, num_layers=1, step_conditioning="layer", num_train_timesteps=K - 1
+    )
+    with pytest.raises(pg.InputError, match=f"{K} steps, .* only {K - 1} rows"):
+        make_sampler(denoiser=denoiser)
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_inference_mode_and_float64_noise(engine):
+    noise, s0 = make_noise(), make_observations()
+    config = pg.SamplerConfig.official(update_states=True)
+    sampler = make_sampler(config, engine=engine)
+    wanted = sampler.sample(s0, noise=noise)
+    double = pg.SampleNoise(*(tensor.double() for tensor in vars(noise).values()))
+    with torch.inference_mode():
+        assert_same(sampler.sample(s0 * 1.0, noise=double), wanted)
+
+
+def test_results_do_not_alias_the_callers_noise():
+    config = pg.SamplerConfig.official(action_update="none", clip_std=None)
+    noise = make_noise()
+    batch = make_sampler(config).sample(make_observations(), noise=noise, normalized=True)
+    batch.actions.zero_()
+    assert noise.initial_actions.abs().sum() > 0

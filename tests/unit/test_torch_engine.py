@@ -162,14 +162,16 @@ def test_released_chain(name):
 @st.composite
 def configs(draw):
     action_update = draw(st.sampled_from(["score", "sample", "none"]))
+    policy_input = draw(st.sampled_from(["denoised", "posterior_mean", "noisy"]))
+    may_update_states = action_update == "score" and policy_input != "noisy"
     return pg.SamplerConfig(
         prediction_type=draw(st.sampled_from(["sample", "epsilon"])),
         action_update=action_update,
         clip_std=draw(st.sampled_from([None, 0.5, 3.0])),
         clip_order=draw(st.sampled_from(["before", "after"])),
         clip_final_actions=draw(st.booleans()),
-        policy_input=draw(st.sampled_from(["denoised", "posterior_mean", "noisy"])),
-        update_states=action_update == "score" and draw(st.booleans()),
+        policy_input=policy_input,
+        update_states=may_update_states and draw(st.booleans()),
         clip_state_change=draw(st.sampled_from([None, 0.25])),
         clip_state_change_steps=draw(st.integers(0, 4)),
         variance_type=draw(st.sampled_from(["posterior", "beta"])),
@@ -233,6 +235,13 @@ def test_splitting_the_batch_changes_nothing(kind, monkeypatch):
     wanted = whole.sample(s0, 0.05, None, noise, False)
     assert_close(got[0], wanted[0], 1e-5)
     assert_close(got[1], wanted[1], 1e-5)
+
+
+@pytest.mark.parametrize("preset", ["official", "paper"])
+def test_presets_at_full_length(preset):
+    c = make_components(num_steps=128, config=getattr(pg.SamplerConfig, preset)())
+    s0, noise = torch.randn(5, S), make_noise(c, 5)
+    assert_steps_agree(TorchEngine(c), c, s0, noise, 0.005, 1e-5)
 
 
 def test_guidance_scale_per_action():
@@ -499,12 +508,24 @@ def test_dtypes_that_cannot_be():
         TorchEngine(make_components(), "tf32")
 
 
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("kind", DENOISERS)
-def test_without_onednn(kind, monkeypatch):
-    monkeypatch.setattr(LinearOps, "choose", classmethod(lambda cls, *_: cls(onednn=False)))
+def test_each_path_of_the_linears(kind, onednn, monkeypatch):
+    """oneDNN for none and for all of them, though it pays for large ones only."""
+    if onednn and not LinearOps.choose(torch.device("cpu"), torch.float32).onednn:
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(LinearOps, "choose", classmethod(lambda cls, *_: cls(onednn)))
     c = make_components(kind)
     s0, noise = torch.randn(7, S), make_noise(c, 7)
     assert_steps_agree(TorchEngine(c), c, s0, noise, 0.05, 1e-5)
+
+
+def test_paper_sized_network():
+    c = make_components()
+    denoiser = pg.ResidualMLPDenoiser(S, A, horizon=4, hidden_dim=1024, num_layers=3)
+    c = with_modules(c, denoiser=randomize(denoiser, 3))
+    s0, noise = torch.randn(33, S), make_noise(c, 33)
+    assert_steps_agree(TorchEngine(c), c, s0, noise, 0.05, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", *HALF])

@@ -578,12 +578,9 @@ def schedule_table(schedule, options: StepOptions, config) -> Tensor:
     table = schedule.betas.new_zeros((schedule.num_train_timesteps, NUM_COLUMNS.value))
     table[:, X_SCALE.value] = schedule.sqrt_recip_alphas_cumprod
     table[:, PREDICTION_SCALE.value] = schedule.sqrt_recipm1_alphas_cumprod
-    table[:, DENOISED_COEF.value] = schedule.posterior_mean_coef1
-    table[:, X_COEF.value] = schedule.posterior_mean_coef2
-    if options.variance_type == "beta":
-        table[:, NOISE_STD.value] = schedule.betas.sqrt()
-    else:
-        table[:, NOISE_STD.value] = torch.exp(0.5 * schedule.posterior_log_variance_clipped)
+    coefficients = schedule.step_coefficients(options.variance_type)
+    for column, values in zip((DENOISED_COEF, X_COEF, NOISE_STD), coefficients, strict=True):
+        table[:, column.value] = values
     table[:, CHANGE_LIMIT.value] = float("inf")
     if options.limits_state_change:
         table[: config.clip_state_change_steps, CHANGE_LIMIT.value] = config.clip_state_change

@@ -207,7 +207,6 @@ def test_unknown_options_are_named_with_their_class():
         (c.NormalizerConfig, "min_std_rewards", -1.0, "at least 0"),
         (c.TrainConfig, "horizon", 2.5, "an integer"),
         (c.TrainConfig, "engine", "jax", "'auto', 'reference', 'torch', 'triton'"),
-        (c.TrainConfig, "schedule", 3, "a ScheduleConfig"),
         (c.A2CConfig, "actor_learning_rate", 0.0, "positive"),
         (c.A2CConfig, "target_update", -0.01, "positive"),
         (c.A2CConfig, "final_target_update", 0.0, "None or a positive number"),

@@ -41,7 +41,6 @@ TARGETS = {"float32": (1.15, 1.0), "bfloat16": (1.25, 2.3)}  # engine/GEMMs, ref
 class RecordedLinears(LinearOps):
     """Notes the operands of every Linear."""
 
-    onednn: bool
     calls: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
 
     def linear(self, x, weight, bias, activation="none"):
@@ -69,18 +68,18 @@ def build(num_steps: int) -> pg.PolicyGuidedSampler:
 
 
 def linears_of_one_step(engine: TorchEngine, s0: Tensor) -> list[tuple]:
-    """Return (x, weight, bias) of every Linear in one step, one x per shape and dtype."""
+    """Return (ops, x, weight, bias) of every Linear in one step, one x per shape and dtype."""
     steps, denoiser, policy = engine._steps, engine._denoiser, engine._policy
-    recorded = RecordedLinears(denoiser.ops.onednn), RecordedLinears(policy.ops.onednn)
     before = denoiser.ops, policy.ops
+    recorded = tuple(RecordedLinears(ops.onednn, ops.onednn_from) for ops in before)
     engine._steps, (denoiser.ops, policy.ops) = steps[:1], recorded
     engine.sample(s0, GUIDANCE_SCALE, None, None, False)
     engine._steps, (denoiser.ops, policy.ops) = steps, before
     operands = {}
-    calls = [call for ops in recorded for call in ops.calls]
     return [
-        (operands.setdefault((x.shape, x.dtype), torch.randn(x.shape).to(x.dtype)), w, b)
-        for x, w, b in calls
+        (ops, operands.setdefault((x.shape, x.dtype), torch.randn(x.shape).to(x.dtype)), w, b)
+        for ops, recorder in zip(before, recorded, strict=True)
+        for x, w, b in recorder.calls
     ]
 
 
@@ -111,7 +110,7 @@ def test_sampler(benchmark, dtype, batch):
     difference = max((g - w).abs().max().item() for g, w in zip(got[:2], wanted[:2], strict=True))
     assert difference < AGREEMENT[dtype]
 
-    calls, ops = linears_of_one_step(engine, s0), engine._denoiser.ops
+    calls = linears_of_one_step(engine, s0)
 
     def sample(which):
         return lambda: which.sample(s0, GUIDANCE_SCALE, None, None, False)
@@ -119,16 +118,16 @@ def test_sampler(benchmark, dtype, batch):
     def gemms(linear):
         def run():
             for _ in range(num_steps):
-                for call in calls:
-                    linear(*call)  # the result is freed at once, as in the engine
+                for ops, *operands in calls:
+                    linear(ops, *operands)  # the result is freed at once, as in the engine
 
         return run
 
     functions = {
         "engine": sample(engine),
-        "gemms": gemms(ops.linear),
+        "gemms": gemms(LinearOps.linear),
         "reference": sample(reference),
-        "f_linear": gemms(F.linear),
+        "f_linear": gemms(lambda _, *operands: F.linear(*operands)),
         "refresh": lambda: engine._refresh(GUIDANCE_SCALE),
     }
     for function in functions.values():

@@ -90,17 +90,17 @@ class FoldedResidualMLP:
         parts = tokens.split([d.state_dim, d.action_dim], dim=2)
         weight = torch.cat([part.flatten(1) for part in parts], dim=1)
         self.input_weight = put("input.weight", weight, dtype)
-        self.input_rows = put("input.rows", rows, dtype)
+        self.input_rows = put("input.rows", rows, dtype).unbind()
         self.blocks = []
         for i, block in enumerate(d.blocks):
             weight = put(f"{i}.weight", block.linear.weight, dtype)
             if d.step_conditioning == "input":
                 norm = _held_norm(put, f"{i}.norm", block.norm, self.norm_dtype)
-                rows = put(f"{i}.bias", block.linear.bias, dtype).expand(self.num_steps, -1)
+                rows = [put(f"{i}.bias", block.linear.bias, dtype)] * self.num_steps
             else:
                 norm = None
                 rows = block.linear.bias + block.step_embedding.weight[: self.num_steps]
-                rows = put(f"{i}.rows", rows, dtype)
+                rows = put(f"{i}.rows", rows, dtype).unbind()
             self.blocks.append((norm, weight, rows))
         self.norm = None
         if d.step_conditioning == "input":
@@ -113,7 +113,8 @@ class FoldedResidualMLP:
         ops = self.ops
         x = ops.linear(buffer, self.input_weight, self.input_rows[k])
         for norm, weight, rows in self.blocks:
-            h = relu_keeping_dtype_(torch.layer_norm(x, *norm) if norm else x.clone())
+            # x itself lives on as the residual, and with it any NaN.
+            h = fast_relu_(torch.layer_norm(x, *norm) if norm else x.clone())
             x = ops.linear_add(h, weight, rows[k], x)
         x = torch.relu_(torch.layer_norm(x, *self.norm) if self.norm else x)
         x = ops.linear(x, self.output_weight, self.output_bias)
@@ -301,7 +302,7 @@ class FoldedPolicy:
         return torch.tanh(F.linear(rows, *self.linears[-1]))
 
 
-def relu_keeping_dtype_(x: Tensor) -> Tensor:
+def fast_relu_(x: Tensor) -> Tensor:
     """ReLU in place. Half-precision numbers on a CPU are compared as integers, twice as fast: a
     negative number's sign bit makes a negative integer.
 

@@ -17,14 +17,25 @@ class LinearOps:
 
     PyTorch sends float32 Linears on a CPU to MKL, which on an AMD processor reaches half of what
     oneDNN does; oneDNN also adds bias, activation and residual in float32 before its only rounding.
+    Each of its calls costs some 10 us more, so that float32 products below a million multiply-adds
+    stay with MKL (half-precision ones go to oneDNN either way).
+
+    Args:
+        onednn: whether oneDNN's operators may be used.
+        onednn_from: multiply-adds of the smallest product they are used for.
     """
 
     onednn: bool
+    onednn_from: int = 0
 
     @classmethod
     def choose(cls, device: torch.device, dtype: torch.dtype) -> LinearOps:
         """Return oneDNN's path where this build and processor have it, PyTorch's own elsewhere."""
-        return cls(device.type == "cpu" and _onednn_offers(dtype))
+        onednn = device.type == "cpu" and _onednn_offers(dtype)
+        return cls(onednn, 2**20 if dtype == torch.float32 else 0)
+
+    def _use_onednn(self, x: Tensor, weight: Tensor) -> bool:
+        return self.onednn and x.shape[0] * weight.numel() >= self.onednn_from
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none"
@@ -35,14 +46,14 @@ class LinearOps:
             x: [rows, in_dim]. weight: [out_dim, in_dim]. bias: [out_dim]. All of one dtype.
             activation: "none", "relu", "tanh" or "gelu" (the erf form).
         """
-        if self.onednn:
+        if self._use_onednn(x, weight):
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
         out = F.linear(x, weight, bias)
         return out if activation == "none" else ACTIVATIONS[activation](out)
 
     def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         """Return residual + x W^T + b; `residual` [rows, out_dim] may be overwritten."""
-        if self.onednn:
+        if self._use_onednn(x, weight):
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return residual.add_(F.linear(x, weight, bias))
 

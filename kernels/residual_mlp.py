@@ -5,7 +5,6 @@ Twin: `polygrad_fast.reference.residual_mlp`. Derivations and counts: README.md 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 FP16_MAX = tl.constexpr(65504.0)
+ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @dataclass(frozen=True)
@@ -69,74 +69,72 @@ LAYER_BLOCKS = {
 LAYER_BLOCKS["bfloat16"] = LAYER_BLOCKS["float16"]
 MANY_ROWS = 2048
 MANY_ROWS_NARROW = 8192
-LARGE_SHARED_MEMORY = 128 * 1024
 
 
-def layer_blocks(
-    precision: str, rows: int, writes_moments: bool, shared_memory: int = LARGE_SHARED_MEMORY
-) -> LayerBlocks:
+def layer_blocks(precision: str, rows: int, writes_moments: bool) -> LayerBlocks:
     """Return the tile sizes for a layer of that many rows.
 
     A layer without moments is the output layer, whose few columns need narrow tiles to occupy the
-    device; with many rows, larger tiles read each operand less often, where shared memory (bytes
-    per program) holds them: GeForce cards (sm_86, sm_89, sm_120) have 99 KB.
+    device; with many rows, larger tiles read each operand less often. All fit the 99 KB of shared
+    memory of GeForce cards (their code is sm_80's) and the 227 KB of sm_90.
     """
     few, many, narrow = LAYER_BLOCKS[precision]
-    base, enough = (few, MANY_ROWS) if writes_moments else (narrow, MANY_ROWS_NARROW)
-    if rows < enough or (
-        shared_memory < LARGE_SHARED_MEMORY and many.block_k * many.block_m > 4096
-    ):
-        return base
-    return many
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that one program may use."""
-    if device.type != "cuda":
-        return LARGE_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if writes_moments:
+        return many if rows >= MANY_ROWS else few
+    return many if rows >= MANY_ROWS_NARROW else narrow
 
 
 @triton.jit
 def _merged_moments(
-    moments_ptr, row, row_mask, rows, dim, eps, TILE: tl.constexpr, NUM_TILES: tl.constexpr
+    moments_ptr,
+    row,
+    row_mask,
+    rows,
+    eps,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_TILES: tl.constexpr,
 ):
     """Merge per-tile (mean, sum of squared deviations) into mean and 1/std of whole rows (Chan)."""
     tile = tl.arange(0, NUM_TILES)
-    count = tl.maximum(tl.minimum(dim - tile * TILE, TILE), 0).to(tl.float32)  # [NUM_TILES]
+    count = tl.maximum(tl.minimum(DIM - tile * TILE, TILE), 0).to(tl.float32)  # [NUM_TILES]
     mask = row_mask[:, None] & (count > 0)[None, :]
     at = moments_ptr + tile.to(tl.int64)[None, :] * 2 * rows + row.to(tl.int64)[:, None]
     tile_mean = tl.load(at, mask=mask, other=0.0)  # [BLOCK_M, NUM_TILES]
     tile_m2 = tl.load(at + rows, mask=mask, other=0.0)
-    mean = tl.sum(tile_mean * count[None, :], axis=1) / dim
+    mean = tl.sum(tile_mean * count[None, :], axis=1) / DIM
     delta = tl.where(mask, tile_mean - mean[:, None], 0.0)
-    variance = tl.sum(tile_m2 + count[None, :] * delta * delta, axis=1) / dim
+    variance = tl.sum(tile_m2 + count[None, :] * delta * delta, axis=1) / DIM
     return mean, 1.0 / tl.sqrt(variance + eps)  # [BLOCK_M] each
 
 
 @triton.jit
 def _residual_mlp_layer_kernel(
-    x_ptr,  # [rows, in_dim], float32, or the GEMM's dtype where neither NORMALIZE nor RELU
+    x_ptr,  # [rows, in_dim], float32 or the GEMM's dtype
+    residual_ptr,  # [rows, out_dim], float32, read where RESIDUAL
     weight_ptr,  # [out_dim, in_dim], the GEMM's dtype
     bias_ptr,  # [out_dim], float32
     moments_ptr,  # [NUM_TILES, 2, rows]: what the producer of x wrote
     gamma_ptr,  # [in_dim], float32
     beta_ptr,  # [in_dim], float32
     out_ptr,  # [rows, out_dim], float32
+    operand_out_ptr,  # [rows, out_dim], the GEMM's dtype, written where WRITE_OPERAND
     moments_out_ptr,  # [cdiv(out_dim, BLOCK_N), 2, rows]
     rows,
-    in_dim,
     out_dim,
     stride_x,
     stride_weight,
+    stride_residual,
     stride_out,
+    stride_operand_out,
     eps,
+    IN_DIM: tl.constexpr,
     TILE: tl.constexpr,
     NUM_TILES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RELU: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    WRITE_OPERAND: tl.constexpr,
     WRITE_MOMENTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -149,13 +147,13 @@ def _residual_mlp_layer_kernel(
     k = tl.arange(0, BLOCK_K)
     m_mask, n_mask = m < rows, n < out_dim
     if NORMALIZE:
-        mean, rstd = _merged_moments(moments_ptr, m, m_mask, rows, in_dim, eps, TILE, NUM_TILES)
+        mean, rstd = _merged_moments(moments_ptr, m, m_mask, rows, eps, IN_DIM, TILE, NUM_TILES)
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_x  # [BLOCK_M, 1]
     weight_rows = weight_ptr + n.to(tl.int64)[None, :] * stride_weight  # [1, BLOCK_N]
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, in_dim, BLOCK_K):
+    for start in range(0, IN_DIM, BLOCK_K):
         column = start + k
-        k_mask = column < in_dim
+        k_mask = column < IN_DIM
         a = tl.load(
             x_rows + column[None, :], mask=m_mask[:, None] & k_mask[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_K]
@@ -163,21 +161,28 @@ def _residual_mlp_layer_kernel(
             weight_rows + column[:, None], mask=k_mask[:, None] & n_mask[None, :], other=0.0
         )  # [BLOCK_K, BLOCK_N]
         if NORMALIZE:
+            a = a.to(tl.float32)
             gamma = tl.load(gamma_ptr + column, mask=k_mask, other=0.0)
             beta = tl.load(beta_ptr + column, mask=k_mask, other=0.0)
             a = (a - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
         if RELU:
-            a = tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            if not NORMALIZE and weight_ptr.dtype.element_ty == tl.float16:
-                a = tl.minimum(a, FP16_MAX, propagate_nan=tl.PropagateNan.ALL)
+            a = tl.maximum(a, 0.0, propagate_nan=ALL)
         a = a.to(weight_ptr.dtype.element_ty)
         accumulator = tl.dot(a, w, accumulator, input_precision=INPUT_PRECISION)
 
     out = accumulator + tl.load(bias_ptr + n, mask=n_mask, other=0.0)[None, :]
     mask = m_mask[:, None] & n_mask[None, :]
     if RESIDUAL:
-        out += tl.load(x_rows + n[None, :], mask=mask, other=0.0)
+        at = residual_ptr + m.to(tl.int64)[:, None] * stride_residual + n[None, :]
+        out += tl.load(at, mask=mask, other=0.0)
     tl.store(out_ptr + m.to(tl.int64)[:, None] * stride_out + n[None, :], out, mask=mask)
+    if WRITE_OPERAND:
+        operand = out
+        if operand_out_ptr.dtype.element_ty == tl.float16:
+            operand = tl.maximum(operand, -FP16_MAX, propagate_nan=ALL)
+            operand = tl.minimum(operand, FP16_MAX, propagate_nan=ALL)
+        at = operand_out_ptr + m.to(tl.int64)[:, None] * stride_operand_out + n[None, :]
+        tl.store(at, operand.to(operand_out_ptr.dtype.element_ty), mask=mask)
     if WRITE_MOMENTS:
         count = tl.minimum(out_dim - tl.program_id(0) * BLOCK_N, BLOCK_N).to(tl.float32)
         tile_mean = tl.sum(tl.where(n_mask[None, :], out, 0.0), axis=1) / count  # [BLOCK_M]
@@ -205,23 +210,31 @@ def residual_mlp_layer(
     precision: str,
     norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
     relu: bool = False,
-    residual: bool = False,
+    residual: Tensor | None = None,
+    operand_out: Tensor | None = None,
     moments_out: Tensor | None = None,
     blocks: LayerBlocks | None = None,
 ) -> Tensor:
-    """Write f(x) W^T + b (+ x) to `out`, f being LayerNorm and ReLU, either or none, in one launch.
+    """Write f(x) W^T + b (+ residual) to `out`, f being LayerNorm and ReLU, either or none, in one
+    launch.
+
+    In half precision a layer reads its producer's result twice: as `x`, rounded, which every tile
+    of columns reads whole, and as `residual` in float32, of which each tile reads its own part.
 
     Args:
-        x: [rows, in_dim], float32; where f is none, in the precision's dtype. Last axis contiguous.
+        x: [rows, in_dim], float32 or the precision's dtype, which it must have where f is none.
+            Last axis contiguous.
         weight: [out_dim, in_dim] in the precision's dtype, last axis contiguous, row stride a
             multiple of 16 bytes for fast loads.
         bias: [out_dim], float32.
-        out: [rows, out_dim], float32; not x, which other programs still read.
+        out: [rows, out_dim], float32; neither x nor residual, which other programs still read.
         precision: a key of `PRECISIONS`.
-        norm: (moments of x as `moments_out` received them from x's producer, gamma [in_dim],
-            beta [in_dim], eps); None: no LayerNorm.
+        norm: (moments of x before it was rounded, as `moments_out` received them from x's producer;
+            gamma [in_dim], beta [in_dim], eps); None: no LayerNorm.
         relu: apply ReLU (after the LayerNorm).
-        residual: add x; needs in_dim == out_dim and a float32 x.
+        residual: [rows, out_dim], float32, added to the result; None: nothing is.
+        operand_out: [rows, out_dim] in the precision's dtype, receives `out` rounded; float16
+            saturates.
         moments_out: `moments_shape(precision, rows, out_dim)`, float32, receives out's moments.
         blocks: tile sizes; default `layer_blocks`. block_n must be the precision's moments tile
             where moments are written.
@@ -229,38 +242,41 @@ def residual_mlp_layer(
     Returns:
         `out`.
 
-    Numerics: float32 sums, residual and moments; a float16 operand without LayerNorm saturates.
-    Neither synchronizes nor allocates; may be captured.
+    Numerics: float32 sums, residual and moments. Neither synchronizes nor allocates; may be
+    captured.
     """
     rows, in_dim = x.shape
     out_dim = weight.shape[0]
     setting = PRECISIONS[precision]
-    blocks = blocks or layer_blocks(
-        precision, rows, moments_out is not None, shared_memory(x.device)
-    )
+    blocks = blocks or layer_blocks(precision, rows, moments_out is not None)
     moments, gamma, beta, eps = norm or (x, x, x, 0.0)
     grid = (triton.cdiv(out_dim, blocks.block_n), triton.cdiv(rows, blocks.block_m))
     _residual_mlp_layer_kernel[grid](
         x_ptr=x,
+        residual_ptr=out if residual is None else residual,
         weight_ptr=weight,
         bias_ptr=bias,
         moments_ptr=moments,
         gamma_ptr=gamma,
         beta_ptr=beta,
         out_ptr=out,
+        operand_out_ptr=out if operand_out is None else operand_out,
         moments_out_ptr=out if moments_out is None else moments_out,
         rows=rows,
-        in_dim=in_dim,
         out_dim=out_dim,
         stride_x=x.stride(0),
         stride_weight=weight.stride(0),
+        stride_residual=out.stride(0) if residual is None else residual.stride(0),
         stride_out=out.stride(0),
+        stride_operand_out=out.stride(0) if operand_out is None else operand_out.stride(0),
         eps=eps,
+        IN_DIM=in_dim,
         TILE=setting.moments_tile,
         NUM_TILES=triton.next_power_of_2(triton.cdiv(in_dim, setting.moments_tile)),
         NORMALIZE=norm is not None,
         RELU=relu,
-        RESIDUAL=residual,
+        RESIDUAL=residual is not None,
+        WRITE_OPERAND=operand_out is not None,
         WRITE_MOMENTS=moments_out is not None,
         INPUT_PRECISION=setting.input_precision,
         BLOCK_M=blocks.block_m,

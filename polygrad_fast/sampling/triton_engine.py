@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -44,6 +45,17 @@ def _refuse(got: str, wanted: str) -> None:
 def _padded_zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     width = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return torch.zeros(rows, width, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class DenoiserWorkspace:
+    """Tensors of one run of the denoiser; layers alternate between the two rows of each pair."""
+
+    input: Tensor  # [B, H (D + A), padded], the GEMMs' dtype
+    streams: Tensor  # residual stream, [2, B, W], float32
+    operands: Tensor  # the same in the GEMMs' dtype; the streams themselves where that is float32
+    moments: Tensor  # [2, tiles, 2, B]
+    prediction: Tensor  # [B, H D]
 
 
 class DenoiserOperands:
@@ -110,56 +122,55 @@ class DenoiserOperands:
             for bias, block in zip(self.biases, net.blocks, strict=False):
                 bias.add_(block.step_embedding(self.timesteps))
 
-    def workspace(self, batch: int) -> tuple[Tensor, ...]:
-        """Allocate the kernels' input, two residual streams with their moments, and the
-        prediction."""
+    def workspace(self, batch: int) -> DenoiserWorkspace:
+        """Allocate what one sample needs; the input's padding is zero and stays so."""
         width = self.denoiser.hidden_dim
         moments = self.layer.moments_shape(self.precision, batch, width)
-        return (
-            _padded_zeros(batch, self.in_dim, self.dtype, self.device),
-            torch.empty(2, batch, width, device=self.device),
-            torch.empty(2, *moments, device=self.device),
-            torch.empty(batch, self.out_dim, device=self.device),
+        streams = torch.empty(2, batch, width, device=self.device)
+        operands = streams
+        if self.dtype != torch.float32:
+            operands = torch.empty_like(streams, dtype=self.dtype)
+        return DenoiserWorkspace(
+            input=_padded_zeros(batch, self.in_dim, self.dtype, self.device),
+            streams=streams,
+            operands=operands,
+            moments=torch.empty(2, *moments, device=self.device),
+            prediction=torch.empty(batch, self.out_dim, device=self.device),
         )
 
-    def predict(self, workspace: tuple[Tensor, ...], k: int) -> Tensor:
+    def predict(self, workspace: DenoiserWorkspace, k: int) -> Tensor:
         """Run the denoiser on the workspace's input in step k; return its prediction [B, H D]."""
-        x_in, streams, moments, prediction = workspace
-        layer = functools.partial(self.layer.residual_mlp_layer, precision=self.precision)
-        source = 0
-        layer(
-            x_in,
-            self.input_weight,
-            self.input_bias[k],
-            streams[source],
-            moments_out=None if self.by_layer else moments[source],
-            blocks=self._blocks(x_in.shape[0]),
-        )
-        modules = [*(block for block in self.denoiser.blocks), self.denoiser]
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            last = index == len(self.weights) - 1
-            norm = None
-            if not self.by_layer:
-                norm = (moments[source], *self.norms[index], modules[index].norm.eps)
-            layer(
-                streams[source],
-                weight,
-                bias[k if len(bias) > 1 else 0],
-                prediction if last else streams[1 - source],
-                norm=norm,
-                relu=True,
-                residual=not last,
-                moments_out=None if last or self.by_layer else moments[1 - source],
-                blocks=None if last else self._blocks(x_in.shape[0]),
-            )
-            source = 1 - source
-        return prediction
+        ws, normalized = workspace, not self.by_layer
+        # those of full width share their tiles, whether they write moments or not
+        blocks = self.layer.layer_blocks(self.precision, len(ws.input), writes_moments=True)
 
-    def _blocks(self, rows: int):
-        """Tiles of the wide layers; without LayerNorm they are the same, only without moments."""
-        return self.layer.layer_blocks(
-            self.precision, rows, True, self.layer.shared_memory(self.device)
-        )
+        def written(target: int) -> dict:
+            return dict(
+                operand_out=ws.operands[target] if ws.operands is not ws.streams else None,
+                moments_out=ws.moments[target] if normalized else None,
+                blocks=blocks,
+            )
+
+        layer = functools.partial(self.layer.residual_mlp_layer, precision=self.precision)
+        layer(ws.input, self.input_weight, self.input_bias[k], ws.streams[0], **written(0))
+        modules = [*self.denoiser.blocks, self.denoiser]
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            source, target = index % 2, 1 - index % 2
+            read = dict(relu=True)
+            if normalized:
+                read["norm"] = (ws.moments[source], *self.norms[index], modules[index].norm.eps)
+            bias = bias[k if len(bias) > 1 else 0]
+            if index == len(self.weights) - 1:
+                return layer(ws.operands[source], weight, bias, ws.prediction, **read)
+            layer(
+                ws.operands[source],
+                weight,
+                bias,
+                ws.streams[target],
+                residual=ws.streams[source],
+                **read,
+                **written(target),
+            )
 
     def sources(self) -> list[Tensor]:
         """Return every tensor that `refresh` reads."""
@@ -249,8 +260,8 @@ class TritonEngine:
 
     Args:
         components: a residual MLP denoiser and a Gaussian policy of at most 2 layers of 256.
-        dtype: what the GEMMs' operands are in: "float32" (no tensor cores), "tf32", "float16" or
-            "bfloat16"; "auto" is "float16" on a GPU. Residual stream, sums and states are float32.
+        dtype: what the GEMMs' operands are in: "float32" (also "auto"; no tensor cores), "tf32",
+            "float16" or "bfloat16". Residual stream, sums and states are float32 in all of them.
 
     Raises:
         InputError: an option, network or device that this engine does not offer; the message names
@@ -268,7 +279,7 @@ class TritonEngine:
         self.steps, layers = _kernels()
         self._check_device(layers)
         if dtype == "auto":
-            dtype = "float16" if self.device.type == "cuda" else "float32"
+            dtype = "float32"
         if self.interpreted and dtype == "bfloat16":
             raise InputError(
                 "triton's interpreter multiplies bfloat16 wrongly, got dtype 'bfloat16'; use "
@@ -285,6 +296,7 @@ class TritonEngine:
         self.bounds = tuple(b.float().expand(c.action_dim).contiguous() for b in bounds)
         self._check_sources()
         self._graphs = None if self.interpreted else GraphCache()
+        self._addresses: list[int] = []
 
     def _check_options(self, c: SamplerComponents) -> None:
         if c.config.update_states:
@@ -367,9 +379,12 @@ class TritonEngine:
         with torch.no_grad(), on_device:
             if self._graphs is None:
                 outputs = run(*inputs)
-            else:  # a tensor that was replaced, not changed in place, needs a new capture
-                addresses = tuple(tensor.data_ptr() for tensor in self._sources())
-                outputs = self._graphs((return_chain, addresses), run, inputs)
+            else:
+                addresses = [tensor.data_ptr() for tensor in self._sources()]
+                if addresses != self._addresses:  # a tensor was replaced, not changed in place
+                    self._graphs.clear()
+                    self._addresses = addresses
+                outputs = self._graphs(return_chain, run, inputs)
         trajectory, actions, *chains = outputs
         return trajectory, actions, tuple(chains) if chains else None
 
@@ -409,7 +424,7 @@ class TritonEngine:
             space=space,
             options=self.options,
             seed=seed,
-            denoiser_input=workspace[0],
+            denoiser_input=workspace.input,
         )
         self.steps.initial_state(
             noise=given[:2] or None, trajectory_out=trajectory, actions_out=actions, **common

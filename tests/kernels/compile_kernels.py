@@ -108,33 +108,31 @@ def layer_launches() -> Iterator[tuple[str, object, dict]]:
     residual_mlp._residual_mlp_layer_kernel = recorder
     width, in_dim, out_dim = 1024, 256, 190
     for precision, setting in residual_mlp.PRECISIONS.items():
-        for rows in (1024, 4096):
+        for rows in (1024, 8192):
             x, out = torch.empty(rows, width), torch.empty(rows, width)
+            operand = out
+            if setting.dtype != torch.float32:
+                operand = torch.empty(rows, width, dtype=setting.dtype)
+            operand_out = None if operand is out else operand
             moments = torch.empty(residual_mlp.moments_shape(precision, rows, width))
             gamma = torch.empty(width)
             weight = torch.empty(width, width, dtype=setting.dtype)
             norm = (moments, gamma, gamma, 1e-5)
+            written = dict(operand_out=operand_out, moments_out=moments)
+            inputs = torch.empty(rows, in_dim, dtype=setting.dtype)
+            narrow = weight[:, :in_dim].contiguous()
+            last = torch.empty(rows, out_dim)
             roles = {
-                "input": dict(
-                    x=torch.empty(rows, in_dim, dtype=setting.dtype),
-                    weight=weight[:, :in_dim].contiguous(),
-                    bias=gamma,
-                    out=out,
-                    moments_out=moments,
-                ),
+                "input": dict(x=inputs, weight=narrow, out=out, **written),
                 "hidden": dict(
-                    x=x, weight=weight, bias=gamma, out=out, norm=norm, relu=True, residual=True,
-                    moments_out=moments,
+                    x=operand, weight=weight, out=out, norm=norm, relu=True, residual=x, **written
                 ),
-                "output": dict(
-                    x=x, weight=weight[:out_dim], bias=gamma, out=torch.empty(rows, out_dim),
-                    norm=norm, relu=True,
-                ),
-            }  # fmt: skip
+                "output": dict(x=operand, weight=weight[:out_dim], out=last, norm=norm, relu=True),
+            }
             for role, arguments in roles.items():
                 if precision == "bfloat16" and role != "hidden":
                     continue  # the same machine code but for the operands' type
-                residual_mlp.residual_mlp_layer(precision=precision, **arguments)
+                residual_mlp.residual_mlp_layer(precision=precision, bias=gamma, **arguments)
                 launch = recorder.launches.pop()
                 tile = "x".join(str(launch[f"BLOCK_{axis}"]) for axis in "MNK")
                 yield f"layer {role} {precision} {tile}", recorder.kernel, launch
@@ -154,6 +152,8 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
     ):  # fmt: skip
         options = guided_step.step_options(SamplerConfig.official())
         for state_dim, pair in guided_step.STEP_BLOCKS[precision].items():
+            if state_dim == 16 and precision != "float16":
+                continue  # the same tiles as at 32
             state_dim = 19 if state_dim == 32 else state_dim - 1  # 19: Walker2d
             for blocks in dict.fromkeys(pair):
                 rows = 10240

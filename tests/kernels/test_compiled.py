@@ -57,7 +57,7 @@ def test_table(tables, capsys):
 def test_shared_memory(tables, target):
     for row in tables[target]:
         assert row["shared"] <= TARGETS[target][2], row
-        if target == 80 and "128x128x64" not in row["kernel"]:  # see `layer_blocks`
+        if target == 80:
             assert row["shared"] <= GEFORCE_SHARED, row
 
 

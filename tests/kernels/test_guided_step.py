@@ -8,6 +8,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
 import polygrad_fast as pg  # noqa: E402
 from polygrad_fast.kernels import guided_step as kernel  # noqa: E402
 from polygrad_fast.reference import guided_step as twin  # noqa: E402
@@ -134,9 +137,8 @@ class Case:
         """Assert that the kernel's errors are at most twice those of plain PyTorch."""
         got, exact = self.run_kernel(k, **options), self.run_twin(k)
         half = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(self.precision)
-        tf32, torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32", False
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
         try:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
             with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
                 plain = self.run_twin(k, torch.float32)
         finally:
@@ -204,6 +206,44 @@ def test_every_shipped_tile(device, precision, rows):
             case.check(MIDDLE, blocks=pair[rows == "many"])
 
 
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    options=st.fixed_dictionaries(
+        dict(
+            prediction_type=st.sampled_from(["sample", "epsilon"]),
+            action_update=st.sampled_from(["score", "sample", "none"]),
+            clip_std=st.sampled_from([None, 0.5, 3.0]),
+            clip_order=st.sampled_from(["before", "after"]),
+            clip_final_actions=st.booleans(),
+            policy_input=st.sampled_from(["denoised", "posterior_mean", "noisy"]),
+            clip_state_change=st.sampled_from([None, 0.25]),
+            variance_type=st.sampled_from(["posterior", "beta"]),
+            scale_actions=st.booleans(),
+            denoiser_actions=st.sampled_from(["raw", "clipped"]),
+            max_guidance=st.sampled_from([None, 0.1]),
+        )
+    ),
+    sizes=st.fixed_dictionaries(
+        dict(
+            batch=st.integers(1, 9),
+            horizon=st.integers(1, 6),
+            observation_dim=st.integers(1, 20),
+            action_dim=st.integers(1, 18),
+            hidden=st.integers(2, 80),
+            num_layers=st.integers(1, 2),
+        )
+    ),
+    k=st.integers(0, NUM_STEPS - 1),
+)
+def test_any_options_and_sizes(device, options, sizes, k):
+    Case(device, official(**options), **sizes).check(k)
+
+
 def test_in_place(device):
     case = Case(device, official())
     separate, in_place = case.run_kernel(MIDDLE), case.run_kernel(MIDDLE, in_place=True)
@@ -239,7 +279,10 @@ def test_nan_stays_in_its_row(device):
 # In-kernel noise
 
 
-def drawn(device, batch=64, horizon=10, k=MIDDLE, seed=(3, 5), blocks=None):
+LARGE_TILE = kernel.StepBlocks(128, 32, 8, 2)  # few programs: the interpreter runs them in turn
+
+
+def drawn(device, batch=64, horizon=10, k=MIDDLE, seed=(3, 5), blocks=LARGE_TILE):
     """Return the normals behind one step: states [B, H, D] and actions [B, H, A]."""
     config = paper(action_update="sample", policy_input="noisy", clip_std=None)
     case = Case(device, config, batch=batch, horizon=horizon)

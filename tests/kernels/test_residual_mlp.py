@@ -45,7 +45,7 @@ def run_layer(device, precision, layer, rows, in_dim, out_dim, seed=0, offset=0.
     spec = LAYERS[layer]
     dtype, tile = PRECISIONS[precision].dtype, PRECISIONS[precision].moments_tile
     padded = -(-in_dim // 16) * 16
-    x = normal(rows, in_dim) * 2 + offset
+    x = (normal(rows, in_dim) * 2 + offset).to(dtype).float()
     weight = torch.zeros(out_dim, padded, device=device)[:, :in_dim]
     weight.copy_(normal(out_dim, in_dim) / in_dim**0.5)
     bias, gamma, beta = normal(out_dim), 1 + 0.1 * normal(in_dim), 0.1 * normal(in_dim)
@@ -58,19 +58,21 @@ def run_layer(device, precision, layer, rows, in_dim, out_dim, seed=0, offset=0.
         kernel_norm = (twin.row_moments(x, tile).contiguous(), gamma, beta, 1e-5)
         twin_norm = (gamma, beta, 1e-5)
     storage = torch.zeros(out_dim, padded, device=device, dtype=dtype)[:, :in_dim]
-    raw_input = not spec["norm"] and not spec["relu"]
+    operand_out = torch.full((rows, out_dim), torch.nan, device=device, dtype=dtype)
     residual_mlp_layer(
-        x.to(dtype) if raw_input else x,
+        x.to(dtype),
         storage.copy_(weight),
         bias,
         out,
         precision,
         norm=kernel_norm,
         relu=spec["relu"],
-        residual=spec["residual"],
+        residual=x if spec["residual"] else None,
+        operand_out=operand_out,
         moments_out=moments_out,
         blocks=blocks,
     )
+    assert torch.equal(operand_out, out.to(dtype))
     options = dict(relu=spec["relu"], residual=spec["residual"])
     doubled = twin_norm and (gamma.double(), beta.double(), 1e-5)
     exact = twin.residual_mlp_layer(
@@ -125,15 +127,16 @@ def test_moments_of_rows_far_from_zero(device):
 
 
 def test_nan_and_saturation(device):
-    """NaN in a row stays in that row; float16 operands without LayerNorm saturate."""
-    x = torch.ones(3, 16, device=device)
-    x[1, 2], x[2, 0] = torch.nan, 1e6
-    weight = torch.zeros(16, 16, device=device, dtype=torch.float16)
-    weight[0, 0] = 1.0
+    """NaN in a row stays in that row; float16 operands saturate."""
+    x = torch.ones(3, 16, device=device, dtype=torch.float16)
+    x[1, 2], x[2, 0] = torch.nan, 60000
+    weight = 2 * torch.eye(16, device=device, dtype=torch.float16)
     bias, out = torch.zeros(16, device=device), torch.empty(3, 16, device=device)
-    residual_mlp_layer(x, weight, bias, out, "float16", relu=True)
-    assert out[0, 0] == 1 and out[2, 0] == 65504
-    assert torch.isnan(out[1]).any() and torch.isfinite(out[[0, 2]]).all()
+    operand_out = torch.empty(3, 16, device=device, dtype=torch.float16)
+    residual_mlp_layer(x, weight, bias, out, "float16", relu=True, operand_out=operand_out)
+    assert out[0, 0] == 2 and out[2, 0] == 120000 and operand_out[2, 0] == 65504
+    assert out[1, 2].isnan() and operand_out[1, 2].isnan()
+    assert torch.isfinite(out[[0, 2]]).all() and torch.isfinite(operand_out[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -170,9 +170,9 @@ def test_denoiser_error(device, conditioning, dtype):
     workspace = operands.workspace(9)
     x, u = torch.randn(9, H, S + 2, device=device), torch.randn(9, H, A, device=device)
     z = torch.cat([x, u], -1).flatten(1)
-    workspace[0][:, : z.shape[1]].copy_(z)
-    for tensor in workspace[1:]:
-        tensor.fill_(torch.nan)
+    workspace.input[:, : z.shape[1]].copy_(z)
+    for name in ("streams", "operands", "moments", "prediction"):
+        getattr(workspace, name).fill_(torch.nan)
     steps = torch.full((9,), 5, device=device)
     got = operands.predict(workspace, 5).view(x.shape).double()
     exact = copy.deepcopy(c.denoiser).double()(x.double(), u.double(), steps)
@@ -295,6 +295,19 @@ def test_distribution_equals_the_reference(device, dtype="float16"):
             assert two_sample_ks(z[:, t, i], wanted_z[:, t, i]) > 1e-3
         for i in range(S + 2):
             assert two_sample_ks(x[:, t, i], wanted_x[:, t, i]) > 1e-3
+
+
+def test_public_sampler(device):
+    c = build(device)
+    s0, noise = torch.randn(5, S, device=device), draw_noise(device, 5)
+    got, wanted = (
+        pg.PolicyGuidedSampler(
+            c.denoiser, c.policy, c.schedule, c.normalizer, engine=engine, dtype="float32"
+        ).sample(s0, 0.05, noise=noise)
+        for engine in ("triton", "reference")
+    )
+    for name in ("observations", "actions", "rewards", "terminals"):
+        assert relative_error(getattr(got, name), getattr(wanted, name)) < 1e-4, name
 
 
 def test_refusals(device):

@@ -30,7 +30,7 @@ def run_seed(env_id: str, seed: int, episodes: int) -> dict:
     def polygrad_fast(*arguments: str) -> str:
         command = [sys.executable, "-m", "polygrad_fast.cli", *arguments]
         result = subprocess.run(
-            command, env=environment, check=True, capture_output=True, text=True
+            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
         )
         return result.stdout
 
@@ -73,13 +73,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--episodes", type=int, default=10)
     arguments = parser.parse_args()
-    rows = []
-    for seed in arguments.seeds:
-        rows.append(run_seed(arguments.env_id, seed, arguments.episodes) | versions())
-        print(json.dumps(rows[-1]), flush=True)
+    software = versions()  # before the first row makes the checkout dirty
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    kept = [row for row in stored if row["env_id"] != arguments.env_id]
-    write_json_atomic(RESULTS, kept + rows)
+    rows = [row for row in stored if row["env_id"] != arguments.env_id]
+    for seed in arguments.seeds:
+        rows.append(run_seed(arguments.env_id, seed, arguments.episodes) | software)
+        print(json.dumps(rows[-1]), flush=True)
+        write_json_atomic(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
+import numbers
 import random
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,11 @@ from polygrad_fast.training.checkpoint import (
 from polygrad_fast.training.denoiser import DenoiserTrainer, build_denoiser
 from polygrad_fast.training.guidance import GuidanceTuner
 from polygrad_fast.training.run_log import MetricsLog, TensorboardLog, versions, write_json_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 Callback = Callable[["PolyGRAD", dict[str, float]], Any]
 
@@ -82,20 +91,25 @@ class PolyGRAD:
         # as given: "module:Name-v0" must be imported again by whoever loads the agent
         self.env_id = env if isinstance(env, str) else environment_name(environment)
         config = config if config is not None else TrainConfig.from_preset(preset, self.env_id)
-        self.config = config.resolved()
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        self.config = config.resolved(self.env_id)
+        if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
             raise InputError(f"seed must be an integer in [0, 2^32), got {seed!r}")
-        self.preset, self.seed = preset, seed
+        self.preset, self.seed = preset, int(seed)
         self.device = _resolve_device(device)
 
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self._acting_generator = torch.Generator().manual_seed(seed + 1)
+        # independent streams, also between neighbouring seeds
+        streams = np.random.SeedSequence(self.seed).spawn(5)
+        seeds = [int(stream.generate_state(1, np.uint64)[0]) for stream in streams]
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(seeds[0])
+        self.generator = torch.Generator(self.device).manual_seed(seeds[1])
+        self._acting_generator = torch.Generator().manual_seed(seeds[2])
+        # predictions of a user's callback must not change the run
+        self._prediction_generator = torch.Generator().manual_seed(seeds[3])
 
         c = self.config
-        self.environment = ResumableEnvironment(environment, seed)
+        self.environment = ResumableEnvironment(environment, seeds[4])
         self.action_scaler = ActionScaler(environment.action_space, c.rescale_actions)
         self.replay = ReplayBuffer(
             c.replay_capacity, c.horizon, observation_dim, action_dim, self.device
@@ -137,7 +151,16 @@ class PolyGRAD:
         self._target_timesteps = c.total_timesteps
         self._best_mean_reward: float | None = None
         self._sums: dict[str, list[float]] = {}
-        self._evaluation_environments: list[gymnasium.Env] = []
+        self._evaluation_environments = [self.make_evaluation_environment()]
+        self._stop_requested = False
+        self._can_learn = True
+        if tensorboard and run_dir is None:
+            raise InputError("tensorboard=True needs a run_dir, got None")
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError(
+                "tensorboard=True needs the extra 'tensorboard': "
+                "pip install 'polygrad-fast[tensorboard]'"
+            )
         self._tensorboard = tensorboard
         self.run_dir: Path | None = None
         self._checkpoints: CheckpointManager | None = None
@@ -154,77 +177,92 @@ class PolyGRAD:
         """The averaged denoiser that imagines."""
         return self.denoiser_trainer.ema_model
 
-    # ------------------------------------------------------------------------------------ training
-
     def learn(
         self,
         total_timesteps: int,
-        progress_bar: bool = False,
         callback: Callback | None = None,
+        progress_bar: bool = False,
     ) -> PolyGRAD:
         """Train for `total_timesteps` further environment steps (Algorithm 3).
 
+        What is annealed runs from the current step to the end of this call; every call ends with an
+        evaluation and, in a run directory, a checkpoint.
+
         Args:
             total_timesteps: at least 1; the random prefill counts.
-            progress_bar: show one, with the speed.
             callback: called as callback(agent, metrics) with every row of metrics; returning False
-                stops the training.
+                stops the training, as `stop` does.
+            progress_bar: show one, with the speed.
 
         Returns:
             The agent.
 
         Raises:
-            InputError: total_timesteps < 1, or the environment returned something unusable.
+            InputError: total_timesteps < 1, another process trains in the run directory, or the
+                environment returned something unusable.
             NonFiniteError: training met NaN; names step, quantity and last checkpoint.
         """
-        if not isinstance(total_timesteps, (int, np.integer)) or total_timesteps < 1:
+        if not isinstance(total_timesteps, numbers.Integral) or total_timesteps < 1:
             raise InputError(
                 f"total_timesteps must be an integer of at least 1, got {total_timesteps!r}"
             )
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback must be callable, got {callback!r}")
+        if not self._can_learn:
+            raise InputError(
+                "the best checkpoint holds weights only; load the last one to continue training"
+            )
         self._target_timesteps = self.num_timesteps + int(total_timesteps)
-        first_step = self.num_timesteps
-        log, events = self._open_logs()
-        speed = _Speed(self.num_timesteps)
-        bar = _progress_bar(first_step, self._target_timesteps, progress_bar)
-        try:
-            if self.num_timesteps == 0:
-                metrics = self._evaluate_and_keep_best()
-                if log is not None:
-                    log.write(0, metrics)
-                if events is not None:
-                    events.write(0, metrics)
-            if not self.environment.running:
-                self.environment.reset()
-            while self.num_timesteps < self._target_timesteps:
-                self._step(speed)
-                metrics = self._report(speed)
-                bar.update(1)
-                if metrics:
-                    bar.set_postfix_str(self._postfix(metrics))
-                    if log is not None:
-                        log.write(self.num_timesteps, metrics)
-                    if events is not None:
-                        events.write(self.num_timesteps, metrics)
-                self._checkpoint_if_due()
-                if metrics and callback is not None and callback(self, metrics) is False:
-                    break
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"training stopped at environment step {self.num_timesteps}: {error}; "
-                f"{self._last_checkpoint()}"
-            ) from error
-        finally:
-            bar.close()
-            for sink in (log, events):
-                if sink is not None:
-                    sink.close()
+        self._stop_requested = False
+        with contextlib.ExitStack() as stack:
+            if self.run_dir is not None:
+                stack.enter_context(_locked(self.run_dir))
+            sinks = [stack.enter_context(sink) for sink in self._open_logs()]
+            bar = stack.enter_context(
+                _progress_bar(self.num_timesteps, self._target_timesteps, progress_bar)
+            )
+            try:
+                self._run(bar, sinks, callback)
+            except (NonFiniteError, InputError) as error:
+                raise type(error)(
+                    f"training stopped at environment step {self.num_timesteps}: {error}; "
+                    f"{self._last_checkpoint()}"
+                ) from error
         return self
+
+    def stop(self) -> None:
+        """Let the running `learn` end after its current step, with a checkpoint; safe in a signal
+        handler."""
+        self._stop_requested = True
+
+    def _run(self, bar, sinks: list, callback: Callback | None) -> None:
+        """Take steps until the target, or until told to stop."""
+        speed = _Speed(self.num_timesteps)
+
+        def report(metrics: dict[str, float]) -> None:
+            bar.set_postfix_str(self._postfix(metrics))
+            for sink in sinks:
+                sink.write(self.num_timesteps, metrics)
+            if callback is not None and callback(self, metrics) is False:
+                self.stop()
+
+        if self.num_timesteps == 0:
+            report(self._evaluate_and_keep_best())
+        if not self.environment.running:
+            self.environment.reset()
+        while self.num_timesteps < self._target_timesteps and not self._stop_requested:
+            self._step(speed)
+            bar.update(1)
+            metrics = self._due_metrics(speed)
+            if metrics:
+                report(metrics)
+            self._checkpoint_if_due()
 
     def _step(self, speed: _Speed) -> None:
         """Take one environment step and the updates that are due after it."""
         c = self.config
         observation = self.environment.observation
-        if self.num_timesteps < c.prefill_steps:
+        if self.num_timesteps < c.learning_starts:
             action = self.action_scaler.from_environment(self.environment.sample_action())
         else:
             action = self._act(observation)
@@ -237,11 +275,11 @@ class PolyGRAD:
         if terminated or truncated:
             self._add_metric("train/episode_return", self.environment.episode_return)
             self._add_metric("train/episode_length", self.environment.episode_length)
-            if self.num_timesteps > c.prefill_steps and c.normalizer.refresh == "episode":
+            if self.num_timesteps > c.learning_starts and c.normalizer.refresh == "episode":
                 self._refresh_normalizer()
             self.environment.reset()
 
-        trained_steps = self.num_timesteps - c.prefill_steps
+        trained_steps = self.num_timesteps - c.learning_starts
         if trained_steps == 0:
             self._refresh_normalizer()
             for _ in range(c.denoiser.pretrain_updates):
@@ -271,9 +309,11 @@ class PolyGRAD:
     def _update_policy(self, speed: _Speed) -> None:
         start = time.perf_counter()
         batch = self.imagine(self.config.imagined_batch_size, normalized=True)
-        total = batch.observations.sum() + batch.actions.sum() + batch.rewards.sum()
-        if not math.isfinite(total.item()):
-            raise NonFiniteError("an imagined trajectory is not finite")
+        fields = ("observations", "actions", "rewards", "terminals")
+        finite = torch.stack([torch.isfinite(getattr(batch, name)).all() for name in fields])
+        for name, fine in zip(fields, finite.tolist(), strict=True):
+            if not fine:
+                raise NonFiniteError(f"the imagined {name} are not finite")
         speed.add_sample(time.perf_counter() - start)
         terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
         metrics = self.actor_critic.update(
@@ -304,12 +344,10 @@ class PolyGRAD:
             observations, self.guidance.value, generator=self.generator, normalized=normalized
         )
 
-    # ------------------------------------------------------------------------- acting, evaluation
-
     @torch.no_grad()
     def _act(self, observation: np.ndarray) -> np.ndarray:
-        mean, std = self.policy(torch.from_numpy(observation).to(self.device))
-        mean, std = mean.cpu(), std.cpu()
+        moments = self.policy(torch.from_numpy(observation).to(self.device))
+        mean, std = torch.stack(moments).cpu()
         noise = torch.randn(mean.shape, generator=self._acting_generator)
         action = (mean + std * noise).numpy()
         if not np.isfinite(action).all():
@@ -331,6 +369,7 @@ class PolyGRAD:
 
         Raises:
             InputError: wrong shape or dtype, or a value that is not finite.
+            NonFiniteError: the policy's weights are not finite.
         """
         array = np.asarray(observation)
         size = self.environment.observation_dim
@@ -344,9 +383,11 @@ class PolyGRAD:
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
             raise InputError(f"observation{list(index)} is {array[index]}, wanted a finite number")
         inputs = torch.from_numpy(array.astype(np.float32)).to(self.device)
-        mean, std = (tensor.cpu() for tensor in self.policy(inputs))
+        mean, std = torch.stack(self.policy(inputs)).cpu()
+        if not torch.isfinite(mean).all():
+            raise NonFiniteError("the policy's mean is not finite")
         if not deterministic:
-            mean = mean + std * torch.randn(mean.shape, generator=self._acting_generator)
+            mean = mean + std * torch.randn(mean.shape, generator=self._prediction_generator)
         return self.action_scaler.to_environment(mean.numpy()), None
 
     def evaluate(
@@ -356,13 +397,17 @@ class PolyGRAD:
 
         Args:
             num_episodes: at least 1.
-            seed: of the episodes; None: drawn from the agent's seed and the step.
+            seed: of the episodes; None: the agent's, so that all its evaluations play the same
+                episodes.
             deterministic: act by the policy's mean.
         """
         if num_episodes < 1:
             raise InputError(f"num_episodes must be at least 1, got {num_episodes}")
-        entropy = [self.seed, self.num_timesteps] if seed is None else [seed]
-        seeds = np.random.default_rng(entropy).integers(2**31, size=num_episodes).tolist()
+        seeds = (
+            np.random.default_rng(self.seed if seed is None else seed)
+            .integers(2**31, size=num_episodes)
+            .tolist()
+        )
         while len(self._evaluation_environments) < min(num_episodes, 16):
             self._evaluation_environments.append(self.make_evaluation_environment())
         return evaluate_policy(
@@ -374,9 +419,9 @@ class PolyGRAD:
     def make_evaluation_environment(self, render_mode: str | None = None) -> gymnasium.Env:
         """Make another environment like the one trained on."""
         if isinstance(self._env_source, gymnasium.Env):
-            spec = self._env_source.spec
-            if spec is not None:
-                return gymnasium.make(spec, render_mode=render_mode)
+            if self._env_source.spec is not None:
+                with contextlib.suppress(Exception):  # wrappers that keep no record of themselves
+                    return gymnasium.make(self._env_source.spec, render_mode=render_mode)
             try:
                 return copy.deepcopy(self._env_source)
             except Exception as error:
@@ -386,19 +431,17 @@ class PolyGRAD:
                 ) from error
         return _make(self._env_source, render_mode)
 
-    # ------------------------------------------------------------------------------------ reports
-
     def _add_metric(self, name: str, value: float) -> None:
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] += value
         entry[1] += 1.0
 
-    def _report(self, speed: _Speed) -> dict[str, float]:
+    def _due_metrics(self, speed: _Speed) -> dict[str, float]:
         """Return the row of metrics due at this step, or nothing."""
         step, c = self.num_timesteps, self.config
         last = step == self._target_timesteps
         metrics: dict[str, float] = {}
-        if step > c.prefill_steps and (step % c.eval_interval == 0 or last):
+        if step > c.learning_starts and (step % c.eval_interval == 0 or last):
             metrics = self._evaluate_and_keep_best()
         if metrics or step % c.log_interval == 0 or last:
             metrics |= {name: total / count for name, (total, count) in self._sums.items()}
@@ -420,7 +463,9 @@ class PolyGRAD:
         }
 
     def _postfix(self, metrics: dict[str, float]) -> str:
-        shown = [f"{metrics['time/env_steps_per_s']:.0f} env steps/s"]
+        shown = []
+        if "time/env_steps_per_s" in metrics:
+            shown.append(f"{metrics['time/env_steps_per_s']:.0f} env steps/s")
         if "time/updates_per_s" in metrics:
             shown.append(f"{metrics['time/updates_per_s']:.0f} updates/s")
         if "time/sample_ms" in metrics:
@@ -429,32 +474,37 @@ class PolyGRAD:
             shown.append(f"best return {self._best_mean_reward:.0f}")
         return ", ".join(shown)
 
-    def _open_logs(self) -> tuple[MetricsLog | None, TensorboardLog | None]:
+    def _open_logs(self) -> list[MetricsLog | TensorboardLog]:
         if self.run_dir is None:
-            return None, None
-        resume_step = self.num_timesteps
-        log = MetricsLog(self.run_dir / "metrics.csv", resume_step)
-        events = TensorboardLog(self.run_dir, resume_step) if self._tensorboard else None
-        return log, events
-
-    # -------------------------------------------------------------------------- saving and loading
+            return []
+        # the row of step 0 is written by this call, those up to num_timesteps were written before
+        resume_step = self.num_timesteps or -1
+        logs: list = [MetricsLog(self.run_dir / "metrics.csv", resume_step)]
+        if self._tensorboard:
+            logs.append(TensorboardLog(self.run_dir, resume_step))
+        return logs
 
     def _open_run_dir(self, run_dir: Path) -> None:
         if (run_dir / "config.json").exists() or (run_dir / "metrics.csv").exists():
             raise InputError(
                 f"{run_dir} already holds a run; resume it or give another run directory"
             )
+        try:
+            write_json_atomic(run_dir / "versions.json", versions())
+            write_json_atomic(run_dir / "config.json", self._metadata())
+        except OSError as error:
+            raise InputError(f"run directory {run_dir} cannot be written: {error}") from error
         self._attach(run_dir)
-        write_json_atomic(run_dir / "config.json", self._metadata())
-        write_json_atomic(run_dir / "versions.json", versions())
 
-    def _attach(self, run_dir: Path) -> None:
+    def _attach(self, run_dir: Path, tensorboard: bool = False) -> None:
         self.run_dir = run_dir
+        self._tensorboard = self._tensorboard or tensorboard
         self._checkpoints = CheckpointManager(run_dir, self.config.keep_checkpoints)
 
     def _metadata(self) -> dict[str, Any]:
         return {
             "env_id": self.env_id,
+            "env_given_by_id": isinstance(self._env_source, str),
             "preset": self.preset,
             "seed": self.seed,
             "num_timesteps": self.num_timesteps,
@@ -492,7 +542,6 @@ class PolyGRAD:
         numpy_state = np.random.get_state()
         return {
             "num_timesteps": self.num_timesteps,
-            "target_timesteps": self._target_timesteps,
             "best_mean_reward": self._best_mean_reward,
             "sums": self._sums,
             "guidance_scale": self.guidance.value,
@@ -500,6 +549,7 @@ class PolyGRAD:
             "actor_critic": self.actor_critic.state_dict(),
             "replay": self.replay.state_dict(),
             "environment": self.environment.state_dict(),
+            "device_type": self.device.type,
             "generator": self.generator.get_state(),
             "acting_generator": self._acting_generator.get_state(),
             "torch_rng": torch.get_rng_state(),
@@ -509,14 +559,22 @@ class PolyGRAD:
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.num_timesteps = state["num_timesteps"]
-        self._target_timesteps = state["target_timesteps"]
         self._best_mean_reward = state["best_mean_reward"]
         self._sums = {name: list(entry) for name, entry in state["sums"].items()}
         self.guidance.value = state["guidance_scale"]
         self.denoiser_trainer.load_state_dict(state["denoiser_trainer"])
         self.actor_critic.load_state_dict(state["actor_critic"])
         self.replay.load_state_dict(state["replay"])
-        self.generator.set_state(state["generator"])
+        if state["device_type"] == self.device.type:
+            self.generator.set_state(state["generator"])
+        else:  # generators of different devices cannot take over each other's state
+            entropy = [self.seed, self.num_timesteps]
+            self.generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            warnings.warn(
+                f"the checkpoint was written on {state['device_type']!r}: on {self.device.type!r} "
+                f"training continues with new random numbers",
+                stacklevel=4,
+            )
         self._acting_generator.set_state(state["acting_generator"])
         torch.set_rng_state(state["torch_rng"])
         version, internal, gauss = json.loads(state["python_rng"])
@@ -528,8 +586,8 @@ class PolyGRAD:
 
     def _checkpoint_if_due(self) -> None:
         step = self.num_timesteps
-        due = step % self.config.checkpoint_interval == 0 or step == self._target_timesteps
-        if self._checkpoints is not None and due:
+        last = step == self._target_timesteps or self._stop_requested
+        if self._checkpoints is not None and (last or step % self.config.checkpoint_interval == 0):
             self._check_weights()
             self._checkpoints.save(step, self._weights(), self._state(), self._metadata())
 
@@ -578,44 +636,29 @@ class PolyGRAD:
             raise InputError(f"checkpoint must be 'last' or 'best', got {checkpoint!r}")
         if not path.is_dir():
             raise CheckpointError(f"{path} does not exist, wanted a run or checkpoint directory")
-        run_dir = path if (path / "config.json").exists() else None
-        if run_dir is not None:
-            manager = CheckpointManager(run_dir)
-            found = manager.best() if checkpoint == "best" else manager.latest()
-            if found is None:
-                raise CheckpointError(f"{run_dir} has no {checkpoint} checkpoint yet")
-            path = found
-        weights, state, metadata = load_checkpoint(path)
-        env_id = metadata["env_id"]
-        if env is None and ":" not in env_id and env_id not in gymnasium.registry:
-            raise InputError(
-                f"{path} was trained on {env_id}, which has no registered id: "
-                f"give the environment as env="
-            )
-        agent = cls(
-            env if env is not None else env_id,
-            metadata["preset"],
-            metadata["seed"],
-            device,
-            from_dict(metadata["config"]),
-            tensorboard=tensorboard,
-        )
-        agent._load_weights(weights)
-        agent.num_timesteps = metadata["num_timesteps"]
-        if state is not None:
-            agent._load_state(state)
-            if run_dir is not None:
-                agent._attach(run_dir)
+        if not (path / "config.json").exists():
+            return cls._from_checkpoint(path, env, device)
+        stored = read_run_config(path)
+        manager = CheckpointManager(path)
+        found = manager.best() if checkpoint == "best" else manager.latest()
+        if found is None:
+            raise CheckpointError(f"{path} has no {checkpoint} checkpoint yet")
+        agent = cls._from_checkpoint(found, env, device, stored)
+        if checkpoint == "last":
+            agent._attach(path, tensorboard)
         return agent
 
     @classmethod
     def resume(
         cls,
         run_dir: str | Path,
+        env: str | gymnasium.Env | Callable[[], gymnasium.Env] | None = None,
         device: str | torch.device = "auto",
         tensorboard: bool = False,
     ) -> PolyGRAD:
         """Load a run to continue it; a run killed before its first checkpoint starts anew.
+
+        Args are those of `load`.
 
         Raises:
             CheckpointError: no run there, or its configuration cannot be read.
@@ -623,17 +666,59 @@ class PolyGRAD:
         run_dir = Path(run_dir)
         stored = read_run_config(run_dir)
         if CheckpointManager(run_dir).latest() is not None:
-            return cls.load(run_dir, device=device, tensorboard=tensorboard)
-        agent = cls(
-            stored["env_id"],
-            stored["preset"],
-            stored["seed"],
-            device,
-            from_dict(stored["config"]),
-            tensorboard=tensorboard,
-        )
-        agent._attach(run_dir)
+            return cls.load(run_dir, env, device, tensorboard=tensorboard)
+        agent = cls._from_metadata(stored, env, device)
+        agent._attach(run_dir, tensorboard)
         return agent
+
+    @classmethod
+    def _from_metadata(cls, metadata: dict[str, Any], env, device) -> PolyGRAD:
+        if env is None and not metadata["env_given_by_id"]:
+            raise InputError(
+                f"this agent was trained on an environment given as an object or a function "
+                f"({metadata['env_id']}): give the environment as env="
+            )
+        return cls(
+            metadata["env_id"] if env is None else env,
+            metadata["preset"],
+            metadata["seed"],
+            device,
+            from_dict(metadata["config"]),
+        )
+
+    @classmethod
+    def _from_checkpoint(
+        cls, path: Path, env, device, wanted: dict[str, Any] | None = None
+    ) -> PolyGRAD:
+        """Load one checkpoint; where `wanted` is given, its configuration must be that."""
+        weights, state, metadata = load_checkpoint(path)
+        if wanted is not None:
+            for name in ("env_id", "seed", "config"):
+                got = _comparable(metadata[name])
+                if got != _comparable(wanted[name]):
+                    raise CheckpointError(
+                        f"checkpoint {path} is of another configuration: {name} is "
+                        f"{_difference(got, _comparable(wanted[name]))} of the run"
+                    )
+        agent = cls._from_metadata(metadata, env, device)
+        agent._load_weights(weights)
+        agent.num_timesteps = metadata["num_timesteps"]
+        agent._can_learn = state is not None
+        if state is not None:
+            try:
+                agent._load_state(state)
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise CheckpointError(f"checkpoint {path} cannot be restored: {error!r}") from error
+        return agent
+
+    def extend(self, total_timesteps: int) -> None:
+        """Set the length of the run that `run_dir` describes, so that resuming it knows it too."""
+        self.config = dataclasses.replace(self.config, total_timesteps=total_timesteps)
+        if self.run_dir is not None:
+            write_json_atomic(self.run_dir / "config.json", self._metadata())
+
+
+RUN_KEYS = ("env_id", "env_given_by_id", "preset", "seed", "config")
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:
@@ -644,13 +729,47 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / "config.json"
     try:
-        return json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{run_dir} is not a run directory: it has no config.json; wanted one that `train` made"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    missing = set(RUN_KEYS) - set(stored if isinstance(stored, dict) else ())
+    if missing:
+        raise CheckpointError(f"{path} is damaged: {sorted(missing)} missing")
+    return stored
+
+
+def _comparable(value: Any) -> Any:
+    """A configuration without what may differ between the parts of one run."""
+    if isinstance(value, dict):
+        return {k: v for k, v in value.items() if k != "total_timesteps"}
+    return value
+
+
+def _difference(got: Any, wanted: Any) -> str:
+    if isinstance(got, dict) and isinstance(wanted, dict):
+        name = next(k for k in sorted({*got, *wanted}) if got.get(k) != wanted.get(k))
+        return f"{name} {got.get(name)!r} instead of {wanted.get(name)!r}"
+    return f"{got!r} instead of {wanted!r}"
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Keep a second process from training in the same run directory."""
+    if fcntl is None:
+        yield
+        return
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is training in {run_dir}; wait for it or use another directory"
+            ) from None
+        yield
 
 
 class _Speed:

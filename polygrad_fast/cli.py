@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from polygrad_fast._version import __version__
 from polygrad_fast.agent import PolyGRAD, read_run_config
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
@@ -26,7 +28,7 @@ EVALUATION_SEED = 1_000_003
 SPEEDS = {
     "time/env_steps_per_s": "environment steps/s",
     "time/updates_per_s": "updates/s",
-    "time/sample_ms": "ms per sample",
+    "time/sample_ms": "ms per sample (one batch)",
 }
 
 
@@ -83,6 +85,9 @@ class Sample:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (training met NaN), 2 (bad input)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(__version__)
+        return 0
     try:
         command = _parse(arguments)
         {Train: _train, Evaluate: _evaluate, Sample: _sample}[type(command)](command)
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; `train --resume` continues from the last checkpoint", 130)
+        return _fail("interrupted", 130)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     return 0
@@ -102,9 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"polygrad-fast: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-# --------------------------------------------------------------------------------------- arguments
 
 
 def _parse(arguments: list[str]) -> Train | Evaluate | Sample:
@@ -203,9 +205,6 @@ def _first_sentence(boxed: str) -> str:
     return message or "the arguments cannot be read, see --help"
 
 
-# ---------------------------------------------------------------------------------------- commands
-
-
 def _train(command: Train) -> None:
     total = command.config.total_timesteps
     run_dir = Path(
@@ -214,6 +213,12 @@ def _train(command: Train) -> None:
     )
     if command.resume:
         agent = PolyGRAD.resume(run_dir, device=command.device, tensorboard=command.tensorboard)
+        if total < agent.num_timesteps:
+            raise InputError(
+                f"--total-timesteps {total} given, but the run is at environment step "
+                f"{agent.num_timesteps} already"
+            )
+        agent.extend(total)
         print(f"resuming {run_dir} at environment step {agent.num_timesteps:,} of {total:,}")
     else:
         agent = PolyGRAD(
@@ -227,17 +232,40 @@ def _train(command: Train) -> None:
         )
         print(f"training {agent.env_id} ({command.preset}, seed {agent.seed}) in {run_dir}")
     if agent.num_timesteps < total:
-        agent.learn(total - agent.num_timesteps, progress_bar=command.progress)
+        with _stopped_by_signals(agent):
+            agent.learn(total - agent.num_timesteps, progress_bar=command.progress)
     _summarize(agent, run_dir)
+    if agent.num_timesteps < total:
+        print(f"stopped; `polygrad-fast train --resume --run-dir {run_dir}` continues")
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(agent: PolyGRAD):
+    """End the training after the current step, with a checkpoint, on Ctrl-C or SIGTERM; a second
+    Ctrl-C stops at once."""
+
+    def stop(number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        agent.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _summarize(agent: PolyGRAD, run_dir: Path) -> None:
     all_rows = read_metrics(run_dir / "metrics.csv")
-    speeds = [
-        f"{np.median(values):.4g} {unit}"
-        for name, unit in SPEEDS.items()
-        if (values := [row[name] for row in all_rows if name in row])
-    ]
+    medians = {
+        name: np.median([row[name] for row in all_rows if name in row])
+        for name in SPEEDS
+        if any(name in row for row in all_rows)
+    }
+    speeds = [f"{medians[name]:.4g} {SPEEDS[name]}" for name in medians]
+    if "time/env_steps_per_s" in medians:
+        speeds.append(f"{1e6 / medians['time/env_steps_per_s'] / 3600:.1f} hours per 1 M steps")
     print(f"speed (median): {', '.join(speeds)}")
     rows = [row for row in all_rows if "eval/mean_reward" in row]
     curve = run_dir / "learning_curve.png"
@@ -246,13 +274,17 @@ def _summarize(agent: PolyGRAD, run_dir: Path) -> None:
         where = f"learning curve in {curve}"
     except InputError as error:  # matplotlib is an extra
         where = f"no learning curve ({error})"
+    untrained, last = rows[0]["eval/mean_reward"], rows[-1]["eval/mean_reward"]
     best = max(rows, key=lambda row: row["eval/mean_reward"])
-    print(
-        f"learnt {agent.env_id} in imagination: mean return "
-        f"{rows[0]['eval/mean_reward']:.0f} untrained, {best['eval/mean_reward']:.0f} at best "
-        f"(environment step {best['env_step']:,}), {rows[-1]['eval/mean_reward']:.0f} at the end "
-        f"({agent.num_timesteps:,} steps); run in {run_dir}, {where}"
-    )
+    if not any("a2c/actor_loss" in row for row in all_rows):
+        learnt = f"no policy update yet after {agent.num_timesteps:,} steps"
+    else:
+        learnt = (
+            f"learnt {agent.env_id} in imagination: mean return {untrained:.0f} untrained, "
+            f"{best['eval/mean_reward']:.0f} at best (environment step {best['env_step']:,}), "
+            f"{last:.0f} at the end ({agent.num_timesteps:,} steps)"
+        )
+    print(f"{learnt}; run in {run_dir}, {where}")
 
 
 def _evaluate(command: Evaluate) -> None:

@@ -139,7 +139,9 @@ class ScheduleConfig(_Options):
     """Diffusion process (table 4)."""
 
     num_train_timesteps: int = 128
-    tau: float = 1.0
+    tau: float | None = None
+    """Temperature of the cosine schedule; None: the paper's 0.1 for Hopper with the residual MLP, 1
+    otherwise."""
 
     def _check_ranges(self) -> None:
         self._check_at_least(1, "num_train_timesteps")
@@ -278,6 +280,11 @@ class GuidanceConfig(_Options):
     def _check_ranges(self) -> None:
         self._check_positive("initial", "learning_rate", "minimum")
         self._check(self.minimum < self.maximum, "minimum", f"below maximum, {self.maximum}")
+        self._check(
+            self.minimum <= self.initial <= self.maximum,
+            "initial",
+            f"in [minimum, maximum] = [{self.minimum}, {self.maximum}]",
+        )
 
 
 @dataclass(frozen=True)
@@ -323,11 +330,11 @@ class TrainConfig(_Options):
     imagined_batch_size: int = 1024
     """Imagined trajectories per policy update."""
     policy_updates_per_env_step: float = 0.25
-    prefill_steps: int = 5000
+    learning_starts: int = 5000
     """Environment steps with random actions before any training."""
     policy_delay_steps: int = 1000
     """Environment steps after the prefill before the first policy update."""
-    replay_capacity: int = 2_000_000
+    replay_capacity: int = 1_000_000
     rescale_actions: bool = True
     """Let the policy act in [-1, 1] where the action space is bounded."""
     eval_interval: int = 10_000
@@ -345,7 +352,7 @@ class TrainConfig(_Options):
             "horizon",
             "total_timesteps",
             "imagined_batch_size",
-            "prefill_steps",
+            "learning_starts",
             "replay_capacity",
             "eval_interval",
             "eval_episodes",
@@ -356,9 +363,13 @@ class TrainConfig(_Options):
         self._check(self.horizon >= 2, "horizon", "at least 2 to train (A2C needs a next value)")
         self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
 
-    def resolved(self) -> TrainConfig:
+    def resolved(self, env_id: str) -> TrainConfig:
         """Return the configuration with every None that stands for the paper's value replaced."""
-        return replace(self, denoiser=self.denoiser.resolved(self.horizon))
+        hopper = _environment(env_id).startswith("Hopper") and self.denoiser.kind == "residual_mlp"
+        schedule = self.schedule
+        if schedule.tau is None:
+            schedule = replace(schedule, tau=0.1 if hopper else 1.0)
+        return replace(self, schedule=schedule, denoiser=self.denoiser.resolved(self.horizon))
 
     @classmethod
     def from_preset(cls, name: str, env_id: str = "") -> TrainConfig:
@@ -367,8 +378,7 @@ class TrainConfig(_Options):
 
         Args:
             name: the preset.
-            env_id: the environment; Hopper gets tau = 0.1 (table 4), and "quick" knows settings
-                for Pendulum.
+            env_id: the environment; "quick" knows settings for Pendulum.
 
         Raises:
             InputError: unknown preset.
@@ -390,14 +400,18 @@ def _replace(config: Any, overrides: dict[str, Any]) -> Any:
     return replace(config, **overrides)
 
 
+def _environment(env_id: str) -> str:
+    """Return an environment id without module and namespace: "ale:ns/Hopper-v5" -> "Hopper-v5"."""
+    return env_id.rsplit(":")[-1].rsplit("/")[-1]
+
+
 def _default(env_id: str) -> TrainConfig:
-    tau = 0.1 if env_id.startswith("Hopper") else 1.0
-    return TrainConfig(schedule=ScheduleConfig(tau=tau))
+    return TrainConfig()
 
 
 def _paper(env_id: str) -> TrainConfig:
-    return replace(
-        _default(env_id),
+    """The paper gives no learning rate and start of the guidance scale: these are ours."""
+    return TrainConfig(
         sampler=SamplerConfig.paper(),
         denoiser=DenoiserConfig(step_conditioning="layer"),
         guidance=GuidanceConfig(rule="linear", learning_rate=1e-4),
@@ -409,7 +423,7 @@ def _quick(env_id: str) -> TrainConfig:
     README's. Unlike the released settings, the target critic is fast (its lag, not its network,
     bounded how fast values grew), the learning rates are large and learned quickly, and the moments
     stay as they were after the prefill, so that networks keep what they learnt."""
-    pendulum = env_id.startswith("Pendulum")
+    pendulum = _environment(env_id).startswith("Pendulum")
     return TrainConfig(
         horizon=10 if pendulum else 5,
         schedule=ScheduleConfig(num_train_timesteps=12),
@@ -447,7 +461,7 @@ def _quick(env_id: str) -> TrainConfig:
         total_timesteps=10_000 if pendulum else 8000,
         imagined_batch_size=128,
         policy_updates_per_env_step=0.5,
-        prefill_steps=1000,
+        learning_starts=1000,
         policy_delay_steps=0,
         replay_capacity=200_000,
         eval_interval=500,

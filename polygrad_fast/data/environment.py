@@ -62,7 +62,13 @@ def make_environment(env_id: str | gymnasium.Env, render_mode: str | None = None
         raise InputError(f"environment id: got {env_id!r}, wanted at most one ':', module:Name-v0")
     _silence_mujoco_log()
     try:
-        return gymnasium.make(env_id, render_mode=render_mode)
+        with warnings.catch_warnings(record=True) as caught:  # of an environment that is not made
+            environment = gymnasium.make(env_id, render_mode=render_mode)
+        for warning in caught:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        return environment
     except gymnasium.error.UnregisteredEnv as error:
         raise InputError(
             f"environment id: got {env_id!r}, which gymnasium does not know{_close_matches(env_id)}"

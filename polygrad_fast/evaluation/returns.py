@@ -10,6 +10,9 @@ import numpy as np
 
 from polygrad_fast.errors import InputError
 
+MAX_EPISODE_STEPS = 1_000_000
+"""An episode as long as this is taken for one that never ends."""
+
 
 @dataclass(frozen=True)
 class EpisodeStatistics:
@@ -44,7 +47,8 @@ def evaluate_policy(
         on_step: called after every reset and step, for instance to render.
 
     Raises:
-        InputError: no environment, no seed, or an observation that is not finite.
+        InputError: no environment, no seed, an observation that is not finite, or an episode that
+            does not end within `MAX_EPISODE_STEPS`.
     """
     if not environments or not seeds:
         raise InputError(
@@ -70,12 +74,21 @@ def evaluate_policy(
         slots = list(running)
         observations = np.stack([running[slot][1] for slot in slots]).astype(np.float32)
         if not np.isfinite(observations).all():
-            raise InputError("an observation is not finite during evaluation, wanted numbers")
+            lengths_now = [int(lengths[running[slot][0]]) for slot in slots]
+            raise InputError(
+                f"evaluation: an observation after {lengths_now} steps of the running episodes is "
+                f"not finite, wanted numbers"
+            )
         for slot, action in zip(slots, act(observations), strict=True):
             episode = running[slot][0]
             observation, reward, terminated, truncated, _ = environments[slot].step(action)
             returns[episode] += float(reward)
             lengths[episode] += 1
+            if lengths[episode] >= MAX_EPISODE_STEPS and not (terminated or truncated):
+                raise InputError(
+                    f"evaluation: an episode has not ended after {lengths[episode]:,} steps, "
+                    f"wanted an environment with a time limit (gymnasium.wrappers.TimeLimit)"
+                )
             running[slot] = (episode, observation)
             if terminated or truncated:
                 begin(slot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,20 +28,23 @@ def record_episode(agent: PolyGRAD, path: Path, seed: int) -> None:
         raise InputError(
             "--video needs the extra 'video': pip install 'polygrad-fast[video]'"
         ) from None
-    frames = []
     try:
         environment = agent.make_evaluation_environment(render_mode="rgb_array")
-        fps = environment.metadata.get("render_fps", 30)
-        evaluate_policy(
-            lambda observations: agent.predict(observations, deterministic=True)[0],
-            [environment],
-            [seed],
-            on_step=lambda: frames.append(environment.render()),
-        )
-        environment.close()
-    except Exception as error:  # no display, no GL library, no pygame: many kinds, one remedy
+        environment.reset(seed=seed)
+        environment.render()
+    except Exception as error:  # no display, no GL library, no pygame: many kinds of errors
         raise InputError(
-            f"{agent.env_id} cannot render here ({type(error).__name__}: {error}); without a "
-            "display set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+            f"{agent.env_id} cannot render here ({type(error).__name__}: {error}); for MuJoCo "
+            "without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
         ) from error
-    imageio.mimsave(path, frames, fps=fps)
+    fps = environment.metadata.get("render_fps", 30)
+    try:
+        with contextlib.closing(environment), imageio.get_writer(path, fps=fps) as writer:
+            evaluate_policy(
+                lambda observations: agent.predict(observations, deterministic=True)[0],
+                [environment],
+                [seed],
+                on_step=lambda: writer.append_data(environment.render()),
+            )
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from dataclasses import dataclass
 
@@ -80,8 +81,13 @@ class PolicyGuidedSampler:
                     raise InputError(
                         f"{type(other).__name__} has {name} {got}, the denoiser {wanted}"
                     )
-        if device == "auto":
-            device = next(denoiser.parameters()).device
+        weights_device = next(denoiser.parameters()).device
+        device = weights_device if device == "auto" else torch.device(device)
+        if (device.type, device.index or 0) != (weights_device.type, weights_device.index or 0):
+            raise InputError(
+                f"device {str(device)!r} asked for, but the denoiser is on {str(weights_device)!r}"
+            )
+        device = weights_device
         if action_bounds is not None:
             action_bounds = _check_bounds(action_bounds, denoiser.action_dim, device)
         elif self.config.denoiser_actions == "clipped":
@@ -98,7 +104,7 @@ class PolicyGuidedSampler:
             schedule.to(device),
             normalizer,
             self.config,
-            torch.device(device),
+            device,
             action_bounds,
         )
         self.engine, self._engine = _build_engine(engine, self.components, dtype)
@@ -121,7 +127,8 @@ class PolicyGuidedSampler:
         Args:
             initial_observations: s0 [B, S], floating point, raw, or normalized with
                 `normalized=True`.
-            guidance_scale: delta > 0; a tensor is not read on the host.
+            guidance_scale: delta >= 0, in squared raw actions; a tensor (one element) is not read
+                on the host.
             generator: source of the normals, on the sampler's device.
             noise: every normal, given by the caller.
             normalized: the input is normalized and all results shall be.
@@ -132,13 +139,8 @@ class PolicyGuidedSampler:
                 shapes.
         """
         s0 = self._check_observations(initial_observations)
-        if not torch.is_tensor(guidance_scale) and not (
-            isinstance(guidance_scale, (int, float)) and 0 <= guidance_scale < float("inf")
-        ):
-            raise InputError(
-                f"guidance_scale must be a non-negative finite number or a tensor, got "
-                f"{guidance_scale!r}"
-            )
+        self._check_guidance_scale(guidance_scale)
+        self._check_generator(generator)
         if noise is not None:
             noise = self._check_noise(noise, s0.shape[0])
         s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
@@ -184,6 +186,27 @@ class PolicyGuidedSampler:
                 f"wanted a finite float32 number"
             )
         return converted
+
+    def _check_guidance_scale(self, scale: float | Tensor) -> None:
+        if torch.is_tensor(scale):
+            if scale.numel() != 1:
+                raise InputError(
+                    f"guidance_scale of shape {tuple(scale.shape)} given, wanted one number"
+                )
+        elif not (isinstance(scale, numbers.Real) and 0 <= scale < float("inf")):
+            raise InputError(
+                f"guidance_scale must be a non-negative finite number or a tensor, got {scale!r}"
+            )
+
+    def _check_generator(self, generator: torch.Generator | None) -> None:
+        if generator is None:
+            return
+        if not isinstance(generator, torch.Generator):
+            raise InputError(f"generator must be a torch.Generator, got {generator!r}")
+        if generator.device.type != self.components.device.type:
+            raise InputError(
+                f"generator is on {generator.device}, the sampler on {self.components.device}"
+            )
 
     def _check_noise(self, noise: SampleNoise, batch: int) -> SampleNoise:
         if not isinstance(noise, SampleNoise):

@@ -143,21 +143,23 @@ class ActorCritic:
 
         with torch.no_grad():
             standardized = (raw_actions - mean) / std
-            metrics = {
-                "actor_loss": actor_loss.item(),
-                "critic_loss": critic_loss.item(),
-                "actor_grad_norm": actor_grad_norm.item(),
-                "critic_grad_norm": critic_grad_norm.item(),
-                "log_std_grad_norm": self.policy.log_std.grad.norm().item(),
-                "entropy": policy_entropy.mean().item(),
-                "policy_std": std.mean().item(),
-                "action_mean": standardized.flatten(0, 1).mean(dim=0).mean().item(),
-                "action_std": spread(standardized, "std").item(),
-                "action_mean_abs": spread(standardized, "mean_abs").item(),
-                "value": values[:, 0].mean().item(),
-                "reward": rewards.mean().item(),
-                "terminal_rate": terminals.mean().item(),
+            results = {
+                "actor_loss": actor_loss,
+                "critic_loss": critic_loss,
+                "actor_grad_norm": actor_grad_norm,
+                "critic_grad_norm": critic_grad_norm,
+                "log_std_grad_norm": self.policy.log_std.grad.norm(),
+                "entropy": policy_entropy.mean(),
+                "policy_std": std.mean(),
+                "action_mean": standardized.mean(),
+                "action_std": spread(standardized, "std"),
+                "action_mean_abs": spread(standardized, "mean_abs"),
+                "value": values[:, 0].mean(),
+                "reward": rewards.mean(),
+                "terminal_rate": terminals.mean(),
             }
+            values_on_host = torch.stack(list(results.values())).tolist()  # one synchronization
+            metrics = dict(zip(results, values_on_host, strict=True))
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"{name} is {value}")
@@ -185,21 +187,28 @@ class ActorCritic:
             new_log_prob = log_prob(raw_actions, *self.policy.distribution(inputs))
             return (new_log_prob - old_log_prob).abs().mean().item()
 
-        learning_rate = self.actor_optimizer.param_groups[0]["lr"]
-        size = initial_size = update_size()
-        trials, scale = 1, 1.0
-        low, high = (target_update * (1 + s * config.line_search_tolerance) for s in (-1, 1))
-        while config.line_search and not low <= size <= high:
-            if trials > config.line_search_max_steps:
-                break
-            scale *= (
-                config.line_search_ratio if size > target_update else 1 / config.line_search_ratio
-            )
-            if scale * learning_rate > config.actor_learning_rate:
-                break
+        def move(scale: float) -> float:
             for p, b, d in zip(parameters, before, direction, strict=True):
                 p.copy_(b + scale * d)
-            size = update_size()
+            return update_size()
+
+        learning_rate = self.actor_optimizer.param_groups[0]["lr"]
+        size = initial_size = update_size()
+        if not math.isfinite(size):
+            for p, b in zip(parameters, before, strict=True):
+                p.copy_(b)
+            raise NonFiniteError(f"the update size is {size}")
+        trials, scale = 1, 1.0
+        low, high = (target_update * (1 + s * config.line_search_tolerance) for s in (-1, 1))
+        shrinking = size > target_update
+        ratio = config.line_search_ratio if shrinking else 1 / config.line_search_ratio
+        while config.line_search and not low <= size <= high:
+            passed = (size > target_update) != shrinking  # the target lies between two trials
+            too_long = not shrinking and scale * ratio * learning_rate > config.actor_learning_rate
+            if passed or too_long or trials > config.line_search_max_steps:
+                break
+            scale *= ratio
+            size = move(scale)
             trials += 1
         if config.learn_actor_learning_rate:
             self._learn_learning_rate(initial_size, target_update)

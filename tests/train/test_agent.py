@@ -1,7 +1,8 @@
 """The training loop: exact resume, errors, saving."""
 
-import dataclasses
+import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 
 import polygrad_fast as pg
 from polygrad_fast.evaluation.returns import EpisodeStatistics
-from polygrad_fast.training.checkpoint import load_checkpoint
+from polygrad_fast.training.checkpoint import save_checkpoint
 from polygrad_fast.training.run_log import read_metrics
 
 
@@ -28,7 +29,7 @@ def tiny_config(**overrides) -> pg.TrainConfig:
         ),
         policy=replace(config.policy, hidden_dim=8),
         imagined_batch_size=8,
-        prefill_steps=40,
+        learning_starts=40,
         eval_interval=60,
         eval_episodes=2,
         log_interval=25,
@@ -49,7 +50,7 @@ def test_learns_logs_and_checkpoints(tmp_path):
     agent.learn(150, callback=lambda a, metrics: seen.append((a.num_timesteps, metrics)))
     rows = read_metrics(run_dir / "metrics.csv")
     assert [row["env_step"] for row in rows] == [0, 25, 50, 60, 75, 100, 120, 125, 150]
-    assert [step for step, _ in seen] == [row["env_step"] for row in rows[1:]]
+    assert [step for step, _ in seen] == [row["env_step"] for row in rows]
     last = rows[-1]
     for name in ("action_mean", "action_std", "update_size_initial", "update_size"):
         assert np.isfinite(last[f"a2c/{name}"])
@@ -107,18 +108,20 @@ def test_resume_continues_exactly(tmp_path):
 
 
 def test_resume_at_an_episode_boundary_and_within_the_prefill(tmp_path):
-    config = tiny_config(checkpoint_interval=20, total_timesteps=230)
+    config = tiny_config(checkpoint_interval=20, log_interval=5, total_timesteps=230)
     whole = pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "whole")
     whole.learn(230)
     part = pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "part")
     for stop in (20, 200, 220):  # within the prefill, right after an episode ended, after it
 
         def kill(agent, metrics, stop=stop):
-            return agent.num_timesteps < stop + 5
+            if agent.num_timesteps > stop:
+                raise KeyboardInterrupt
 
-        remaining = 230 - part.num_timesteps
-        part.learn(remaining, callback=kill)
+        with pytest.raises(KeyboardInterrupt):
+            part.learn(230 - part.num_timesteps, callback=kill)
         part = pg.PolyGRAD.resume(tmp_path / "part")
+        assert part.num_timesteps == stop
     part.learn(230 - part.num_timesteps)
     assert comparable(read_metrics(tmp_path / "part" / "metrics.csv")) == comparable(
         read_metrics(tmp_path / "whole" / "metrics.csv")
@@ -193,18 +196,84 @@ def test_construction_errors(tmp_path):
 
 
 def test_checkpoint_of_another_configuration(tmp_path):
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path / "run")
-    agent.learn(50)
-    path = tmp_path / "run" / "checkpoints" / "step_000000050"
-    weights, state, metadata = load_checkpoint(path)
-    other = pg.PolyGRAD("Pendulum-v1", config=tiny_config(horizon=5))
-    before = {name: tensor.clone() for name, tensor in other._weights().items()}
-    with pytest.raises(pg.CheckpointError, match="denoiser is not of this configuration"):
-        other._load_weights(weights)
-    assert before.keys() == other._weights().keys()
+    for name, horizon in (("a", 4), ("b", 5)):
+        config = tiny_config(horizon=horizon)
+        pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / name).learn(50)
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    shutil.copytree(tmp_path / "b" / "checkpoints", tmp_path / "a" / "checkpoints")
+    for load in (pg.PolyGRAD.resume, pg.PolyGRAD.load):
+        with pytest.raises(pg.CheckpointError, match="horizon 5 instead of 4 of the run"):
+            load(tmp_path / "a")
     with pytest.raises(pg.CheckpointError, match="does not exist"):
         pg.PolyGRAD.load(tmp_path / "nothing")
-    assert state is not None and metadata["config"] == dataclasses.asdict(agent.config)
+
+
+def test_damaged_configuration(tmp_path):
+    pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(pg.CheckpointError, match="config.json is damaged: .*'env_id'"):
+        pg.PolyGRAD.resume(tmp_path)
+
+
+def test_killed_before_the_first_checkpoint_starts_anew(tmp_path):
+    def kill(agent, metrics):
+        if agent.num_timesteps == 25:
+            raise KeyboardInterrupt
+
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(60, callback=kill)
+    pg.PolyGRAD.resume(tmp_path).learn(60)
+    assert [row["env_step"] for row in read_metrics(tmp_path / "metrics.csv")] == [0, 25, 50, 60]
+
+
+def test_stopping_saves_a_checkpoint(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+    agent.learn(150, callback=lambda a, metrics: a.num_timesteps < 75)
+    assert agent.num_timesteps == 75
+    assert pg.PolyGRAD.resume(tmp_path).num_timesteps == 75
+
+
+def test_best_checkpoint_acts_but_does_not_train(tmp_path):
+    pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path).learn(60)
+    best = pg.PolyGRAD.load(tmp_path, checkpoint="best")
+    assert best.predict(np.zeros(3))[0].shape == (1,)
+    with pytest.raises(pg.InputError, match="best checkpoint holds weights only"):
+        best.learn(10)
+
+
+def test_checkpoint_of_another_device_loads_with_a_warning(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
+    agent.learn(60)
+    state = agent._state() | {
+        "device_type": "cuda",
+        "generator": torch.zeros(16, dtype=torch.uint8),  # as long as a CUDA generator's
+    }
+    save_checkpoint(tmp_path / "saved", agent._weights(), state, agent._metadata())
+    with pytest.warns(UserWarning, match="written on 'cuda'"):
+        loaded = pg.PolyGRAD.load(tmp_path / "saved", device="cpu")
+    loaded.learn(10)
+    assert loaded.num_timesteps == 70
+
+
+def test_one_process_trains_in_a_run_directory(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+
+    def second(agent, metrics):
+        with pytest.raises(pg.InputError, match="another process is training"):
+            pg.PolyGRAD.resume(tmp_path).learn(10)
+
+    agent.learn(20, callback=second)
+
+
+def test_streams_of_neighbouring_seeds_differ():
+    agents = [pg.PolyGRAD("Pendulum-v1", seed=seed, config=tiny_config()) for seed in (0, 1)]
+    states = [
+        generator.get_state()
+        for agent in agents
+        for generator in (agent.generator, agent._acting_generator, agent._prediction_generator)
+    ]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(states, 2))
 
 
 def test_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path):
@@ -234,8 +303,9 @@ def test_nan_observation_stops_with_a_sentence(tmp_path):
     agent = pg.PolyGRAD(
         lambda: BrokenPendulum(70), config=tiny_config(eval_interval=10_000), run_dir=tmp_path / "r"
     )
-    agent.evaluate = lambda n: EpisodeStatistics(np.zeros(1), np.ones(1))
-    with pytest.raises(pg.InputError, match=r"observation\[0\] is nan"):
+    agent.evaluate = lambda episodes: EpisodeStatistics(np.zeros(1), np.ones(1, dtype=int))
+    message = r"step 69: Pendulum-v1, step 70.*observation\[0\] is nan.*step_000000050"
+    with pytest.raises(pg.InputError, match=message):
         agent.learn(150)
     assert read_metrics(tmp_path / "r" / "metrics.csv")[-1]["env_step"] == 50
 
@@ -281,6 +351,17 @@ def test_load_needs_the_environment_where_it_has_no_id(tmp_path):
     assert loaded.num_timesteps == 60
 
 
+def test_resume_with_a_function_as_environment(tmp_path):
+    def make():
+        return gymnasium.make("Pendulum-v1", g=1.0)
+
+    pg.PolyGRAD(make, config=tiny_config(), run_dir=tmp_path).learn(60)
+    with pytest.raises(pg.InputError, match="give the environment as env="):
+        pg.PolyGRAD.resume(tmp_path)
+    resumed = pg.PolyGRAD.resume(tmp_path, env=make)
+    assert resumed.num_timesteps == 60 and resumed.environment.env.unwrapped.g == 1.0
+
+
 def test_environment_of_a_module_is_imported_again_on_load(tmp_path, monkeypatch):
     module = "import gymnasium\ngymnasium.register('Own-v0', 'mine:make')\n"
     module += (
@@ -296,16 +377,48 @@ def test_environment_of_a_module_is_imported_again_on_load(tmp_path, monkeypatch
     gymnasium.registry.pop("Own-v0")
 
 
-def test_evaluation_does_not_disturb_training():
-    def weights(evaluate):
+def test_evaluation_and_prediction_do_not_disturb_training():
+    def weights(disturb):
         agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
         agent.learn(60)
-        if evaluate:
-            agent.evaluate(3)
+        if disturb:
+            agent.evaluate(3, deterministic=False)
+            agent.predict(np.zeros(3))
         agent.learn(20)
         return agent.policy.log_std.detach().clone()
 
     assert torch.equal(weights(True), weights(False))
+
+
+def test_wrapped_instances_are_copied_for_evaluation():
+    class Halved(gymnasium.RewardWrapper):
+        def reward(self, reward):
+            return reward / 2
+
+    agent = pg.PolyGRAD(Halved(gymnasium.make("Pendulum-v1")), config=tiny_config())
+    plain = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
+    halved, whole = agent.evaluate(2, seed=1), plain.evaluate(2, seed=1)
+    assert halved.returns == pytest.approx(whole.returns / 2)
+
+
+def test_nan_policy_is_not_blamed_on_the_environment():
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
+    with torch.no_grad():
+        agent.policy.log_std.fill_(0.0)
+        agent.policy.network[-1].bias.fill_(float("nan"))
+    with pytest.raises(pg.NonFiniteError, match="policy's mean"):
+        agent.evaluate(2)
+
+
+def test_callback_and_tensorboard_are_checked(tmp_path):
+    with pytest.raises(pg.InputError, match="callback must be callable, got 5"):
+        pg.PolyGRAD("Pendulum-v1", config=tiny_config()).learn(10, callback=5)
+    with pytest.raises(pg.InputError, match="tensorboard=True needs a run_dir"):
+        pg.PolyGRAD("Pendulum-v1", config=tiny_config(), tensorboard=True)
+    run_dir = tmp_path / "run"
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=run_dir, tensorboard=True)
+    agent.learn(30)
+    assert list(run_dir.glob("events.out.tfevents.*"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from polygrad_fast.training.run_log import read_metrics
 TINY = (
     "--preset quick --horizon 4 --schedule.num-train-timesteps 3 --denoiser.hidden-dim 16 "
     "--denoiser.num-layers 1 --denoiser.batch-size 16 --denoiser.pretrain-updates 5 "
-    "--policy.hidden-dim 8 --imagined-batch-size 8 --prefill-steps 40 --eval-interval 60 "
+    "--policy.hidden-dim 8 --imagined-batch-size 8 --learning-starts 40 --eval-interval 60 "
     "--eval-episodes 2 --log-interval 25 --checkpoint-interval 50 --no-progress"
 ).split()
 
@@ -97,6 +97,9 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("sample {tmp}/none", "none is not a run directory"),
         ("sample {run} --num 0", "--num must be at least 1, got 0"),
         ("sample {run} --out {tmp}/none/x.npz", "none does not exist"),
+        ("train --resume --run-dir {run} --total-timesteps 60", "at environment step 120 already"),
+        ("train --env-id Pendulum-v1 --run-dir {run}/config.json", "cannot be written"),
+        ("train --env-id HalfCheetah-v3", "HalfCheetah-v3"),
         ("{train}", "already holds a run"),
         ("train --resume --run-dir {run} --horizon 5", "--horizon 5 given"),
         ("train --resume --run-dir {run} --env-id Hopper-v5", "--env-id Hopper-v5 given"),
@@ -117,6 +120,35 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in captured.err and captured.out == ""
     assert sorted(str(path) for path in run_dir.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.count(".") == 2
+
+
+def test_extending_a_run_is_remembered(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(train(run, total=50)) == 0
+    more = ["train", "--resume", "--run-dir", str(run), "--no-progress"]
+    assert cli.main([*more, "--total-timesteps", "80"]) == 0
+    assert json.loads((run / "config.json").read_text())["config"]["total_timesteps"] == 80
+    capsys.readouterr()
+    assert cli.main(more) == 0
+    assert "step 80 of 80" in capsys.readouterr().out
+
+
+def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "polygrad_fast.cli", *train(tmp_path / "run", total=10**6)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoints").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume --run-dir" in out
+    steps = [row["env_step"] for row in read_metrics(tmp_path / "run" / "metrics.csv")]
+    assert steps[-1] < 10**6
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["sample"]])

@@ -23,7 +23,7 @@ CLASSES = [
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_tables_1_2_and_4(preset):
-    config = pg.TrainConfig.from_preset(preset, "Walker2d-v5").resolved()
+    config = pg.TrainConfig.from_preset(preset).resolved("Walker2d-v5")
     assert config.imagined_batch_size == 1024
     assert config.horizon == 10
     assert config.a2c.gae_lambda == 0.9
@@ -44,12 +44,17 @@ def test_tables_1_2_and_4(preset):
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
-@pytest.mark.parametrize("env_id, tau", [("Hopper-v5", 0.1), ("Hopper-v3", 0.1), ("Ant-v5", 1.0)])
+@pytest.mark.parametrize(
+    "env_id, tau", [("Hopper-v5", 0.1), ("module:Hopper-v3", 0.1), ("Ant-v5", 1.0)]
+)
 def test_only_hopper_has_another_temperature(preset, env_id, tau):
     config = pg.TrainConfig.from_preset(preset, env_id)
-    assert config.schedule.tau == tau
-    other = pg.TrainConfig.from_preset(preset, "Walker2d-v5")
-    assert dataclasses.replace(config, schedule=other.schedule) == other
+    assert config.resolved(env_id).schedule.tau == tau
+    assert config == pg.TrainConfig.from_preset(preset)
+    transformer = dataclasses.replace(config, denoiser=c.DenoiserConfig(kind="transformer"))
+    assert transformer.resolved(env_id).schedule.tau == 1.0
+    given = dataclasses.replace(config, schedule=c.ScheduleConfig(tau=0.5))
+    assert given.resolved(env_id).schedule.tau == 0.5
 
 
 def test_default_preset_is_the_released_configuration():
@@ -68,7 +73,7 @@ def test_default_preset_is_the_released_configuration():
     assert config.a2c.target_critic_decay == 0.995
     assert config.a2c.line_search_ratio == 0.8
     assert config.a2c.actor_learning_rate_lr == 3e-4
-    assert (config.prefill_steps, config.policy_delay_steps) == (5000, 1000)
+    assert (config.learning_starts, config.policy_delay_steps) == (5000, 1000)
     assert config.eval_interval == 10_000
 
 
@@ -130,7 +135,7 @@ def test_round_trip_through_json(preset, env_id):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_build_a_sampler_and_an_actor_critic(preset):
-    config = pg.TrainConfig.from_preset(preset)
+    config = pg.TrainConfig.from_preset(preset).resolved("")
     schedule = pg.NoiseSchedule.cosine(config.schedule.num_train_timesteps, config.schedule.tau)
     assert schedule.num_train_timesteps == config.schedule.num_train_timesteps
     assert config.horizon >= 2 and config.policy.init_std > config.policy.min_std

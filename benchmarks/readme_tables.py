@@ -51,7 +51,34 @@ def _seeds(rows: list[dict]) -> dict[str, list[int]]:
     return seeds
 
 
-TABLES = {"quick_seeds": quick_seeds}
+def sampler_cpu() -> str:
+    """Return the table of the CPU engines' times."""
+    stored = json.loads((RESULTS / "sampler_cpu.json").read_text())
+    lines = [
+        "| engine torch | B | ms per step | its own GEMMs | reference | torch / GEMMs | faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for benchmark in stored["benchmarks"]:
+        info, case = benchmark["extra_info"], benchmark["params"]
+        lines.append(
+            f"| {case['dtype']} | {case['batch']} | {info['engine_ms_per_step']:.2f} "
+            f"| {info['gemms_ms_per_step']:.2f} | {info['reference_ms_per_step']:.2f} "
+            f"| {info['engine_over_gemms']:.2f} | {info['reference_over_engine']:.2f}x |"
+        )
+    threads = stored["benchmarks"][0]["extra_info"]["threads"]
+    processor = stored["machine_info"]["cpu"]["brand_raw"]
+    lines += [
+        "",
+        f"One diffusion step, paper-sized residual MLP, S = 17, A = 6, H = 10; {threads} thread(s)",
+        f"of an {processor}; medians of interleaved rounds, commit",
+        f"{stored['commit_info']['id'][:7]}:",
+        f"`OMP_NUM_THREADS={threads} pytest benchmarks/bench_sampler_cpu.py --benchmark-only",
+        "--benchmark-json=benchmarks/results/sampler_cpu.json`",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"quick_seeds": quick_seeds, "sampler_cpu": sampler_cpu}
 
 
 def render(text: str) -> str:

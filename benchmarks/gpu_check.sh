@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of at most ten minutes:
+#
+#     bash benchmarks/gpu_check.sh OUT_DIR
+#
+# tests compiled, engines against the reference after training, compute-sanitizer, timings, profile:
+# correctness before times. OUT_DIR receives seven files: summary.txt, a log per group of steps and
+# engines.jsonl, a row per timed case; a row has a time only if its engine gave the right results.
+# A step that fails or runs out of time does not stop the later ones. Exit code 0: all passed; 1: a
+# step failed; 2: nothing could run (no GPU, or a package is missing).
+#
+# The package needs no installation: a temporary folder on PYTHONPATH holds links to polygrad_fast/
+# with kernels/ inside it, as setup.py lays them out. The checkout stays as it is.
+#
+# Environment: PYTHON (python3), TIME_LIMIT in seconds (570), POLYGRAD_COMMIT: the commit written
+# into the rows, "-dirty" appended for a changed tree, where the checkout is no git repository.
+set -uo pipefail
+
+if (( $# != 1 )); then
+    echo "usage: bash benchmarks/gpu_check.sh OUT_DIR, got $# arguments" >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+time_limit=${TIME_LIMIT:-570}
+commit=${POLYGRAD_COMMIT:-$(git -C "$root" describe --always --abbrev=40 --exclude='*' --dirty \
+    2>/dev/null)}
+commit=${commit:-unknown}
+
+packages=$(mktemp -d)
+trap 'rm -rf "$packages" "$out/.tmp-engines.jsonl"' EXIT
+mkdir "$packages/polygrad_fast"
+ln -s "$root"/polygrad_fast/* "$packages/polygrad_fast/"
+ln -s "$root/kernels" "$packages/polygrad_fast/kernels"
+export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
+# The checkout's own polygrad_fast/, without kernels/, must not come first on sys.path.
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+unset TRITON_INTERPRET
+cd "$root" || exit 2
+
+summary=$out/summary.txt
+rm -f "$out"/{tests,training,sanitizer,timings,profile}.log "$out/engines.jsonl"
+echo "commit $commit, package from links in a temporary folder" >"$summary"
+exit_code=0
+
+left() {
+    echo $((time_limit - SECONDS))
+}
+
+note() {
+    printf '%-22s %s\n' "$1" "$2" | tee -a "$summary"
+}
+
+# step NAME SECONDS KIND LOG COMMAND...: run it, note how it ended, return 0 if it passed. KIND:
+# required; optional, may run out of time or not run at all; informative, may fail too.
+step() {
+    local name=$1 limit=$2 kind=$3 log=$out/$4 begin=$SECONDS code result
+    shift 4
+    (( limit <= $(left) )) || limit=$(left)
+    if (( limit < 5 )); then
+        note "$name" "not run: no time left"
+        [[ $kind != required ]] || exit_code=1
+        return 1
+    fi
+    echo "==== $name, at most $limit s: $*" >>"$log"
+    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+    code=$?
+    case $code in
+        0) result=passed ;;
+        124 | 137) result="out of time" ;;
+        *) result="FAILED ($code)" ;;
+    esac
+    note "$name" "$result, $((SECONDS - begin)) s, $(basename "$log")"
+    if (( $(stat -c %s "$log") > 15000000 )); then
+        tail -c 15000000 "$log" >"$packages/tail" && mv "$packages/tail" "$log"
+    fi
+    (( code == 0 )) && return 0
+    if [[ $kind == required || ($kind == optional && $result == FAILED*) ]]; then
+        exit_code=1
+        tail -n 15 "$log"
+    fi
+    return 1
+}
+
+# 1. Versions, GPU, driver.
+if ! timeout --kill-after=5 90 "$python" - >>"$summary" 2>&1 <<'PYTHON'
+import importlib, platform, sys
+
+missing = []
+for name in ("torch", "triton", "numpy", "gymnasium", "safetensors", "tqdm", "pytest", "hypothesis"):
+    try:
+        print(name, importlib.import_module(name).__version__)
+    except ImportError:
+        missing.append(name)
+if missing:
+    sys.exit(f"missing packages: {' '.join(missing)}")
+import torch
+
+if not torch.cuda.is_available():
+    sys.exit("no CUDA GPU")
+import polygrad_fast.kernels.guided_step
+from polygrad_fast.kernels import residual_mlp
+
+properties = torch.cuda.get_device_properties(0)
+print("python", platform.python_version(), "CUDA", torch.version.cuda)
+print(properties.name, f"sm_{properties.major}{properties.minor}",
+      f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 1e9:.0f} GB")
+print("kernels from", residual_mlp.__file__, "interpreted:", residual_mlp.is_interpreted())
+PYTHON
+then
+    cat "$summary"
+    exit 2
+fi
+nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.limit \
+    --format=csv >>"$summary" 2>&1
+cat "$summary"
+
+# 2. Tests, compiled. Those in test_compiled.py need no GPU and run in CI.
+pytest=("$python" -m pytest -q -rs -p no:cacheprovider)
+parallel=()
+if "$python" -c 'import xdist' 2>/dev/null; then
+    workers=$(nproc)
+    parallel=(-n "$((workers < 12 ? workers : 12))")
+fi
+step "kernels, parity" 170 required tests.log env OMP_NUM_THREADS=1 "${pytest[@]}" \
+    "${parallel[@]}" tests/kernels tests/parity --ignore=tests/kernels/test_compiled.py
+mapfile -t marked < <(grep -rl --include='test_*.py' 'mark\.gpu' tests |
+    grep -v -e '^tests/kernels/' -e test_gpu_training)
+step "other gpu tests" 60 required tests.log "${pytest[@]}" -m gpu "${marked[@]}"
+
+# 3. Engines against the reference, and graph against eager, after 1,000 optimizer steps.
+step "after training" 90 required training.log "${pytest[@]}" -m gpu \
+    tests/train/test_gpu_training.py
+
+# 4. compute-sanitizer: single launches, each tensor an allocation of its own; then a captured chain.
+bench=("$python" benchmarks/bench_engines.py "$out")
+small=("${bench[@]}" --smoke --run-once --engines triton --dtypes float16)
+if command -v compute-sanitizer >/dev/null; then
+    sanitizer=(compute-sanitizer --target-processes application-only --error-exitcode 86)
+    step "memcheck, launches" 60 optional sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "${sanitizer[@]}" --tool memcheck "${pytest[@]}" tests/kernels/test_guided_step.py \
+        tests/kernels/test_residual_mlp.py -k "odd_sizes or every_shipped_tile"
+    for tool in memcheck racecheck initcheck; do
+        if (( $(left) > 300 )); then # the timings need the rest
+            step "$tool, chain" 45 optional sanitizer.log "${sanitizer[@]}" --tool "$tool" \
+                "${small[@]}"
+        else
+            note "$tool, chain" "not run: no time left"
+        fi
+    done
+else
+    note "compute-sanitizer" "not run: not installed"
+fi
+
+# 5. Timings, most important first; 60 s are kept for the profile.
+tests=passed
+(( exit_code == 0 )) || tests=failed
+seconds=$(($(left) - 60))
+step "timings" "$seconds" optional timings.log "${bench[@]}" --commit "$commit" --tests "$tests" \
+    --time-budget "$((seconds - 25))"
+"$python" benchmarks/bench_engines.py "$out" --table >>"$summary" 2>&1
+
+# 6. Where the time goes: kernel times of one sample, then counters of one diffusion step.
+paper=("${bench[@]}" --engines triton --dtypes float16)
+step "kernel times" 30 informative profile.log "${paper[@]}" --kernel-times
+if command -v ncu >/dev/null; then
+    # a step is 8 layers and the guided step: three steps skipped, one measured
+    step "ncu" 30 informative profile.log ncu --clock-control none \
+        --target-processes application-only --launch-skip 27 --launch-count 9 \
+        --kernel-name 'regex:residual_mlp_layer|guided_step' --section SpeedOfLight \
+        --section LaunchStats --section Occupancy --section MemoryWorkloadAnalysis \
+        "${paper[@]}" --run-once
+else
+    note "ncu" "not run: not installed"
+fi
+
+echo
+cat "$summary"
+exit "$exit_code"

@@ -80,7 +80,11 @@ class GaussianPolicy(nn.Module):
     def distribution(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Like `forward`, for observations in the space the network reads (normalized if
         `normed_inputs`)."""
-        mean = torch.tanh(self.network(inputs))
+        return self.squash(self.network(inputs))
+
+    def squash(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation for the network's outputs [..., A]."""
+        mean = torch.tanh(outputs)
         return mean, self.std.expand_as(mean)
 
 

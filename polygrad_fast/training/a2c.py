@@ -125,11 +125,14 @@ class ActorCritic:
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
             weights = (1.0 - terminals[:, :-1]).cumprod(dim=1)
 
-        mean, std = self.policy.distribution(observations[:, :-1])
+        policy_outputs = self.policy.network(observations[:, :-1])
+        mean, std = self.policy.squash(policy_outputs)
         old_log_prob = log_prob(raw_actions, mean, std)
         policy_entropy = entropy(std)
         actor_loss = -old_log_prob * advantages - config.entropy_coef * policy_entropy
         actor_loss = (actor_loss * weights).mean()
+        if config.saturation_coef > 0:
+            actor_loss = actor_loss + config.saturation_coef * policy_outputs.square().mean()
         values = self.value_function(observations)[:, :-1]
         critic_loss = (0.5 * (value_targets - values).square() * weights).mean()
 

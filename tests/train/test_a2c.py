@@ -453,3 +453,30 @@ def test_a_bandit_is_learnt():
     mean, std = policy(torch.randn(200, S))
     assert ((mean - best).abs().mean(0) < 0.1).all()
     assert (std < 0.4).all(), "less exploration pays"
+
+
+def test_saturation_coef_adds_the_mean_square_of_the_tanh_inputs():
+    batch = make_batch()
+    losses, inputs = {}, None
+    for coefficient in (0.0, 0.5):
+        actor_critic = make_actor_critic(pg.A2CConfig(saturation_coef=coefficient))
+        inputs = actor_critic.policy.network(batch["observations"][:, :-1]).detach()
+        losses[coefficient] = actor_critic.update(**batch)["actor_loss"]
+    wanted = 0.5 * inputs.square().mean().item()
+    assert losses[0.5] - losses[0.0] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_saturation_coef_brings_a_saturated_policy_back():
+    def mean_input(coefficient):
+        config = pg.A2CConfig(
+            saturation_coef=coefficient, actor_learning_rate=1e-2, line_search=False
+        )
+        actor_critic = make_actor_critic(config)
+        with torch.no_grad():
+            actor_critic.policy.network[-1].bias.fill_(8.0)
+        batch = make_batch()
+        for _ in range(60):
+            actor_critic.update(**batch)
+        return actor_critic.policy.network(batch["observations"]).abs().mean().item()
+
+    assert mean_input(0.3) < 0.9 * mean_input(0.0)

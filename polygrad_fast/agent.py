@@ -143,6 +143,7 @@ class PolyGRAD:
             self.normalizer,
             c.sampler,
             engine=c.engine,
+            dtype=c.dtype,
             device=self.device,
             action_bounds=(self.action_scaler.low, self.action_scaler.high),
         )
@@ -451,7 +452,8 @@ class PolyGRAD:
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:
         result = self.evaluate(self.config.eval_episodes)
-        if self._best_mean_reward is None or result.mean_reward > self._best_mean_reward:
+        # of equals the later one, which is trained longer
+        if self._best_mean_reward is None or result.mean_reward >= self._best_mean_reward:
             self._best_mean_reward = result.mean_reward
             if self._checkpoints is not None:
                 self._checkpoints.save_best(self._weights(), self._metadata())

@@ -349,6 +349,9 @@ class TrainConfig(_Options):
     checkpoint_interval: int = 10_000
     keep_checkpoints: int = 2
     engine: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """Sampling engine."""
+    dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
+    """Arithmetic of the denoiser in sampling."""
 
     def _check_ranges(self) -> None:
         self._check_at_least(

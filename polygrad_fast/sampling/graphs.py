@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -25,6 +26,12 @@ def _garbage_collection_off() -> Iterator[None]:
             gc.enable()
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream per device for all captures: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
 class CapturedFunction:
     """One capture of `function`, replayed on copies of the inputs it is called with.
 
@@ -40,7 +47,7 @@ class CapturedFunction:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         device = self.inputs[0].device
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
+            stream = _side_stream(device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(warmups):
@@ -48,15 +55,21 @@ class CapturedFunction:
             torch.cuda.current_stream().wait_stream(stream)
             gc.collect()
             self.graph = torch.cuda.CUDAGraph()
-            with _garbage_collection_off(), torch.cuda.graph(self.graph, stream=stream):
+            capture = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
+            with _garbage_collection_off(), capture:
                 self.outputs = function(*self.inputs)
+            self._done = torch.cuda.Event()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Replay on these inputs, on the current stream; the results are the caller's own."""
+        # the last replay may be running on another stream
+        torch.cuda.current_stream(self.inputs[0].device).wait_event(self._done)
         for static, given in zip(self.inputs, inputs, strict=True):
             static.copy_(given)
         self.graph.replay()
-        return tuple(output.clone() for output in self.outputs)
+        results = tuple(output.clone() for output in self.outputs)
+        self._done.record(torch.cuda.current_stream(self.inputs[0].device))
+        return results
 
 
 class GraphCache:
@@ -82,7 +95,12 @@ class GraphCache:
         if entry is None:
             while len(self._entries) >= self.max_entries:
                 self._entries.popitem(last=False)
-            entry = CapturedFunction(function, inputs)
+            try:
+                entry = CapturedFunction(function, inputs)
+            except torch.OutOfMemoryError:  # make room: every capture holds its own buffers
+                self.clear()
+                torch.cuda.empty_cache()
+                entry = CapturedFunction(function, inputs)
         self._entries[key] = entry
         return entry(*inputs)
 

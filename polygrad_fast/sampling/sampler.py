@@ -13,6 +13,7 @@ from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+from polygrad_fast.sampling.folded_networks import is_foldable
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
@@ -48,8 +49,9 @@ class PolicyGuidedSampler:
         engine: "reference" is plain PyTorch and reads like the paper; "torch" the same mathematics,
             optimised, on a CPU and on a GPU; "triton" fused kernels in one CUDA graph; "auto" is
             triton on a GPU where it can, else torch (one warning says why).
-        dtype: "float32" (also "auto"), "tf32", "float16" or "bfloat16": the denoiser's arithmetic;
-            the reference engine computes in float32 only.
+        dtype: "float32", "tf32", "float16" or "bfloat16": the denoiser's arithmetic; states and
+            actions stay in float32, and the reference engine computes in float32 only. "auto" is
+            float32 on a CPU, and on a GPU float16, as the released code's autocast.
         device: "auto" is the denoiser's device.
         action_bounds: (low, high) of the raw actions, [A] or scalars; needed for
             `denoiser_actions="clipped"`.
@@ -81,13 +83,7 @@ class PolicyGuidedSampler:
                     raise InputError(
                         f"{type(other).__name__} has {name} {got}, the denoiser {wanted}"
                     )
-        weights_device = next(denoiser.parameters()).device
-        device = weights_device if device == "auto" else torch.device(device)
-        if (device.type, device.index or 0) != (weights_device.type, weights_device.index or 0):
-            raise InputError(
-                f"device {str(device)!r} asked for, but the denoiser is on {str(weights_device)!r}"
-            )
-        device = weights_device
+        device = _common_device(device, denoiser, policy, normalizer)
         if action_bounds is not None:
             action_bounds = _check_bounds(action_bounds, denoiser.action_dim, device)
         elif self.config.denoiser_actions == "clipped":
@@ -107,6 +103,7 @@ class PolicyGuidedSampler:
             device,
             action_bounds,
         )
+        dtype = _resolve_dtype(dtype, engine, self.components)
         self.engine, self._engine = _build_engine(engine, self.components, dtype)
 
     def sample(
@@ -119,6 +116,9 @@ class PolicyGuidedSampler:
         return_chain: bool = False,
     ) -> TrajectoryBatch:
         """Imagine one on-policy trajectory from each initial observation (Algorithm 2).
+
+        The checks of the input read one number on the host, so this synchronizes with a GPU; it may
+        not be captured. An ambient autocast has no effect.
 
         Without `noise`, normals are drawn from `generator` (default: torch's) in the released
         code's order: initial states, initial actions, then per step states and actions (the latter
@@ -144,7 +144,8 @@ class PolicyGuidedSampler:
         if noise is not None:
             noise = self._check_noise(noise, s0.shape[0])
         s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
-        with torch.inference_mode(False), torch.no_grad():
+        autocast_off = torch.autocast(self.components.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast_off:
             trajectory, actions, chain = self._engine.sample(
                 s0_norm, guidance_scale, generator, noise, return_chain
             )
@@ -233,6 +234,41 @@ class PolicyGuidedSampler:
         return SampleNoise(**converted)
 
 
+def _common_device(asked: str | torch.device, *modules) -> torch.device:
+    """Return the device of all modules' tensors, which must be one, and the one asked for."""
+    tensors = [
+        (f"{type(module).__name__}.{name}", tensor)
+        for module in modules
+        if isinstance(module, torch.nn.Module)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    ]
+    (first, tensor), *others = tensors
+    device = tensor.device
+    for name, tensor in others:
+        if tensor.device != device:
+            raise InputError(
+                f"{name} is on {tensor.device}, {first} on {device}: wanted one device"
+            )
+    if asked != "auto":
+        try:
+            wanted = torch.device(asked)
+        except RuntimeError as error:
+            raise InputError(
+                f"device {asked!r} is unknown: {str(error).splitlines()[0]}"
+            ) from error
+        if (wanted.type, wanted.index or 0) != (device.type, device.index or 0):
+            raise InputError(f"device {str(wanted)!r} asked for, but {first} is on {str(device)!r}")
+    return device
+
+
+def _resolve_dtype(dtype: str, engine: str, components: SamplerComponents) -> str:
+    """Return the dtype that "auto" stands for."""
+    if dtype != "auto":
+        return dtype
+    half = components.device.type == "cuda" and engine != "reference"
+    return "float16" if half and is_foldable(components.denoiser) else "float32"
+
+
 def _check_bounds(bounds: tuple, action_dim: int, device) -> tuple[Tensor, Tensor]:
     """Return (low, high) as float32 tensors [A] or scalars."""
     low, high = (torch.as_tensor(b, dtype=torch.float32, device=device) for b in bounds)
@@ -263,5 +299,5 @@ def _build_engine(name: str, components: SamplerComponents, dtype: str):
         except InputError as error:
             if name == "triton":
                 raise
-            warnings.warn(f"engine 'auto' falls back to 'torch': {error}", stacklevel=4)
+            warnings.warn(f"engine 'auto' falls back to 'torch': {error}", stacklevel=3)
     return "torch", TorchEngine(components, dtype)

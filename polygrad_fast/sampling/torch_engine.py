@@ -229,7 +229,9 @@ class TorchEngine:
         self._action_offset = put("action_offset", -mean / scale, torch.float32)
         self._guidance_scale = guidance_scale
         if torch.is_tensor(guidance_scale) or self._captures:
-            delta = torch.as_tensor(guidance_scale, device=c.device)
+            delta = guidance_scale
+            if not torch.is_tensor(delta):  # filled on the device: as_tensor would synchronize
+                delta = torch.full((), delta, device=c.device)
             self._guidance_scale = put("guidance_scale", delta, torch.float32)
         if self._policy is not None:
             self._policy.refresh(normalizer)

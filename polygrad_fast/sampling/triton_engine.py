@@ -42,6 +42,13 @@ def _refuse(got: str, wanted: str) -> None:
     )
 
 
+def _round_to_tf32(tensor: Tensor) -> None:
+    """Round float32 in place to tf32's ten bits of mantissa, ties away from zero; tensor cores
+    would cut the rest off, an error up to twice as large and of one sign."""
+    bits = (tensor.view(torch.int32) + 0x1000) & ~0x1FFF
+    tensor.copy_(torch.where(tensor.isnan(), tensor, bits.view(torch.float32)))
+
+
 def _padded_zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     width = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return torch.zeros(rows, width, dtype=dtype, device=device)
@@ -116,6 +123,9 @@ class DenoiserOperands:
         self.input_bias.copy_(rows)
         linears = [*(block.linear for block in net.blocks), net.output]
         torch._foreach_copy_(self.weights, [linear.weight for linear in linears])
+        if self.precision == "tf32":
+            for tensor in (self.input_weight, *self.weights):
+                _round_to_tf32(tensor)
         for bias, linear in zip(self.biases, linears, strict=True):
             bias.copy_(linear.bias)
         if self.by_layer:
@@ -142,7 +152,9 @@ class DenoiserOperands:
         """Run the denoiser on the workspace's input in step k; return its prediction [B, H D]."""
         ws, normalized = workspace, not self.by_layer
         # those of full width share their tiles, whether they write moments or not
-        blocks = self.layer.layer_blocks(self.precision, len(ws.input), writes_moments=True)
+        blocks = self.layer.layer_blocks(
+            self.precision, len(ws.input), self.denoiser.hidden_dim, writes_moments=True
+        )
 
         def written(target: int) -> dict:
             return dict(
@@ -238,6 +250,10 @@ class PolicyWeights:
         for linear in self.linears[1:-1]:
             to.hidden_weight[:, : linear.in_features].copy_(linear.weight)
             to.vectors[1, 0].copy_(linear.bias)
+        if to.precision != "float32":  # the first layer multiplies in tf32 in float16 too
+            _round_to_tf32(to.first_weight)
+        if to.precision == "tf32":
+            _round_to_tf32(to.hidden_weight)
         for vectors, norm in zip(to.vectors, self.norms, strict=True):
             vectors[1].copy_(norm.weight)
             vectors[2].copy_(norm.bias)
@@ -259,13 +275,14 @@ class TritonEngine:
     else is in the batch, but not those of another engine.
 
     Args:
-        components: a residual MLP denoiser and a Gaussian policy of at most 2 layers of 256.
+        components: a residual MLP denoiser and a Gaussian policy of at most 2 layers of 256 (none
+            of a subclass); with 1 layer at most 62 observations.
         dtype: what the GEMMs' operands are in: "float32" (also "auto"; no tensor cores), "tf32",
             "float16" or "bfloat16". Residual stream, sums and states are float32 in all of them.
 
     Raises:
         InputError: an option, network or device that this engine does not offer; the message names
-            engines that do.
+            engines that do. On a GPU also where a first diffusion step fails.
 
     Numerics: float32 chains agree with the reference to 1e-4 per step; half-precision errors are
     those of plain PyTorch in that dtype. See `PolicyWeights` for the policy's precision.
@@ -297,14 +314,17 @@ class TritonEngine:
         self._check_sources()
         self._graphs = None if self.interpreted else GraphCache()
         self._addresses: list[int] = []
+        if self.device.type == "cuda":
+            self._check_launch()
 
     def _check_options(self, c: SamplerComponents) -> None:
         if c.config.update_states:
             _refuse("update_states=True", "update_states=False")
-        if not isinstance(c.denoiser, ResidualMLPDenoiser):
-            _refuse(f"denoiser {type(c.denoiser).__name__}", "ResidualMLPDenoiser")
-        if not isinstance(c.policy, GaussianPolicy):
-            _refuse(f"policy {type(c.policy).__name__}", "GaussianPolicy")
+        # Exact types: a subclass may compute something else from the same weights.
+        if type(c.denoiser) is not ResidualMLPDenoiser:
+            _refuse(f"denoiser {type(c.denoiser).__name__}", "ResidualMLPDenoiser itself")
+        if type(c.policy) is not GaussianPolicy:
+            _refuse(f"policy {type(c.policy).__name__}", "GaussianPolicy itself")
         steps = _kernels()[0]
         num_layers = sum(isinstance(m, nn.LayerNorm) for m in c.policy.network)
         hidden = c.policy.network[0].out_features
@@ -316,9 +336,19 @@ class TritonEngine:
         ):
             if not low <= got <= high:
                 _refuse(f"{name} {got}", f"{low} to {high}")
+        if num_layers == 1 and c.observation_dim + 2 > steps.MAX_ONE_LAYER_STATE_DIM:
+            _refuse(
+                f"policy num_layers 1 with observation_dim {c.observation_dim}",
+                f"at most {steps.MAX_ONE_LAYER_STATE_DIM - 2} observations or 2 layers",
+            )
 
     def _check_device(self, layers: ModuleType) -> None:
         self.interpreted = layers.is_interpreted()
+        if self.interpreted and self.device.type != "cpu":
+            raise InputError(
+                "engine 'triton' has been imported with TRITON_INTERPRET=1, which wants device "
+                f"'cpu', got {str(self.device)!r}; unset it or use engine 'torch' or 'reference'"
+            )
         if self.device.type == "cuda":
             capability = torch.cuda.get_device_capability(self.device)
             if capability < MINIMUM_CAPABILITY:
@@ -328,6 +358,28 @@ class TritonEngine:
                 f"engine 'triton' needs a CUDA GPU (or TRITON_INTERPRET=1 in the environment, for "
                 f"tests), got device {str(self.device)!r}; use engine 'torch' or 'reference'"
             )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _check_launch(self) -> None:
+        """Run one diffusion step, uncaptured: what does not compile (no C compiler, no ptxas) or
+        launch (shared memory, registers) here shall be known now."""
+        c = self.components
+        try:
+            with self._on_device():
+                s0 = torch.zeros(1, c.observation_dim, device=self.device)
+                guidance = torch.zeros(1, device=self.device)
+                seed = torch.zeros(2, dtype=torch.int64, device=self.device)
+                self._run(False, s0, guidance, seed, max_steps=1)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+        except Exception as error:
+            raise InputError(f"triton cannot run here: {error}") from error
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return contextlib.nullcontext()
 
     def _check_sources(self) -> None:
         for tensor in self._sources():
@@ -373,10 +425,7 @@ class TritonEngine:
         s0 = initial_observations.to(self.device, torch.float32).contiguous()
         inputs = (s0, guidance, seed, *given)
         run = functools.partial(self._run, return_chain)
-        on_device = contextlib.nullcontext()
-        if self.device.type == "cuda":
-            on_device = torch.cuda.device(self.device)
-        with torch.no_grad(), on_device:
+        with torch.no_grad(), self._on_device():
             if self._graphs is None:
                 outputs = run(*inputs)
             else:
@@ -400,8 +449,10 @@ class TritonEngine:
         guidance_scale: Tensor,
         seed: Tensor,
         *given: Tensor,
+        max_steps: int | None = None,
     ) -> tuple[Tensor, ...]:
-        """One sample; launches only, so that it can be captured."""
+        """One sample, or its first `max_steps` diffusion steps; launches only, so that it can be
+        captured."""
         c = self.components
         batch, observation_dim = initial_observations.shape
         num_steps = c.schedule.num_train_timesteps
@@ -429,7 +480,7 @@ class TritonEngine:
         self.steps.initial_state(
             noise=given[:2] or None, trajectory_out=trajectory, actions_out=actions, **common
         )
-        for step, k in enumerate(reversed(range(num_steps))):
+        for step, k in enumerate(list(reversed(range(num_steps)))[:max_steps]):
             prediction = self.denoiser.predict(workspace, k)
             row = step if return_chain else 0
             self.steps.guided_step(

@@ -53,10 +53,9 @@ from torch import Tensor
 import polygrad_fast as pg
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.errors import InputError
-from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.graphs import GraphCache
-from polygrad_fast.sampling.reference_engine import ReferenceEngine
+from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
 from polygrad_fast.training.run_log import versions, write_bytes_atomic
@@ -164,39 +163,8 @@ def matmul_precision(dtype: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def reference_step(
-    c: SamplerComponents,
-    trajectory: Tensor,
-    actions: Tensor,
-    initial_observations: Tensor,
-    k: int,
-    guidance_scale: float | Tensor,
-    trajectory_noise: Tensor,
-    action_noise: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One iteration of the reference engine's loop; the denoiser computes in its weights' dtype."""
-    dtype = c.denoiser.output.weight.dtype
-    seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
-    timesteps = torch.full((len(trajectory),), k, device=trajectory.device)
-    prediction = c.denoiser(trajectory.to(dtype), seen.to(dtype), timesteps)
-    return guided_step(
-        prediction.to(trajectory.dtype),
-        trajectory,
-        actions,
-        initial_observations,
-        k,
-        c.policy,
-        c.normalizer,
-        c.schedule,
-        c.config,
-        guidance_scale,
-        trajectory_noise,
-        action_noise,
-    )
-
-
 class CompiledReference:
-    """The control: `reference_step` compiled, all K steps in one CUDA graph.
+    """The control: `diffusion_step` compiled, all K steps in one CUDA graph.
 
     Half-precision weights are cast once, here. The policy stays in float32, on tensor cores in
     every dtype but float32.
@@ -213,7 +181,7 @@ class CompiledReference:
             components = dataclasses.replace(components, denoiser=denoiser)
         self.components = components
         torch._dynamo.reset()  # else the compilations of earlier cases count towards its limit
-        self._step = torch.compile(reference_step, mode="max-autotune-no-cudagraphs")
+        self._step = torch.compile(diffusion_step, mode="max-autotune-no-cudagraphs")
         self._guidance_scale = torch.zeros((), device=components.device)
         self._graphs = GraphCache()
 
@@ -297,14 +265,14 @@ def step_errors(engine, c: SamplerComponents, dtype: str, s0: Tensor) -> tuple[f
     for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):
         normals = noise.trajectories[step], noise.actions[step]
         inputs = (*previous, s0, k, GUIDANCE_SCALE, *normals)
-        wanted = reference_step(exact, *(x.double() if torch.is_tensor(x) else x for x in inputs))
+        wanted = diffusion_step(exact, *(x.double() if torch.is_tensor(x) else x for x in inputs))
         got = chain[0][step], chain[1][step]
         errors.append(_largest_error(got, wanted))
         if dtype != "float32":
             half = HALF.get(dtype)
             autocast = torch.autocast(c.device.type, dtype=half, enabled=half is not None)
             with matmul_precision(dtype), autocast:
-                plain_errors.append(_largest_error(reference_step(c, *inputs), wanted))
+                plain_errors.append(_largest_error(diffusion_step(c, *inputs), wanted))
         previous = got
     errors.append(_largest_error((states, actions), previous))  # the result is the chain's end
     allowed = 1e-4 if dtype == "float32" else 2 * max(plain_errors) + 1e-5

@@ -9,6 +9,41 @@ from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 
 
+def diffusion_step(
+    components: SamplerComponents,
+    trajectory: Tensor,
+    actions: Tensor,
+    initial_observations: Tensor,
+    k: int,
+    guidance_scale: float | Tensor,
+    trajectory_noise: Tensor,
+    action_noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Call the denoiser and advance from step i = k + 1 to k (Algorithm 2, lines 6-13).
+
+    Args are those of `guided_step`; the denoiser computes in its weights' dtype.
+    """
+    c = components
+    dtype = next(c.denoiser.parameters()).dtype
+    seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
+    timesteps = torch.full((len(trajectory),), k, device=trajectory.device)
+    prediction = c.denoiser(trajectory.to(dtype), seen.to(dtype), timesteps)
+    return guided_step(
+        prediction.to(trajectory.dtype),
+        trajectory,
+        actions,
+        initial_observations,
+        k,
+        c.policy,
+        c.normalizer,
+        c.schedule,
+        c.config,
+        guidance_scale,
+        trajectory_noise,
+        action_noise,
+    )
+
+
 class ReferenceEngine:
     """Run the loop of Algorithm 2 step by step; noise comes from torch's generator in the released
     code's order."""
@@ -45,23 +80,16 @@ class ReferenceEngine:
         trajectory[:, 0, :observation_dim] = initial_observations
         chain = []
         for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):
-            seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
-            timesteps = torch.full((batch,), k, device=c.device)
-            prediction = c.denoiser(trajectory, seen, timesteps)
             trajectory_noise = normals(states_shape, noise and noise.trajectories[step])
             action_noise = None
             if k > 0 and c.config.action_update != "none":
                 action_noise = normals(actions_shape, noise and noise.actions[step])
-            trajectory, actions = guided_step(
-                prediction,
+            trajectory, actions = diffusion_step(
+                c,
                 trajectory,
                 actions,
                 initial_observations,
                 k,
-                c.policy,
-                c.normalizer,
-                c.schedule,
-                c.config,
                 guidance_scale,
                 trajectory_noise,
                 action_noise,

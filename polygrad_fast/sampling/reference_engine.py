@@ -24,7 +24,7 @@ def diffusion_step(
     Args are those of `guided_step`; the denoiser computes in its weights' dtype.
     """
     c = components
-    dtype = next(c.denoiser.parameters()).dtype
+    dtype = next((p.dtype for p in c.denoiser.parameters()), trajectory.dtype)
     seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
     timesteps = torch.full((len(trajectory),), k, device=trajectory.device)
     prediction = c.denoiser(trajectory.to(dtype), seen.to(dtype), timesteps)

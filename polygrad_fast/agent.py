@@ -12,7 +12,7 @@ import numbers
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,13 @@ from polygrad_fast.training.checkpoint import (
 )
 from polygrad_fast.training.denoiser import DenoiserTrainer, build_denoiser
 from polygrad_fast.training.guidance import GuidanceTuner
+from polygrad_fast.training.run_directory import (
+    comparable,
+    difference,
+    locked,
+    read_run_config,
+)
 from polygrad_fast.training.run_log import MetricsLog, TensorboardLog, versions, write_json_atomic
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 Callback = Callable[["PolyGRAD", dict[str, float]], Any]
 
@@ -217,7 +218,7 @@ class PolyGRAD:
         self._stop_requested = False
         with contextlib.ExitStack() as stack:
             if self.run_dir is not None:
-                stack.enter_context(_locked(self.run_dir))
+                stack.enter_context(locked(self.run_dir))
             sinks = [stack.enter_context(sink) for sink in self._open_logs()]
             bar = stack.enter_context(
                 _progress_bar(self.num_timesteps, self._target_timesteps, progress_bar)
@@ -696,11 +697,11 @@ class PolyGRAD:
         weights, state, metadata = load_checkpoint(path)
         if wanted is not None:
             for name in ("env_id", "seed", "config"):
-                got = _comparable(metadata[name])
-                if got != _comparable(wanted[name]):
+                got = comparable(metadata[name])
+                if got != comparable(wanted[name]):
                     raise CheckpointError(
                         f"checkpoint {path} is of another configuration: {name} is "
-                        f"{_difference(got, _comparable(wanted[name]))} of the run"
+                        f"{difference(got, comparable(wanted[name]))} of the run"
                     )
         agent = cls._from_metadata(metadata, env, device)
         agent._load_weights(weights)
@@ -718,60 +719,6 @@ class PolyGRAD:
         self.config = dataclasses.replace(self.config, total_timesteps=total_timesteps)
         if self.run_dir is not None:
             write_json_atomic(self.run_dir / "config.json", self._metadata())
-
-
-RUN_KEYS = ("env_id", "env_given_by_id", "preset", "seed", "config")
-
-
-def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """Return a run directory's config.json.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    path = run_dir / "config.json"
-    try:
-        stored = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{run_dir} is not a run directory: it has no config.json; wanted one that `train` made"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    missing = set(RUN_KEYS) - set(stored if isinstance(stored, dict) else ())
-    if missing:
-        raise CheckpointError(f"{path} is damaged: {sorted(missing)} missing")
-    return stored
-
-
-def _comparable(value: Any) -> Any:
-    """A configuration without what may differ between the parts of one run."""
-    if isinstance(value, dict):
-        return {k: v for k, v in value.items() if k != "total_timesteps"}
-    return value
-
-
-def _difference(got: Any, wanted: Any) -> str:
-    if isinstance(got, dict) and isinstance(wanted, dict):
-        name = next(k for k in sorted({*got, *wanted}) if got.get(k) != wanted.get(k))
-        return f"{name} {got.get(name)!r} instead of {wanted.get(name)!r}"
-    return f"{got!r} instead of {wanted!r}"
-
-
-@contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Keep a second process from training in the same run directory."""
-    if fcntl is None:
-        yield
-        return
-    with open(run_dir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process is training in {run_dir}; wait for it or use another directory"
-            ) from None
-        yield
 
 
 class _Speed:

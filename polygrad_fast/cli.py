@@ -17,11 +17,12 @@ import numpy as np
 import tyro
 
 from polygrad_fast._version import __version__
-from polygrad_fast.agent import PolyGRAD, read_run_config
+from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.evaluation.plots import plot_learning_curve
 from polygrad_fast.evaluation.video import record_episode
+from polygrad_fast.training.run_directory import read_run_config
 from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
 
 EVALUATION_SEED = 1_000_003

@@ -6,10 +6,9 @@ RUN_DIR := runs/demo
 
 .PHONY: demo test lint clean
 
-# One thread: the quick preset's networks are too small to gain from more.
 demo: $(INSTALLED)
 	rm -rf $(RUN_DIR)
-	OMP_NUM_THREADS=1 $(VENV)/bin/polygrad-fast train --env-id InvertedPendulum-v5 --preset quick --seed 0 --run-dir $(RUN_DIR)
+	$(VENV)/bin/polygrad-fast train --env-id InvertedPendulum-v5 --preset quick --seed 0 --run-dir $(RUN_DIR)
 	$(VENV)/bin/polygrad-fast evaluate $(RUN_DIR) --episodes 10
 
 # One thread per process: pytest already starts one process per core.

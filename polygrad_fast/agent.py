@@ -217,6 +217,9 @@ class PolyGRAD:
         self._target_timesteps = self.num_timesteps + int(total_timesteps)
         self._stop_requested = False
         with contextlib.ExitStack() as stack:
+            if self.config.cpu_threads is not None and self.device.type == "cpu":
+                stack.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(self.config.cpu_threads)
             if self.run_dir is not None:
                 stack.enter_context(locked(self.run_dir))
             sinks = [stack.enter_context(sink) for sink in self._open_logs()]

@@ -352,6 +352,9 @@ class TrainConfig(_Options):
     """Sampling engine."""
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
     """Arithmetic of the denoiser in sampling."""
+    cpu_threads: int | None = None
+    """PyTorch's threads while learning on a CPU; None: as they are. Small networks gain nothing
+    from more than one, and lose much where other processes need the cores."""
 
     def _check_ranges(self) -> None:
         self._check_at_least(
@@ -369,6 +372,7 @@ class TrainConfig(_Options):
         )
         self._check(self.horizon >= 2, "horizon", "at least 2 to train (A2C needs a next value)")
         self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
+        self._check_positive("cpu_threads")
 
     def resolved(self, env_id: str) -> TrainConfig:
         """Return the configuration with every None that stands for the paper's value replaced."""
@@ -477,6 +481,7 @@ def _quick(env_id: str) -> TrainConfig:
         eval_episodes=16 if pendulum else 10,
         log_interval=100,
         checkpoint_interval=2000,
+        cpu_threads=1,
     )
 
 

@@ -266,6 +266,16 @@ def test_one_process_trains_in_a_run_directory(tmp_path):
     agent.learn(20, callback=second)
 
 
+def test_threads_while_learning():
+    before = torch.get_num_threads()
+    seen = []
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(cpu_threads=before + 1))
+    agent.learn(10, callback=lambda a, metrics: seen.append(torch.get_num_threads()))
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
+    with pytest.raises(pg.InputError, match="cpu_threads must be None or a positive number, got 0"):
+        tiny_config(cpu_threads=0)
+
+
 def test_streams_of_neighbouring_seeds_differ():
     agents = [pg.PolyGRAD("Pendulum-v1", seed=seed, config=tiny_config()) for seed in (0, 1)]
     states = [

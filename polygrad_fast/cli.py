@@ -259,10 +259,11 @@ def _stopped_by_signals(agent: PolyGRAD):
 
 def _summarize(agent: PolyGRAD, run_dir: Path) -> None:
     all_rows = read_metrics(run_dir / "metrics.csv")
+    trained = [row for row in all_rows if "a2c/actor_loss" in row] or all_rows[1:]
     medians = {
-        name: np.median([row[name] for row in all_rows if name in row])
+        name: np.median([row[name] for row in trained if name in row])
         for name in SPEEDS
-        if any(name in row for row in all_rows)
+        if any(name in row for row in trained)
     }
     speeds = [f"{medians[name]:.4g} {SPEEDS[name]}" for name in medians]
     if "time/env_steps_per_s" in medians:

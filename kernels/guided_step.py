@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polygrad_fast.kernels.residual_mlp import is_interpreted, round_to_tf32
+
 FP16_MAX = tl.constexpr(65504.0)
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -28,6 +30,7 @@ NUM_COLUMNS = tl.constexpr(8)  # rows of 32 bytes
 MAX_POLICY_DIM = 256
 MAX_POLICY_LAYERS = 2
 MAX_STATE_DIM = 512
+MAX_ONE_LAYER_STATE_DIM = 64  # a one-layer policy's weight is one tile in shared memory
 MAX_ACTION_DIM = 64
 
 
@@ -41,8 +44,9 @@ class StepBlocks:
     num_stages: int
 
 
-# By the GEMMs' precision and the states' padded width: (few rows, many rows). Chosen so that no
-# kernel spills on sm_80 or sm_90 (tests/kernels/test_compiled.py prints the table).
+# By the GEMMs' precision and the states' padded width: (few rows, many rows). Chosen so that
+# none of a paper-sized sampler's at full batch spills on sm_80 or sm_90; a few others spill up to
+# 16 bytes (README.md; tests/kernels/test_compiled.py prints the table).
 STEP_BLOCKS = {
     "float32": {
         16: (StepBlocks(16, 32, 8, 2), StepBlocks(32, 32, 8, 2)),
@@ -89,6 +93,7 @@ class PolicyOperands:
 
     first_weight: Tensor  # [hidden, S] float32, row stride a multiple of 16 bytes
     hidden_weight: Tensor  # [hidden, hidden], the GEMM's dtype; not read with one layer
+    # Those that are multiplied in tf32 come rounded to it.
     vectors: Tensor  # [layers, 3, hidden] float32: bias, LayerNorm's gamma and beta
     last_weight: Tensor  # [A, hidden] float32
     last_bias: Tensor  # [A] float32
@@ -268,6 +273,7 @@ def _policy_mean(
     HIDDEN: tl.constexpr,
     NUM_LAYERS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
@@ -279,6 +285,8 @@ def _policy_mean(
     once as the operand of the second. Neither its 256 columns nor the second's weight ever sit in
     registers or shared memory as a whole.
     """
+    if ROUND_TF32:
+        observations = round_to_tf32(observations)
     wide = tl.arange(0, BLOCK_HIDDEN)
     wide_mask = wide < HIDDEN
     if NUM_LAYERS == 1:
@@ -319,6 +327,8 @@ def _policy_mean(
                 other=0.0,
             )  # [BLOCK_UNITS, BLOCK_HIDDEN]
             h = h.to(weight.dtype)
+            if ROUND_TF32 and weight.dtype == tl.float32:
+                h = round_to_tf32(h)
             z = tl.dot(h, weight, z, input_precision=INPUT_PRECISION)
         vectors_ptr += 3 * HIDDEN
         z += tl.load(vectors_ptr + wide, mask=wide_mask, other=0.0)[None, :]
@@ -374,6 +384,7 @@ def _guided_step_kernel(
     HIDDEN: tl.constexpr,
     NUM_LAYERS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     LAST_STEP: tl.constexpr,
     PREDICTS_NOISE: tl.constexpr,
     ACTION_UPDATE: tl.constexpr,
@@ -456,7 +467,8 @@ def _guided_step_kernel(
         policy_mean = _policy_mean(
             observations, d, a, first_weight_ptr, hidden_weight_ptr, vectors_ptr, last_weight_ptr,
             last_bias_ptr, stride_first, stride_hidden, eps, OBSERVATION_DIM, ACTION_DIM, HIDDEN,
-            NUM_LAYERS, INPUT_PRECISION, BLOCK_ROWS, BLOCK_A, BLOCK_UNITS, BLOCK_HIDDEN,
+            NUM_LAYERS, INPUT_PRECISION, ROUND_TF32, BLOCK_ROWS, BLOCK_A, BLOCK_UNITS,
+            BLOCK_HIDDEN,
         )  # fmt: skip
         std = tl.load(std_ptr + a, mask=a_valid, other=1.0)[None, :]  # [1, BLOCK_A]
         if ACTION_UPDATE == "sample":
@@ -692,9 +704,10 @@ def guided_step(
         blocks: tile sizes; default `step_blocks`.
 
     Numerics: element-wise parts, LayerNorms and the policy's last layer in float32; its first layer
-    in float32 or (precision "tf32", "float16") tf32, its second in `hidden_weight`'s dtype. A
-    normal is a function of (seed, call, trajectory, step, element) alone. Neither synchronizes nor
-    allocates; may be captured. Compiled anew for the last step, whose mathematics differ.
+    in float32 or (precision "tf32", "float16") tf32, its second in `hidden_weight`'s dtype or,
+    where that is float32, like the first. tf32 operands are rounded to nearest. A normal is a
+    function of (seed, call, trajectory, step, element) alone. Neither synchronizes nor allocates;
+    may be captured. Compiled anew for the last step, whose mathematics differ.
     """
     batch, horizon, state_dim = trajectory.shape
     action_dim = actions.shape[-1]
@@ -746,6 +759,7 @@ def guided_step(
         HIDDEN=hidden,
         NUM_LAYERS=policy.num_layers,
         INPUT_PRECISION="ieee" if policy.precision == "float32" else "tf32",
+        ROUND_TF32=policy.precision != "float32" and not is_interpreted(),
         LAST_STEP=last_step,
         PREDICTS_NOISE=options.prediction_type == "epsilon",
         ACTION_UPDATE=action_update,

@@ -68,20 +68,29 @@ LAYER_BLOCKS = {
 }
 LAYER_BLOCKS["bfloat16"] = LAYER_BLOCKS["float16"]
 MANY_ROWS = 2048
-MANY_ROWS_NARROW = 8192
+ONE_WAVE = 132  # multiprocessors of an H200; that this is the best boundary is unmeasured
 
 
-def layer_blocks(precision: str, rows: int, writes_moments: bool) -> LayerBlocks:
-    """Return the tile sizes for a layer of that many rows.
+def layer_blocks(precision: str, rows: int, out_dim: int, writes_moments: bool) -> LayerBlocks:
+    """Return the tile sizes for a layer of that many rows and columns.
 
-    A layer without moments is the output layer, whose few columns need narrow tiles to occupy the
-    device; with many rows, larger tiles read each operand less often. All fit the 99 KB of shared
-    memory of GeForce cards (their code is sm_80's) and the 227 KB of sm_90.
+    A layer without moments is the output layer. Where its columns are so few that wide tiles would
+    not occupy the device, it takes narrow ones; with many rows, larger tiles read each operand less
+    often. All fit the 99 KB of shared memory of GeForce cards (their code is sm_80's) and the 227
+    KB of sm_90.
     """
     few, many, narrow = LAYER_BLOCKS[precision]
-    if writes_moments:
-        return many if rows >= MANY_ROWS else few
-    return many if rows >= MANY_ROWS_NARROW else narrow
+    wide_programs = triton.cdiv(out_dim, few.block_n) * triton.cdiv(rows, few.block_m)
+    if not writes_moments and wide_programs < ONE_WAVE:
+        return narrow
+    return many if rows >= MANY_ROWS else few
+
+
+@triton.jit
+def round_to_tf32(a):
+    """Round float32 to tf32, ties away from zero: tensor cores cut the other bits off. Not for the
+    interpreter, which has no inline assembly."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], tl.float32, True, 1)
 
 
 @triton.jit
@@ -137,6 +146,7 @@ def _residual_mlp_layer_kernel(
     WRITE_OPERAND: tl.constexpr,
     WRITE_MOMENTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -168,6 +178,8 @@ def _residual_mlp_layer_kernel(
         if RELU:
             a = tl.maximum(a, 0.0, propagate_nan=ALL)
         a = a.to(weight_ptr.dtype.element_ty)
+        if ROUND_TF32:
+            a = round_to_tf32(a)
         accumulator = tl.dot(a, w, accumulator, input_precision=INPUT_PRECISION)
 
     out = accumulator + tl.load(bias_ptr + n, mask=n_mask, other=0.0)[None, :]
@@ -194,7 +206,7 @@ def _residual_mlp_layer_kernel(
 
 def is_interpreted() -> bool:
     """Return whether the kernels run in triton's interpreter (TRITON_INTERPRET=1 at import)."""
-    return not isinstance(_residual_mlp_layer_kernel, triton.runtime.JITFunction)
+    return not isinstance(round_to_tf32, triton.runtime.JITFunction)
 
 
 def moments_shape(precision: str, rows: int, dim: int) -> tuple[int, int, int]:
@@ -225,7 +237,8 @@ def residual_mlp_layer(
         x: [rows, in_dim], float32 or the precision's dtype, which it must have where f is none.
             Last axis contiguous.
         weight: [out_dim, in_dim] in the precision's dtype, last axis contiguous, row stride a
-            multiple of 16 bytes for fast loads.
+            multiple of 16 bytes for fast loads; in "tf32" rounded to tf32 by the caller (x is
+            rounded here).
         bias: [out_dim], float32.
         out: [rows, out_dim], float32; neither x nor residual, which other programs still read.
         precision: a key of `PRECISIONS`.
@@ -248,7 +261,7 @@ def residual_mlp_layer(
     rows, in_dim = x.shape
     out_dim = weight.shape[0]
     setting = PRECISIONS[precision]
-    blocks = blocks or layer_blocks(precision, rows, moments_out is not None)
+    blocks = blocks or layer_blocks(precision, rows, out_dim, moments_out is not None)
     moments, gamma, beta, eps = norm or (x, x, x, 0.0)
     grid = (triton.cdiv(out_dim, blocks.block_n), triton.cdiv(rows, blocks.block_m))
     _residual_mlp_layer_kernel[grid](
@@ -279,6 +292,7 @@ def residual_mlp_layer(
         WRITE_OPERAND=operand_out is not None,
         WRITE_MOMENTS=moments_out is not None,
         INPUT_PRECISION=setting.input_precision,
+        ROUND_TF32=precision == "tf32" and not is_interpreted(),
         BLOCK_M=blocks.block_m,
         BLOCK_N=blocks.block_n,
         BLOCK_K=blocks.block_k,

@@ -98,48 +98,73 @@ def compile_row(name: str, kernel, arguments: dict, architecture: int) -> dict:
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+        "cvt_tf32": len(re.findall(r"cvt\.rna\.tf32", ptx)),
         "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
     }
 
 
 def layer_launches() -> Iterator[tuple[str, object, dict]]:
-    """Every tile size of the layer in the roles it ships in, paper-sized (H = 10, Walker2d)."""
+    """Every tile size of the layer in the roles it ships in, paper-sized (H = 10, Walker2d), and
+    the hidden layer of other widths and of the paper's network (no LayerNorm)."""
     recorder = Recorder(residual_mlp._residual_mlp_layer_kernel)
     residual_mlp._residual_mlp_layer_kernel = recorder
-    width, in_dim, out_dim = 1024, 256, 190
-    for precision, setting in residual_mlp.PRECISIONS.items():
-        for rows in (1024, 8192):
-            x, out = torch.empty(rows, width), torch.empty(rows, width)
-            operand = out
-            if setting.dtype != torch.float32:
-                operand = torch.empty(rows, width, dtype=setting.dtype)
-            operand_out = None if operand is out else operand
-            moments = torch.empty(residual_mlp.moments_shape(precision, rows, width))
-            gamma = torch.empty(width)
-            weight = torch.empty(width, width, dtype=setting.dtype)
-            norm = (moments, gamma, gamma, 1e-5)
-            written = dict(operand_out=operand_out, moments_out=moments)
-            inputs = torch.empty(rows, in_dim, dtype=setting.dtype)
-            narrow = weight[:, :in_dim].contiguous()
-            last = torch.empty(rows, out_dim)
-            roles = {
-                "input": dict(x=inputs, weight=narrow, out=out, **written),
-                "hidden": dict(
-                    x=operand, weight=weight, out=out, norm=norm, relu=True, residual=x, **written
-                ),
-                "output": dict(x=operand, weight=weight[:out_dim], out=last, norm=norm, relu=True),
-            }
-            for role, arguments in roles.items():
+
+    def launch(role, precision, rows, width=1024, in_dim=256, out_dim=190, paper=False):
+        setting = residual_mlp.PRECISIONS[precision]
+        x, out = torch.empty(rows, width), torch.empty(rows, width)
+        operand = out
+        if setting.dtype != torch.float32:
+            operand = torch.empty(rows, width, dtype=setting.dtype)
+        gamma = torch.empty(width)
+        weight = torch.empty(max(width, out_dim), width, dtype=setting.dtype)
+        moments = torch.empty(residual_mlp.moments_shape(precision, rows, width))
+        read = dict(relu=True) if paper else dict(relu=True, norm=(moments, gamma, gamma, 1e-5))
+        written = dict(
+            operand_out=None if operand is out else operand,
+            moments_out=None if paper else moments,
+            blocks=residual_mlp.layer_blocks(precision, rows, width, writes_moments=True),
+        )
+        if role == "input":
+            arguments = dict(
+                x=torch.empty(rows, in_dim, dtype=setting.dtype),
+                weight=torch.empty(width, in_dim, dtype=setting.dtype),
+                out=out,
+                **written,
+            )
+        elif role == "hidden":
+            arguments = dict(x=operand, weight=weight[:width], out=out, residual=x)
+            arguments |= read | written
+        else:
+            arguments = dict(x=operand, weight=weight[:out_dim], out=torch.empty(rows, out_dim))
+            arguments |= read
+        residual_mlp.residual_mlp_layer(precision=precision, bias=gamma, **arguments)
+        recorded = recorder.launches.pop()
+        tile = "x".join(str(recorded[f"BLOCK_{axis}"]) for axis in "MNK")
+        name = f"layer {role} {precision} {tile}" + (" paper" if paper else "")
+        name += "" if width == 1024 else f" W={width}"
+        return name, recorder.kernel, recorded
+
+    for precision in residual_mlp.PRECISIONS:
+        for rows in (1024, 16384):
+            for role in ("input", "hidden", "output"):
                 if precision == "bfloat16" and role != "hidden":
                     continue  # the same machine code but for the operands' type
-                residual_mlp.residual_mlp_layer(precision=precision, bias=gamma, **arguments)
-                launch = recorder.launches.pop()
-                tile = "x".join(str(launch[f"BLOCK_{axis}"]) for axis in "MNK")
-                yield f"layer {role} {precision} {tile}", recorder.kernel, launch
+                yield launch(role, precision, rows)
+    for precision, rows in (
+        ("float32", 16384),
+        ("tf32", 1024),
+        ("float16", 1024),
+        ("float16", 16384),
+    ):
+        yield launch("hidden", precision, rows, paper=True)
+        for width in (50, 512, 2048):
+            yield launch("hidden", precision, rows, width)
+    yield launch("output", "float16", 1024, 2048, out_dim=3800)
 
 
 def step_launches() -> Iterator[tuple[str, object, dict]]:
-    """Every tile size of the guided step with a paper-sized policy, and the initial state."""
+    """Every tile size of the guided step with a paper-sized policy, also with the paper's options
+    and with one layer of the widest states it may have, and the initial state."""
     recorder = Recorder(guided_step._guided_step_kernel)
     guided_step._guided_step_kernel = recorder
     initial = Recorder(guided_step._initial_state_kernel)
@@ -150,7 +175,6 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
     for precision, operand_dtype in (
         ("float32", torch.float32), ("tf32", torch.float32), ("float16", torch.float16)
     ):  # fmt: skip
-        options = guided_step.step_options(SamplerConfig.official())
         for state_dim, pair in guided_step.STEP_BLOCKS[precision].items():
             if state_dim == 16 and precision != "float16":
                 continue  # the same tiles as at 32
@@ -161,10 +185,10 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                 trajectory = torch.empty(batch, horizon, state_dim)
                 actions = torch.empty(batch, horizon, action_dim)
                 stride = -(-horizon * (state_dim + action_dim) // 16) * 16
+                official, paper = SamplerConfig.official(), SamplerConfig.paper()
                 common = dict(
                     table=torch.empty(num_steps, 8),
                     space=space,
-                    options=options,
                     seed=torch.empty(2, dtype=torch.int64),
                     noise=None,
                     trajectory_out=trajectory,
@@ -172,9 +196,14 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                     denoiser_input=torch.empty(batch, stride, dtype=operand_dtype),
                     initial_observations=torch.empty(batch, state_dim - 2),
                 )
-                for num_layers, k in (
-                    ((1, 64), (2, 64), (2, 0)) if state_dim == 19 else ((2, 64),)
-                ):  # fmt: skip
+                cases = [(2, 64, official)]
+                if state_dim == 19:
+                    cases += [(1, 64, official), (2, 0, official)]
+                    cases += [(2, 64, paper)] * (blocks == pair[1] and precision == "float16")
+                elif state_dim + 1 == guided_step.MAX_ONE_LAYER_STATE_DIM:
+                    cases += [(1, 64, official)]
+                for num_layers, k, config in cases:
+                    options = guided_step.step_options(config)
                     policy = guided_step.PolicyOperands(
                         first_weight=torch.empty(hidden, -(-(state_dim - 2) // 16) * 16),
                         hidden_weight=torch.empty(hidden, hidden, dtype=operand_dtype),
@@ -187,14 +216,15 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                         precision=precision,
                     )
                     guided_step.guided_step(
-                        trajectory, trajectory, actions, k=k, policy=policy,
+                        trajectory, trajectory, actions, k=k, policy=policy, options=options,
                         guidance_scale=torch.empty(1), blocks=blocks, **common,
                     )  # fmt: skip
                     name = f"guided_step {precision} D={state_dim} layers={num_layers} "
                     name += f"rows={blocks.block_rows}" + ("" if k else " last")
+                    name += "" if config is official else " paper"
                     yield name, recorder.kernel, recorder.launches.pop()
             if precision == "float16" and state_dim in (19, 511):
-                guided_step.initial_state(**common)
+                guided_step.initial_state(options=options, **common)
                 name = f"initial_state {precision} D={state_dim}"
                 yield name, initial.kernel, initial.launches.pop()
 

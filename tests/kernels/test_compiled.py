@@ -14,9 +14,9 @@ triton = pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # (compute capability, kernels, instruction of the tensor cores, shared memory per program)
 TARGETS = {
-    80: ("", "mma", 163 * 1024),
+    80: (r"^(?!.*(W=(50|512)|paper))", "mma", 163 * 1024),
     90: ("", "wgmma", 227 * 1024),
-    100: (r"float16 (64x128|64x32|D=19 layers=2)", "tcgen05", 227 * 1024),
+    100: (r"float16 (64x128x64|64x32x64|D=19 layers=2 rows=\d+( last)?)$", "tcgen05", 227 * 1024),
 }
 GEFORCE_SHARED = 99 * 1024  # sm_86, sm_89, sm_120; their code is that of sm_80
 
@@ -50,7 +50,7 @@ def test_table(tables, capsys):
         for rows in tables.values():
             for row in rows:
                 print(f"{row['kernel']:46}" + "".join(f"{row[c]:>10}" for c in columns))
-    assert len(tables[80]) == len(tables[90]) > 50 and len(tables[100]) >= 4
+    assert len(tables[90]) > len(tables[80]) > 50 and len(tables[100]) >= 4
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -63,12 +63,16 @@ def test_shared_memory(tables, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills(tables, target):
-    """Nothing spills in the layers, nor in the steps of a paper-sized sampler at full batch; at
-    most eight words elsewhere, where ptxas trades them for a second program per multiprocessor."""
+    """Nothing spills in layers of width 1024 or 2048, nor in the steps of a paper-sized sampler at
+    full batch; at most eight words elsewhere, where ptxas trades them for a second program per
+    multiprocessor. Rows of odd width, whose loads are element by element, spill up to 128 bytes."""
     for row in tables[target]:
-        name = row["kernel"]
-        paper_sized = name.startswith("layer") or ("D=19 layers=2 rows=64" in name)
-        assert row["stack"] <= (0 if paper_sized else 32), row
+        name, allowed = row["kernel"], 32
+        if "W=50" in name:
+            allowed = 128
+        elif name.startswith("layer") and "W=512" not in name or "D=19 layers=2 rows=64" in name:
+            allowed = 0
+        assert row["stack"] <= allowed, row
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -84,7 +88,26 @@ def test_tensor_cores(tables, target):
 
 
 def test_loads_are_pipelined(tables):
+    """But for half-precision rows of odd width: asynchronous copies take four bytes or more."""
     for rows in tables.values():
         for row in rows:
-            if row["kernel"].startswith("layer"):
+            name = row["kernel"]
+            if name.startswith("layer") and not ("float16" in name and "W=50" in name):
                 assert row["cp_async"] > 0, row
+
+
+def test_tf32_operands_are_rounded(tables):
+    """Tensor cores would cut their last bits off. The step's first layer is in tf32 in float16
+    engines too."""
+    for rows in tables.values():
+        for row in rows:
+            name = row["kernel"]
+            rounds = "tf32" in name or ("guided_step float16" in name)
+            assert (row["cvt_tf32"] > 0) == rounds, row
+
+
+def test_one_layer_policies_of_the_widest_states(tables):
+    for target in (80, 90):
+        rows = [row for row in tables[target] if "D=63 layers=1" in row["kernel"]]
+        assert len(rows) == 5
+        assert max(row["shared"] for row in rows) <= GEFORCE_SHARED

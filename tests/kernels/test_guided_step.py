@@ -3,16 +3,19 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import polygrad_fast as pg  # noqa: E402
 from polygrad_fast.kernels import guided_step as kernel  # noqa: E402
+from polygrad_fast.kernels.guided_step import _four_normals  # noqa: E402
 from polygrad_fast.reference import guided_step as twin  # noqa: E402
 from polygrad_fast.sampling.triton_engine import PolicyWeights  # noqa: E402
 
@@ -282,10 +285,10 @@ def test_nan_stays_in_its_row(device):
 LARGE_TILE = kernel.StepBlocks(128, 32, 8, 2)  # few programs: the interpreter runs them in turn
 
 
-def drawn(device, batch=64, horizon=10, k=MIDDLE, seed=(3, 5), blocks=LARGE_TILE):
+def drawn(device, batch=64, horizon=10, k=MIDDLE, seed=(3, 5), blocks=LARGE_TILE, **sizes):
     """Return the normals behind one step: states [B, H, D] and actions [B, H, A]."""
     config = paper(action_update="sample", policy_input="noisy", clip_std=None)
-    case = Case(device, config, batch=batch, horizon=horizon)
+    case = Case(device, config, batch=batch, horizon=horizon, **sizes)
     zero = tuple(torch.zeros_like(n) for n in case.noise)
     case.noise = zero
     still = case.run_kernel(k, blocks=blocks)
@@ -295,6 +298,30 @@ def drawn(device, batch=64, horizon=10, k=MIDDLE, seed=(3, 5), blocks=LARGE_TILE
     raw = (moved[1] - still[1]) * case.normalizer.actions_scale
     observation_dim = case.s0.shape[1]
     return states, raw / case.policy.std, states[:, :1, :observation_dim]
+
+
+def initial_draws(device, case, seed, noise=None):
+    """Return x_K, u_K and the first denoiser input."""
+    options = kernel.step_options(case.config)
+    trajectory = torch.full_like(case.trajectory, torch.nan)
+    actions = torch.full_like(case.actions, torch.nan)
+    width = trajectory[0].numel() + actions[0].numel()
+    seen = torch.full((len(trajectory), width + 3), torch.nan, device=device)
+    kernel.initial_state(
+        case.s0,
+        kernel.schedule_table(case.schedule, options, case.config),
+        kernel.ActionSpace(
+            case.normalizer.actions_mean, case.normalizer.actions_scale, *case.bounds
+        ),
+        options,
+        torch.tensor(seed, device=device),
+        noise,
+        trajectory,
+        actions,
+        seen,
+    )
+    assert seen[:, width:].isnan().all()
+    return trajectory, actions, seen[:, :width]
 
 
 def ks_p_value(samples):
@@ -345,6 +372,97 @@ def test_noise_is_independent(device):
     assert abs(pairs.mean().item()) < 4.5 / math.sqrt(pairs.numel())
 
 
+@pytest.mark.parametrize("observation_dim, action_dim", [(5, 2), (2, 5)])
+@torch.no_grad()
+def test_no_two_numbers_of_a_trajectory_correlate(device, observation_dim, action_dim):
+    """All columns of a trajectory's x_K, u_K and its draws of the first two diffusion steps, both
+    of states and actions, against one another."""
+    seed, sizes = (3, 5), dict(observation_dim=observation_dim, action_dim=action_dim)
+    case = Case(device, official(), batch=512, horizon=3, **sizes)
+    draws = [initial_draws(device, case, seed)[:2]]
+    for k in (FIRST, FIRST - 1):
+        draws.append(drawn(device, 512, 3, k, seed, **sizes)[:2])
+    columns = []
+    for states, actions in draws:
+        columns += [states.flatten(1)[:, observation_dim:], actions.flatten(1)]  # s0 is no draw
+    columns = torch.cat(columns, dim=1).T.double()
+    correlation = torch.corrcoef(columns) - torch.eye(len(columns), device=device)
+    assert correlation.abs().max() < 5.5 / math.sqrt(columns.shape[1])
+
+
+@triton.jit
+def _normals_at_kernel(
+    seed_ptr, call, trajectory, step, first_index, out_ptr, size, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    normals = _four_normals(tl.load(seed_ptr), call, trajectory, step, first_index + at)
+    for i in tl.static_range(4):
+        tl.store(out_ptr + i * size + at, normals[i])
+
+
+def normals_at(device, size, seed, call, trajectory, step, first_index):
+    """Return the kernel's normals at `size` consecutive counters, [4, size]."""
+    out, block = (
+        torch.empty(4, size, device=device),
+        min(size, 4096 if device.type == "cuda" else size),
+    )
+    _normals_at_kernel[(size // block,)](
+        torch.tensor([seed], device=device), call, trajectory, step, first_index, out, size, block
+    )
+    return out.cpu()
+
+
+def philox(seed, counter):
+    """Philox 4x32-10 of Salmon et al. (2011): [4, n] words from counters of four words."""
+    counter = [np.broadcast_to(np.asarray(c, dtype=np.uint64), counter[0].shape) for c in counter]
+    word = 0xFFFFFFFF
+    key = [seed & word, seed >> 32]
+    for _ in range(10):
+        high, low = zip(
+            *((p >> np.uint64(32), p & np.uint64(word)) for p in (
+                np.uint64(0xD2511F53) * counter[0], np.uint64(0xCD9E8D57) * counter[2]
+            )),
+            strict=True,
+        )  # fmt: skip
+        counter = [
+            high[1] ^ counter[1] ^ np.uint64(key[0]), low[1],
+            high[0] ^ counter[3] ^ np.uint64(key[1]), low[0],
+        ]  # fmt: skip
+        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
+    return np.stack(counter)
+
+
+def test_philox_known_answer():
+    """Random123's kat_vectors."""
+    words = philox(
+        0x299F31D0A4093822,
+        [np.array([w]) for w in (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)],
+    )
+    assert [hex(w) for w in words[:, 0]] == ["0xd16cfe09", "0x94fdcceb", "0x5001e420", "0x24126ea1"]
+
+
+def test_normals_equal_box_muller(device):
+    """Against NumPy's Philox 4x32-10 and an exact Box-Muller transform of the same uniforms."""
+    size, seed, call, trajectory, step, first = 2**16, 2**61 + 12345678901, 2**30 + 7, 901, 77, 4321
+    got = normals_at(device, size, seed, call, trajectory, step, first).double().numpy()
+    words = philox(seed, [first + np.arange(size), trajectory, step, call]).astype(np.uint32)
+    signed = words.view(np.int32)
+    folded = np.where(signed < 0, -signed - 1, signed)  # triton's uint_to_uniform_float
+    uniform = (folded.astype(np.float32) * np.float32(4.6566127342e-10)).astype(np.float64)
+    radius = np.sqrt(-2 * np.log(np.maximum(uniform[::2], 1e-7)))
+    angle = 2 * np.pi * uniform[1::2]
+    wanted = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(4, size)
+    assert np.abs(got - wanted).max() < 2e-6
+
+
+def test_tails_of_the_noise(device):
+    """The numbers beyond 4 and 4.5 sigma among eight million."""
+    normals = torch.cat([normals_at(device, 2**20, seed, 0, 0, 0, 0) for seed in (1, 2)])
+    for bound in (4.0, 4.5):
+        expected = normals.numel() * math.erfc(bound / math.sqrt(2))
+        assert abs((normals.abs() > bound).sum() - expected) < 4 * math.sqrt(expected), bound
+
+
 @torch.no_grad()
 def test_noise_does_not_depend_on_the_tiling(device):
     """A trajectory's noise is the same in any batch and at any tile size."""
@@ -365,20 +483,8 @@ def test_noise_does_not_depend_on_the_tiling(device):
 @torch.no_grad()
 def test_initial_state(device):
     case = Case(device, official(denoiser_actions="clipped"), batch=65, horizon=10)
-    options = kernel.step_options(case.config)
-    table = kernel.schedule_table(case.schedule, options, case.config)
-    space = kernel.ActionSpace(
-        case.normalizer.actions_mean, case.normalizer.actions_scale, *case.bounds
-    )
     for noise in (case.noise, None):
-        trajectory = torch.full_like(case.trajectory, torch.nan)
-        actions = torch.full_like(case.actions, torch.nan)
-        width = trajectory[0].numel() + actions[0].numel()
-        seen = torch.full((65, width + 3), torch.nan, device=device)
-        kernel.initial_state(
-            case.s0, table, space, options, torch.tensor([1, 2], device=device), noise,
-            trajectory, actions, seen,
-        )  # fmt: skip
+        trajectory, actions, seen = initial_draws(device, case, (1, 2), noise)
         assert torch.equal(trajectory[:, 0, :5], case.s0)
         if noise is not None:
             assert torch.equal(trajectory[:, 1:], noise[0][:, 1:])
@@ -389,5 +495,4 @@ def test_initial_state(device):
             actions, FIRST, case.schedule, case.normalizer, case.config, case.bounds
         )
         wanted = torch.cat([trajectory, u], dim=-1).flatten(1)
-        assert torch.allclose(seen[:, :width], wanted, atol=1e-6)
-        assert seen[:, width:].isnan().all()
+        assert torch.allclose(seen, wanted, atol=1e-6)

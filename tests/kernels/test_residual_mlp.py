@@ -61,7 +61,7 @@ def run_layer(device, precision, layer, rows, in_dim, out_dim, seed=0, offset=0.
     operand_out = torch.full((rows, out_dim), torch.nan, device=device, dtype=dtype)
     residual_mlp_layer(
         x.to(dtype),
-        storage.copy_(weight),
+        storage.copy_(rounded(weight.contiguous(), precision)),
         bias,
         out,
         precision,
@@ -142,8 +142,19 @@ def test_nan_and_saturation(device):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_block_sizes_fit_the_moments(precision):
     for rows in (1, 1024, 4096):
-        blocks = layer_blocks(precision, rows, writes_moments=True)
+        blocks = layer_blocks(precision, rows, 1024, writes_moments=True)
         assert blocks.block_n == PRECISIONS[precision].moments_tile
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_output_tiles_occupy_the_device(precision):
+    """Narrow tiles for few rows and columns, wide ones where those fill a wave."""
+    few, many, narrow = LAYER_BLOCKS[precision]
+    for rows, out_dim, wanted in (
+        (1, 190, narrow), (1024, 190, narrow), (16384, 190, many), (1024, 3800, few),
+        (8192, 3800, many),
+    ):  # fmt: skip
+        assert layer_blocks(precision, rows, out_dim, writes_moments=False) == wanted
 
 
 def test_fold_input():

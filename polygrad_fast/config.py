@@ -478,7 +478,7 @@ def _quick(env_id: str) -> TrainConfig:
         policy_delay_steps=0,
         replay_capacity=200_000,
         eval_interval=500,
-        eval_episodes=16 if pendulum else 10,
+        eval_episodes=32 if pendulum else 10,
         log_interval=100,
         checkpoint_interval=2000,
         cpu_threads=1,

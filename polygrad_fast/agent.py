@@ -271,8 +271,8 @@ class PolyGRAD:
             action = self.action_scaler.from_environment(self.environment.sample_action())
         else:
             action = self._act(observation)
-        next_values = self.environment.step(self.action_scaler.to_environment(action))
-        _, reward, terminated, truncated = next_values
+        environment_action = self.action_scaler.to_environment(action)
+        _, reward, terminated, truncated = self.environment.step(environment_action)
         if c.sampler.denoiser_actions == "clipped":
             action = np.clip(action, self.action_scaler.low, self.action_scaler.high)
         self.replay.add(observation, action, reward, terminated, truncated)

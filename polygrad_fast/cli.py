@@ -154,9 +154,8 @@ def _train_defaults(arguments: list[str]) -> Train:
             seed=stored["seed"],
             config=from_dict(stored["config"]),
         )
-    if preset is None or env_id is None:
-        preset, env_id = preset or "default", env_id or ""
-    config = TrainConfig.from_preset(preset, env_id)
+    preset = preset or "default"
+    config = TrainConfig.from_preset(preset, env_id or "")
     return Train(env_id=tyro.MISSING, preset=preset, config=config)
 
 

@@ -1,113 +1,158 @@
-"""Time the guided step: kernel by tile size against its plain PyTorch twin.
+"""The guided step, everything between two denoiser calls: kernel by tile size, and plain twin.
 
-    pytest benchmarks/bench_guided_step.py --benchmark-columns=median,rounds
+    pytest benchmarks/bench_guided_step.py --benchmark-only --rows rows.jsonl
 
-Needs a CUDA GPU; every kernel row is checked against the twin first. A round replays a CUDA graph
-of `LAUNCHES` steps; `extra_info` holds the time of one in microseconds.
+The kernel needs a CUDA GPU (with `--smoke` and TRITON_INTERPRET=1 the interpreter); a time is one
+of `LAUNCHES` steps, on a GPU replayed as one CUDA graph. The dtype is the policy's.
 """
+
+import copy
+import dataclasses
 
 import pytest
 import torch
 
 import polygrad_fast as pg
+from polygrad_fast.benchmarking.sampler_case import (
+    ACTION_DIM,
+    GUIDANCE_SCALE,
+    OBSERVATION_DIM,
+    matmul_precision,
+    policy_flops,
+)
+from polygrad_fast.benchmarking.timing import repeated
+from polygrad_fast.benchmarking.work import Work, parameter_bytes, tensor_bytes
 from polygrad_fast.reference import guided_step as twin
-from polygrad_fast.sampling.graphs import CapturedFunction
 
-LAUNCHES, K, S, A = 50, 128, 17, 6  # Walker2d
-pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+try:
+    from polygrad_fast.kernels import guided_step as kernel
+    from polygrad_fast.sampling.triton_engine import PolicyWeights
+except ImportError:  # triton
+    kernel = None
 
-from polygrad_fast.kernels import guided_step as kernel  # noqa: E402
-from polygrad_fast.sampling.triton_engine import PolicyWeights  # noqa: E402
+LAUNCHES, NUM_STEPS, STEP = 50, 128, 64
+ALLOWED = {"float32": 1e-4, "tf32": 3e-2, "float16": 3e-2}
+SIZES = [(1024, 10), (4096, 10), (256, 10), (1024, 50), (16384, 10), (4096, 50)]
 
-TILES = [
-    *((precision, blocks) for precision in ("float32", "tf32", "float16")
-      for blocks in kernel.STEP_BLOCKS[precision][32]),
-    ("float16", kernel.StepBlocks(32, 64, 8, 2)),
-    ("float16", kernel.StepBlocks(64, 32, 8, 2)),
-    ("tf32", kernel.StepBlocks(32, 32, 8, 2)),
-]  # fmt: skip
+
+def tiles(dtype: str) -> dict:
+    """Return the shipped tiles for 19 states, and some to try, by name."""
+    tried = {
+        "float16": [kernel.StepBlocks(32, 64, 8, 2), kernel.StepBlocks(64, 32, 8, 2)],
+        "tf32": [kernel.StepBlocks(32, 32, 8, 2)],
+    }
+    return {
+        f"tile {'x'.join(map(str, dataclasses.astuple(blocks)))}": blocks
+        for blocks in (*kernel.STEP_BLOCKS[dtype][32], *tried.get(dtype, []))
+    }
+
+
+def list_cases(setting):
+    """Return kernel tiles and the twin for every size, the paper's first."""
+    on_gpu = setting.device.type == "cuda"
+    sizes = SIZES if on_gpu else [(64, 10), (256, 10)]
+    sizes = [(3, 2)] if setting.smoke else sizes
+    implementations = [("plain", "float32")]
+    if kernel is not None and (on_gpu or (setting.smoke and kernel.is_interpreted())):
+        implementations += [
+            (name, dtype) for dtype in ("float16", "tf32", "float32") for name in tiles(dtype)
+        ]
+    return [
+        (1 + i, {"implementation": name, "dtype": dtype, "batch": batch, "horizon": horizon})
+        for i, (batch, horizon) in enumerate(sizes)
+        for name, dtype in implementations
+    ]
 
 
 class Step:
     """Operands of one step of that many trajectories, with a paper-sized policy."""
 
-    k = 64
-
-    def __init__(self, batch: int, horizon: int, precision: str):
+    def __init__(self, batch: int, horizon: int, device: torch.device):
         torch.manual_seed(0)
-        device = "cuda"
         self.config = pg.SamplerConfig.official()
-        self.schedule = pg.NoiseSchedule.cosine(K).to(device)
-        self.normalizer = pg.Normalizer(S, A).to(device)
-        self.policy = pg.GaussianPolicy(S, A).to(device)
-        weights = PolicyWeights(self.policy, self.normalizer, precision, torch.device(device))
-        with torch.no_grad():
-            weights.refresh()
-        self.weights = weights.operands
-        self.options = kernel.step_options(self.config)
-        self.table = kernel.schedule_table(self.schedule, self.options, self.config)
-        shape = (batch, horizon)
-        self.prediction, self.trajectory = torch.randn(2, *shape, S + 2, device=device)
-        self.actions, self.s0 = torch.randn(*shape, A, device=device), torch.randn(batch, S).cuda()
+        self.schedule = pg.NoiseSchedule.cosine(NUM_STEPS).to(device)
+        self.normalizer = pg.Normalizer(OBSERVATION_DIM, ACTION_DIM).to(device)
+        self.policy = pg.GaussianPolicy(OBSERVATION_DIM, ACTION_DIM).to(device)
+        states = batch, horizon, OBSERVATION_DIM + 2
+        self.prediction, self.trajectory = torch.randn(2, *states, device=device)
+        self.actions = torch.randn(batch, horizon, ACTION_DIM, device=device)
+        self.s0 = torch.randn(batch, OBSERVATION_DIM, device=device)
         self.noise = torch.randn_like(self.trajectory), torch.randn_like(self.actions)
-        self.out = torch.empty_like(self.trajectory), torch.empty_like(self.actions)
-        self.guidance = torch.full((1,), 0.005, device=device)
-        self.seed = torch.zeros(2, dtype=torch.int64, device=device)
-        dtype = torch.float16 if precision == "float16" else torch.float32
-        width = -(-horizon * (S + 2 + A) // 64) * 64
-        self.denoiser_input = torch.zeros(batch, width, dtype=dtype, device=device)
 
-    def fused(self, blocks, noise=None):
+    def plain(self):
+        """Return the twin's states and actions."""
+        return twin.guided_step(
+            self.prediction, self.trajectory, self.actions, self.s0, STEP, self.policy,
+            self.normalizer, self.schedule, self.config, GUIDANCE_SCALE, *self.noise,
+        )  # fmt: skip
+
+    def exact(self):
+        """Return the twin's states and actions in float64."""
+        return twin.guided_step(
+            *(t.double() for t in (self.prediction, self.trajectory, self.actions, self.s0)),
+            STEP, copy.deepcopy(self.policy).double(), copy.deepcopy(self.normalizer).double(),
+            self.schedule.to(dtype=torch.float64), self.config, GUIDANCE_SCALE,
+            *(t.double() for t in self.noise),
+        )  # fmt: skip
+
+    def fused(self, dtype: str, blocks):
+        """Return a function of the noise (None: drawn in the kernel) that launches the kernel and
+        returns states and actions."""
+        device = self.actions.device
+        weights = PolicyWeights(self.policy, self.normalizer, dtype, device)
+        weights.refresh()
+        options = kernel.step_options(self.config)
+        table = kernel.schedule_table(self.schedule, options, self.config)
         mean, scale = self.normalizer.actions_mean, self.normalizer.actions_scale
         space = kernel.ActionSpace(mean, scale, mean, mean)
-        kernel.guided_step(
-            self.prediction, self.trajectory, self.actions, self.s0, self.k, self.weights,
-            self.table, space, self.options, self.guidance, self.seed, noise, *self.out,
-            self.denoiser_input, blocks,
-        )  # fmt: skip
-        return self.out
+        out = tuple(torch.full_like(t, torch.nan) for t in (self.trajectory, self.actions))
+        guidance = torch.full((1,), GUIDANCE_SCALE, device=device)
+        seed = torch.zeros(2, dtype=torch.int64, device=device)
+        batch, horizon, state_dim = self.trajectory.shape
+        width = -(-horizon * (state_dim + ACTION_DIM) // 64) * 64
+        input_dtype = torch.float16 if dtype == "float16" else torch.float32
+        denoiser_input = torch.zeros(batch, width, dtype=input_dtype, device=device)
 
-    @torch.no_grad()
-    def plain(self):
-        return twin.guided_step(
-            self.prediction, self.trajectory, self.actions, self.s0, self.k, self.policy,
-            self.normalizer, self.schedule, self.config, self.guidance, *self.noise,
-        )  # fmt: skip
+        def launch(noise=None):
+            kernel.guided_step(
+                self.prediction, self.trajectory, self.actions, self.s0, STEP, weights.operands,
+                table, space, options, guidance, seed, noise, *out, denoiser_input, blocks,
+            )  # fmt: skip
+            return out
 
+        return launch
 
-def time_it(benchmark, step: Step, function):
-    def launches(x):
-        for _ in range(LAUNCHES):
-            out = function()
-        return out
-
-    graph = CapturedFunction(launches, (step.s0[:1],))
-
-    def replay():
-        graph.graph.replay()
-        torch.cuda.synchronize()
-
-    benchmark.group = f"B={step.out[0].shape[0]} H={step.out[0].shape[1]}"
-    benchmark(replay)
-    benchmark.extra_info["us"] = benchmark.stats.stats.median / LAUNCHES * 1e6
+    def work(self) -> Work:
+        """Return the step's work: prediction, states, actions and policy in, both and the next
+        denoiser input out."""
+        batch, horizon = self.actions.shape[:2]
+        moved = 2 * tensor_bytes(self.trajectory, self.actions) + tensor_bytes(self.prediction)
+        moved += tensor_bytes(self.s0, self.trajectory, self.actions)
+        flops = batch * horizon * policy_flops(self.policy)
+        return Work(flops, moved + parameter_bytes(self.policy))
 
 
-@pytest.mark.parametrize("horizon", [10, 50])
-@pytest.mark.parametrize("batch", [256, 1024, 4096, 16384])
-@pytest.mark.parametrize("precision, blocks", TILES, ids=str)
-def test_fused(benchmark, precision, blocks, batch, horizon):
-    step = Step(batch, horizon, precision)
-    got, wanted = step.fused(blocks, step.noise), step.plain()
-    tolerance = 1e-4 if precision == "float32" else 3e-2
-    for mine, theirs in zip(got, wanted, strict=True):
-        assert (mine - theirs).abs().max() < tolerance
-    time_it(benchmark, step, lambda: step.fused(blocks))
+@pytest.mark.cases(of=list_cases)
+def test_step(bench, implementation, dtype, batch, horizon):
+    names = {"implementation": implementation, "batch": batch, "horizon": horizon}
+    with (
+        bench.case("guided_step", dtype, **names) as case,
+        torch.no_grad(),
+        matmul_precision("float32"),
+    ):
+        step = Step(batch, horizon, bench.device)
+        checked = call = step.plain
+        if implementation.startswith("tile"):
+            call = step.fused(dtype, tiles(dtype)[implementation])
 
+            def checked():
+                return call(step.noise)
 
-@pytest.mark.parametrize("horizon", [10, 50])
-@pytest.mark.parametrize("batch", [256, 1024, 4096, 16384])
-def test_plain(benchmark, batch, horizon):
-    step = Step(batch, horizon, "float32")
-    time_it(benchmark, step, step.plain)
+        def error() -> float:
+            pairs = zip(checked(), step.exact(), strict=True)
+            return max((got - wanted).abs().max().item() for got, wanted in pairs)
+
+        case.check("largest error", error, ALLOWED[dtype])
+        count = 2 if bench.session.small else LAUNCHES if bench.device.type == "cuda" else 1
+        several = repeated(call, count, bench.device)
+        case.time(several, batch, "trajectory", step.work(), repeats=count, seconds=0.2)

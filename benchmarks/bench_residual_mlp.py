@@ -1,106 +1,139 @@
-"""Time one hidden layer of the residual MLP: kernel by tile size, cuBLAS alone and the plain layer.
+"""One hidden layer of the residual MLP: kernel by tile size, plain twin, and its product alone.
 
-    pytest benchmarks/bench_residual_mlp.py --benchmark-columns=median,rounds
+    pytest benchmarks/bench_residual_mlp.py --benchmark-only --rows rows.jsonl
 
-Needs a CUDA GPU; every kernel row is checked against the plain layer first. A round replays a CUDA
-graph of `LAUNCHES` layers; `extra_info` holds the time of one in microseconds and its TFLOP/s.
+The kernel needs a CUDA GPU (with `--smoke` and TRITON_INTERPRET=1 the interpreter); a time is one
+of `LAUNCHES` layers, on a GPU replayed as one CUDA graph.
 """
+
+import dataclasses
 
 import pytest
 import torch
 
+from polygrad_fast.benchmarking.sampler_case import matmul_precision
+from polygrad_fast.benchmarking.timing import repeated
+from polygrad_fast.benchmarking.work import DTYPES, Work, tensor_bytes
 from polygrad_fast.reference import residual_mlp as twin
-from polygrad_fast.sampling.graphs import CapturedFunction
+
+try:
+    from polygrad_fast.kernels import residual_mlp as kernel
+except ImportError:  # triton
+    kernel = None
 
 LAUNCHES = 50
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16}
-pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+ALLOWED = {"float32": 1e-4, "tf32": 3e-2, "float16": 3e-2, "bfloat16": 3e-2}
+SIZES = [(1024, 1024), (4096, 1024), (256, 1024), (1024, 2048), (16384, 1024), (4096, 2048)]
 
-from polygrad_fast.kernels import residual_mlp as kernel  # noqa: E402
 
-TILES = [(precision, index) for precision in DTYPES for index in range(2)]
+def list_cases(setting):
+    """Return kernel tiles and baselines of every size, the paper's first."""
+    on_gpu = setting.device.type == "cuda"
+    precisions = ("float16", "bfloat16", "tf32", "float32") if on_gpu else ("float32",)
+    sizes = SIZES if on_gpu else [(64, 1024), (256, 1024), (64, 2048)]
+    implementations = ["plain", "product"]
+    if setting.smoke:
+        sizes, precisions = [(40, 64)], ("float32",)
+    if kernel is not None and (on_gpu or (setting.smoke and kernel.is_interpreted())):
+        implementations.append("tile")
+    return [
+        (1 + place + i, {"implementation": name, "dtype": dtype, "rows": rows, "width": width})
+        for i, (rows, width) in enumerate(sizes)
+        for place, dtype in enumerate(precisions)
+        for kind in implementations
+        for name in (tiles(dtype) if kind == "tile" else [kind])
+    ]
+
+
+def tiles(dtype: str) -> dict:
+    """Return the shipped tiles of hidden layers by name."""
+    return {
+        f"tile {'x'.join(map(str, dataclasses.astuple(blocks)))}": blocks
+        for blocks in kernel.LAYER_BLOCKS[dtype][:2]
+    }
 
 
 class Layer:
     """Operands of one hidden layer of that size."""
 
-    def __init__(self, precision: str, rows: int, width: int):
+    def __init__(self, precision: str, rows: int, width: int, device: torch.device):
         torch.manual_seed(0)
-        dtype, device = DTYPES[precision], "cuda"
+        dtype = DTYPES[precision]
         self.precision = precision
         self.residual = torch.randn(rows, width, device=device)
         self.x = self.residual.to(dtype)
         weight = torch.randn(width, width, device=device) / width**0.5
         self.weight = weight.to(dtype)
         self.bias, self.gamma, self.beta = torch.randn(3, width, device=device)
-        tile = kernel.PRECISIONS[precision].moments_tile
-        self.moments = twin.row_moments(self.residual, tile).contiguous()
-        self.out = torch.empty_like(self.residual)
-        self.operand_out = None if dtype == torch.float32 else torch.empty_like(self.x)
-        self.moments_out = torch.empty_like(self.moments)
 
-    def fused(self, blocks=None) -> torch.Tensor:
-        return kernel.residual_mlp_layer(
-            self.x, self.weight, self.bias, self.out, self.precision,
-            norm=(self.moments, self.gamma, self.beta, 1e-5), relu=True, residual=self.residual,
-            operand_out=self.operand_out, moments_out=self.moments_out, blocks=blocks,
-        )  # fmt: skip
+    def fused(self, blocks):
+        """Return a function that launches the kernel with that tile and returns the layer's
+        output."""
+        tile = kernel.PRECISIONS[self.precision].moments_tile
+        moments = twin.row_moments(self.residual, tile).contiguous()
+        out = torch.full_like(self.residual, torch.nan)
+        operand_out = None if self.x.dtype == torch.float32 else torch.empty_like(self.x)
+        moments_out = torch.empty_like(moments)
+
+        def launch() -> torch.Tensor:
+            kernel.residual_mlp_layer(
+                self.x, self.weight, self.bias, out, self.precision,
+                norm=(moments, self.gamma, self.beta, 1e-5), relu=True, residual=self.residual,
+                operand_out=operand_out, moments_out=moments_out,
+                blocks=blocks,
+            )  # fmt: skip
+            return out
+
+        return launch
 
     def plain(self) -> torch.Tensor:
+        """Return the twin's output, operands rounded to the dtype."""
         return twin.residual_mlp_layer(
             self.residual, self.weight.float(), self.bias, (self.gamma, self.beta, 1e-5),
             relu=True, residual=True, operand_dtype=self.x.dtype,
         )  # fmt: skip
 
-    def gemm(self) -> torch.Tensor:
+    def exact(self) -> torch.Tensor:
+        """Return the layer's output in float64."""
+        residual, weight, bias, gamma, beta = (
+            tensor.double()
+            for tensor in (self.residual, self.weight, self.bias, self.gamma, self.beta)
+        )
+        norm = gamma, beta, 1e-5
+        return twin.residual_mlp_layer(residual, weight, bias, norm, relu=True, residual=True)
+
+    def product(self) -> torch.Tensor:
+        """Return x W^T alone."""
         return torch.mm(self.x, self.weight.T)
 
-
-def time_it(benchmark, layer: Layer, function, group: str):
-    def launches(x):
-        for _ in range(LAUNCHES):
-            out = function()
-        return (out,)
-
-    graph = CapturedFunction(launches, (layer.x[:1],))
-
-    def replay():
-        graph.graph.replay()
-        torch.cuda.synchronize()
-
-    benchmark.group = group
-    benchmark(replay)
-    seconds = benchmark.stats.stats.median / LAUNCHES
-    rows, width = layer.out.shape
-    benchmark.extra_info["us"] = seconds * 1e6
-    benchmark.extra_info["tflops"] = 2 * rows * width * width / seconds / 1e12
+    def work(self) -> Work:
+        """Return the layer's work: operand, weight and residual in, residual stream out."""
+        rows, width = self.residual.shape
+        moved = tensor_bytes(self.x, self.weight, self.residual, self.residual)
+        return Work(flops=2 * rows * width**2, bytes=moved)
 
 
-@pytest.fixture(autouse=True)
-def allow_tf32(request):
-    torch.backends.cuda.matmul.allow_tf32 = request.node.callspec.params["precision"] == "tf32"
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False
+@pytest.mark.cases(of=list_cases)
+def test_layer(bench, implementation, dtype, rows, width):
+    names = {"implementation": implementation, "rows": rows, "width": width}
+    with (
+        bench.case("residual_mlp layer", dtype, **names) as case,
+        torch.no_grad(),
+        matmul_precision(dtype),
+    ):
+        layer = Layer(dtype, rows, width, bench.device)
+        if implementation.startswith("tile"):
+            call = layer.fused(tiles(dtype)[implementation])
+        else:
+            call = getattr(layer, implementation)
 
+        def error() -> float:
+            wanted = layer.exact()
+            if implementation == "product":
+                wanted = layer.x.double() @ layer.weight.double().T
+            return (call() - wanted).abs().max().item()
 
-@pytest.mark.parametrize("width", [1024, 2048])
-@pytest.mark.parametrize("rows", [256, 1024, 4096, 16384])
-@pytest.mark.parametrize("precision, tile", TILES)
-def test_fused(benchmark, precision, tile, rows, width):
-    layer = Layer(precision, rows, width)
-    blocks = kernel.LAYER_BLOCKS[precision][tile]
-    exact = layer.plain()
-    error = (layer.fused(blocks) - exact).abs().max()
-    assert error < (1e-4 if precision == "float32" else 3e-2), error
-    time_it(benchmark, layer, lambda: layer.fused(blocks), f"{precision} {rows}x{width}")
-
-
-@pytest.mark.parametrize("width", [1024, 2048])
-@pytest.mark.parametrize("rows", [256, 1024, 4096, 16384])
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("what", ["plain", "gemm"])
-def test_baseline(benchmark, what, precision, rows, width):
-    layer = Layer(precision, rows, width)
-    time_it(benchmark, layer, getattr(layer, what), f"{precision} {rows}x{width}")
+        case.check("largest error", error, ALLOWED[dtype])
+        count = 2 if bench.session.small else LAUNCHES if bench.device.type == "cuda" else 1
+        several = repeated(call, count, bench.device)
+        case.time(several, rows, "row", layer.work(), repeats=count, seconds=0.2)

@@ -1,22 +1,17 @@
 """Engine "torch" on a CPU against the reference engine and against its own GEMMs alone.
 
-    OMP_NUM_THREADS=1 pytest benchmarks/bench_sampler_cpu.py --benchmark-only -s
+    OMP_NUM_THREADS=1 pytest benchmarks/bench_sampler_cpu.py --benchmark-only --rows rows.jsonl
 
-prints one row per batch size and dtype: milliseconds per diffusion step (medians of interleaved
-rounds), refresh of weights included. On one thread the clock is processor time, which other work on
-the machine disturbs least; on more threads it is the wall clock. No row is printed before the
-trajectories agree with the reference's.
+Milliseconds per diffusion step (medians of interleaved rounds), refresh of weights included, after
+the trajectories were found to agree with the reference's.
 
-"GEMMs" is every matrix product the engine does in a step, by the same operator, in the same shapes
-and parts, without activation or residual, on operands that are already in the caches. "F.linear" is
-the same products by PyTorch's public operator.
+"gemms" is every matrix product the engine does in a step, by the same operator, in the same shapes
+and parts, without activation or residual, on operands that are already in the caches. "f_linear" is
+the same products by PyTorch's public operator, "refresh" one reading of the weights.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -24,16 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import polygrad_fast as pg
+from polygrad_fast.benchmarking import sampler_case
+from polygrad_fast.benchmarking.sampler_case import GUIDANCE_SCALE
 from polygrad_fast.sampling.linear import LinearOps
-from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 
-HORIZON, OBSERVATION_DIM, ACTION_DIM = 10, 17, 6  # Walker2d
-GUIDANCE_SCALE = 0.005
 STEPS = {64: 64, 256: 32, 1024: 8}  # batch size -> diffusion steps per sample
-ROUNDS = 3
-AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05}  # largest difference of a chain's states
 TARGETS = {"float32": (1.15, 1.0), "bfloat16": (1.25, 2.3)}  # engine/GEMMs, reference/engine
 
 
@@ -52,21 +43,6 @@ class RecordedLinears(LinearOps):
         return super().linear_add(x, weight, bias, residual)
 
 
-def build(num_steps: int) -> pg.PolicyGuidedSampler:
-    torch.manual_seed(0)
-    normalizer = pg.Normalizer.from_moments(
-        observations=(torch.randn(OBSERVATION_DIM), torch.rand(OBSERVATION_DIM) + 0.5),
-        actions=(0.1 * torch.randn(ACTION_DIM), torch.rand(ACTION_DIM) + 0.5),
-    )
-    return pg.PolicyGuidedSampler(
-        pg.ResidualMLPDenoiser(OBSERVATION_DIM, ACTION_DIM, HORIZON),
-        pg.GaussianPolicy(OBSERVATION_DIM, ACTION_DIM),
-        pg.NoiseSchedule.cosine(num_steps),
-        normalizer,
-        engine="reference",
-    )
-
-
 def linears_of_one_step(engine: TorchEngine, s0: Tensor) -> list[tuple]:
     """Return (ops, x, weight, bias) of every Linear in one step, one x per shape and dtype."""
     steps, denoiser, policy = engine._steps, engine._denoiser, engine._policy
@@ -83,77 +59,63 @@ def linears_of_one_step(engine: TorchEngine, s0: Tensor) -> list[tuple]:
     ]
 
 
-def interleaved_medians(
-    functions: dict[str, Callable], clock: Callable[[], float]
-) -> dict[str, float]:
-    times = {name: [] for name in functions}
-    for _ in range(ROUNDS):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def list_cases(setting):
+    """Return dtypes and batches."""
+    if setting.device.type != "cpu":
+        return []
+    batches = [4] if setting.smoke else STEPS
+    return [(1, {"dtype": dtype, "batch": batch}) for dtype in TARGETS for batch in batches]
 
 
-@pytest.mark.parametrize("batch", STEPS)
-@pytest.mark.parametrize("dtype", TARGETS)
-@torch.no_grad()
-def test_sampler(benchmark, dtype, batch):
-    num_steps = STEPS[batch]
-    components = build(num_steps).components
-    reference, engine = ReferenceEngine(components), TorchEngine(components, dtype)
-    s0 = torch.randn(batch, OBSERVATION_DIM)
-    seeds = (torch.Generator().manual_seed(1) for _ in range(2))
-    got, wanted = (
-        which.sample(s0, GUIDANCE_SCALE, next(seeds), None, False) for which in (engine, reference)
-    )
-    difference = max((g - w).abs().max().item() for g, w in zip(got[:2], wanted[:2], strict=True))
-    assert difference < AGREEMENT[dtype]
+@pytest.mark.cases(of=list_cases)
+def test_step(bench, dtype, batch):
+    num_steps = STEPS.get(batch, 4)
+    sizes = sampler_case.SMALL if bench.session.small else sampler_case.Sizes()
+    names = {"engine": "torch", "batch": batch, "horizon": 10, "steps": num_steps}
+    with bench.case("sampler step", dtype, **names) as case, torch.no_grad():
+        c = sampler_case.shortened(sampler_case.build(sizes, 10, bench.device), num_steps)
+        reference = sampler_case.make_engine("reference", c, "float32")
+        engine = sampler_case.make_engine("torch", c, dtype)
+        s0 = torch.randn(batch, c.observation_dim)
+        case.check(
+            "same seed",
+            lambda: sampler_case.chain_error(engine, c, s0),
+            sampler_case.CHAIN_AGREEMENT[dtype],
+        )
+        calls = linears_of_one_step(engine, s0)
 
-    calls = linears_of_one_step(engine, s0)
+        def sample(which):
+            return lambda: which.sample(s0, GUIDANCE_SCALE, None, None, False)
 
-    def sample(which):
-        return lambda: which.sample(s0, GUIDANCE_SCALE, None, None, False)
+        def gemms(linear):
+            def run():
+                for _ in range(num_steps):
+                    for ops, *operands in calls:
+                        linear(ops, *operands)  # the result is freed at once, as in the engine
 
-    def gemms(linear):
-        def run():
+            return run
+
+        def refresh():
             for _ in range(num_steps):
-                for ops, *operands in calls:
-                    linear(ops, *operands)  # the result is freed at once, as in the engine
+                engine._refresh(GUIDANCE_SCALE)
 
-        return run
-
-    functions = {
-        "engine": sample(engine),
-        "gemms": gemms(LinearOps.linear),
-        "reference": sample(reference),
-        "f_linear": gemms(lambda _, *operands: F.linear(*operands)),
-        "refresh": lambda: engine._refresh(GUIDANCE_SCALE),
-    }
-    for function in functions.values():
-        function()
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    ms = {k: 1e3 * v for k, v in interleaved_medians(functions, clock).items()}
-    refresh = ms.pop("refresh")
-    ms = {name: value / num_steps for name, value in ms.items()}
-    to_gemms, to_reference = ms["engine"] / ms["gemms"], ms["reference"] / ms["engine"]
-    wanted_gemms, wanted_reference = TARGETS[dtype]
-    met = to_gemms <= wanted_gemms and to_reference >= wanted_reference
-    benchmark.extra_info.update(
-        {f"{name}_ms_per_step": value for name, value in ms.items()},
-        refresh_ms_per_sample=refresh,
-        engine_over_gemms=to_gemms,
-        reference_over_engine=to_reference,
-        threads=torch.get_num_threads(),
-        targets_met=met,
-    )
-    print(
-        f"\n{dtype:>8} B={batch:<5}{num_steps:>3} steps, {torch.get_num_threads()} threads: "
-        f"engine {ms['engine']:.2f} ms/step, GEMMs {ms['gemms']:.2f}, "
-        f"F.linear {ms['f_linear']:.2f}, reference {ms['reference']:.2f}, "
-        f"refresh {refresh:.2f} ms/sample; "
-        f"engine/GEMMs {to_gemms:.3f} (target {wanted_gemms}), "
-        f"reference/engine {to_reference:.2f} (target {wanted_reference})"
-        f"{'' if met else '  NOT MET'}"
-    )
-    benchmark.pedantic(functions["engine"], rounds=1)
+        beside = {
+            "gemms": gemms(LinearOps.linear),
+            "reference": sample(reference),
+            "f_linear": gemms(lambda _, *operands: F.linear(*operands)),
+            "refresh": refresh,
+        }
+        work = sampler_case.sample_work(sampler_case.shortened(c, 1), batch, dtype)
+        case.time(sample(engine), batch, "trajectory", work, num_steps, beside, seconds=6.0)
+        values = case.row.values
+        to_gemms, to_reference = (
+            case.row.ms / values["gemms_ms"],
+            values["reference_ms"] / case.row.ms,
+        )
+        wanted_gemms, wanted_reference = TARGETS[dtype]
+        met = to_gemms <= wanted_gemms and to_reference >= wanted_reference
+        print(
+            f"\n{case.row.name}: engine/GEMMs {to_gemms:.3f} (target {wanted_gemms}), "
+            f"reference/engine {to_reference:.2f} (target {wanted_reference})"
+            f"{'' if met else '  NOT MET'}"
+        )

@@ -5,7 +5,7 @@
 #
 # tests compiled, engines against the reference after training, compute-sanitizer, timings, profile:
 # correctness before times. OUT_DIR receives seven files: summary.txt, a log per group of steps and
-# engines.jsonl, a row per timed case; a row has a time only if its engine gave the right results.
+# rows.jsonl, a row per timed case; a row has a time only if what it times gave the right results.
 # A step that fails or runs out of time does not stop the later ones. Exit code 0: all passed; 1: a
 # step failed; 2: nothing could run (no GPU, or a package is missing).
 #
@@ -30,7 +30,7 @@ commit=${POLYGRAD_COMMIT:-$(git -C "$root" describe --always --abbrev=40 --exclu
 commit=${commit:-unknown}
 
 packages=$(mktemp -d)
-trap 'rm -rf "$packages" "$out/.tmp-engines.jsonl"' EXIT
+trap 'rm -rf "$packages" "$out/.tmp-rows.jsonl"' EXIT
 mkdir "$packages/polygrad_fast"
 ln -s "$root"/polygrad_fast/* "$packages/polygrad_fast/"
 ln -s "$root/kernels" "$packages/polygrad_fast/kernels"
@@ -41,7 +41,7 @@ unset TRITON_INTERPRET
 cd "$root" || exit 2
 
 summary=$out/summary.txt
-rm -f "$out"/{tests,training,sanitizer,timings,profile}.log "$out/engines.jsonl"
+rm -f "$out"/{tests,training,sanitizer,timings,profile}.log "$out/rows.jsonl"
 echo "commit $commit, package from links in a temporary folder" >"$summary"
 exit_code=0
 
@@ -89,7 +89,8 @@ if ! timeout --kill-after=5 90 "$python" - >>"$summary" 2>&1 <<'PYTHON'
 import importlib, platform, sys
 
 missing = []
-for name in ("torch", "triton", "numpy", "gymnasium", "safetensors", "tqdm", "pytest", "hypothesis"):
+for name in ("torch", "triton", "numpy", "gymnasium", "safetensors", "tqdm", "pytest",
+             "pytest_benchmark", "hypothesis"):
     try:
         print(name, importlib.import_module(name).__version__)
     except ImportError:
@@ -135,8 +136,8 @@ step "after training" 90 required training.log "${pytest[@]}" -m gpu \
     tests/train/test_gpu_training.py
 
 # 4. compute-sanitizer: single launches, each tensor an allocation of its own; then a captured chain.
-bench=("$python" benchmarks/bench_engines.py "$out")
-small=("${bench[@]}" --smoke --run-once --engines triton --dtypes float16)
+once=("${pytest[@]}" benchmarks/bench_sampler.py --once -s -k)
+small=("${once[@]}" triton-float16 --smoke)
 if command -v compute-sanitizer >/dev/null; then
     sanitizer=(compute-sanitizer --target-processes application-only --error-exitcode 86)
     step "memcheck, launches" 60 optional sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -154,16 +155,31 @@ else
     note "compute-sanitizer" "not run: not installed"
 fi
 
-# 5. Timings, most important first; 60 s are kept for the profile.
+# 5. Timings, most important first; 60 s are kept for the profile. A lost device (exit code 75) needs
+# a new process, which goes on with the next case.
 tests=passed
 (( exit_code == 0 )) || tests=failed
 seconds=$(($(left) - 60))
-step "timings" "$seconds" optional timings.log "${bench[@]}" --commit "$commit" --tests "$tests" \
-    --time-budget "$((seconds - 25))"
-"$python" benchmarks/bench_engines.py "$out" --table >>"$summary" 2>&1
+begin_again='
+end=$(($(date +%s) + $1)); shift
+while true; do
+    "$@" --time-budget "$((end - $(date +%s)))"; code=$?
+    (( code == 75 )) || exit "$code"
+done'
+step "timings" "$seconds" optional timings.log bash -c "$begin_again" timings "$((seconds - 25))" \
+    "${pytest[@]}" -vv benchmarks --benchmark-only --rows "$out/rows.jsonl" --resume \
+    --commit "$commit" --tests "$tests"
+"$python" - "$out/rows.jsonl" >>"$summary" 2>&1 <<'PYTHON'
+import sys
+
+from polygrad_fast.benchmarking.report import listing
+from polygrad_fast.benchmarking.rows import read_rows
+
+print(listing(read_rows(sys.argv[1])))
+PYTHON
 
 # 6. Where the time goes: kernel times of one sample, then counters of one diffusion step.
-paper=("${bench[@]}" --engines triton --dtypes float16)
+paper=("${once[@]}" triton-float16-batch1024-horizon10)
 step "kernel times" 30 informative profile.log "${paper[@]}" --kernel-times
 if command -v ncu >/dev/null; then
     # a step is 8 layers and the guided step: three steps skipped, one measured
@@ -171,7 +187,7 @@ if command -v ncu >/dev/null; then
         --target-processes application-only --launch-skip 27 --launch-count 9 \
         --kernel-name 'regex:residual_mlp_layer|guided_step' --section SpeedOfLight \
         --section LaunchStats --section Occupancy --section MemoryWorkloadAnalysis \
-        "${paper[@]}" --run-once
+        "${paper[@]}"
 else
     note "ncu" "not run: not installed"
 fi

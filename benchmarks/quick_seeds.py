@@ -1,30 +1,36 @@
-"""Train the quick preset on several seeds and store a table of what the policies score.
+"""Train the quick preset on several seeds and store what the policies score.
 
     python benchmarks/quick_seeds.py --env-id InvertedPendulum-v5 --seeds 10 11 12 13 14
 
 Each seed is trained and evaluated by the command line, one process after the other, with one
-thread each. Rows go to benchmarks/results/quick_seeds.json; rows of the same environment are
-replaced.
+thread each. Rows go to benchmarks/results/quick_seeds.jsonl in place of those of the same
+environment; `polygrad-fast bench report` makes the README's table of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from polygrad_fast.training.run_log import read_metrics, versions, write_json_atomic
+import torch
 
-RESULTS = Path(__file__).parent / "results" / "quick_seeds.json"
+from polygrad_fast.benchmarking.rows import Row, provenance, read_rows, write_rows
+from polygrad_fast.training.run_log import read_metrics
+
+RESULTS = Path(__file__).parent / "results" / "quick_seeds.jsonl"
 
 
-def run_seed(env_id: str, seed: int, episodes: int) -> dict:
-    """Train one seed and evaluate its best and last checkpoints on fresh episodes."""
+def run_seed(env_id: str, seed: int, episodes: int) -> dict[str, float]:
+    """Train one seed and evaluate its best and last checkpoints on fresh episodes; return the
+    row's values."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def polygrad_fast(*arguments: str) -> str:
@@ -53,8 +59,6 @@ def run_seed(env_id: str, seed: int, episodes: int) -> dict:
         }
         rows = read_metrics(run_dir / "metrics.csv")
     return {
-        "env_id": env_id,
-        "seed": seed,
         "env_steps": rows[-1]["env_step"],
         "train_seconds": round(seconds, 1),
         "untrained_mean_reward": round(rows[0]["eval/mean_reward"], 1),
@@ -73,13 +77,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--episodes", type=int, default=10)
     arguments = parser.parse_args()
-    software = versions()  # before the first row makes the checkout dirty
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    rows = [row for row in stored if row["env_id"] != arguments.env_id]
+    torch.set_num_threads(1)  # as the processes that train
+    command = shlex.join(["python", "benchmarks/quick_seeds.py", *sys.argv[1:]])
+    # before the first row makes the checkout dirty
+    facts = dataclasses.asdict(provenance(torch.device("cpu"), command))
+    stored = read_rows(RESULTS) if RESULTS.exists() else []
+    rows = [row for row in stored if row.case["env_id"] != arguments.env_id]
     for seed in arguments.seeds:
-        rows.append(run_seed(arguments.env_id, seed, arguments.episodes) | software)
-        print(json.dumps(rows[-1]), flush=True)
-        write_json_atomic(RESULTS, rows)
+        row = Row(
+            **facts,
+            benchmark="quick_seeds",
+            dtype="float32",
+            case={"env_id": arguments.env_id, "seed": seed},
+            status="ok",
+            values=run_seed(arguments.env_id, seed, arguments.episodes),
+        )
+        rows.append(row)
+        print(row.name, json.dumps(row.values), flush=True)
+        write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, sample."""
+"""Command line: train, evaluate, sample, bench."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ import tyro
 
 from polygrad_fast._version import __version__
 from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.benchmarking.figures import draw_all
+from polygrad_fast.benchmarking.report import all_tables, update_readme
+from polygrad_fast.benchmarking.rows import read_folder
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.evaluation.plots import plot_learning_curve
@@ -83,6 +86,23 @@ class Sample:
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Report stored benchmark rows, which `pytest benchmarks/ --benchmark-only --rows FILE` makes:
+    print their tables, or write them into a README, and draw plots."""
+
+    action: tyro.conf.Positional[Literal["report"]]
+    """What to do with the rows."""
+    results: Path = Path("benchmarks/results")
+    """Folder of the rows (*.jsonl)."""
+    readme: Path | None = None
+    """Write the tables between the markers of this file, e.g. README.md."""
+    check: bool = False
+    """Write nothing; exit with 2 if a table in --readme differs from the rows."""
+    plots: Path | None = None
+    """Draw the plots into this folder; needs the extra "plots"."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (training met NaN), 2 (bad input)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -91,7 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         command = _parse(arguments)
-        {Train: _train, Evaluate: _evaluate, Sample: _sample}[type(command)](command)
+        run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Bench: _bench}
+        run[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
     except NonFiniteError as error:
@@ -110,13 +131,14 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Sample:
+def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Bench:
     """Parse with tyro; its boxed messages become one line."""
     defaults = _train_defaults(arguments)
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
     complaint = io.StringIO()
     try:
@@ -327,6 +349,26 @@ def _sample(command: Sample) -> None:
     write_bytes_atomic(command.out, data.getvalue())
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     print(f"{command.num} imagined trajectories in {command.out}: {shapes}")
+
+
+def _bench(command: Bench) -> None:
+    if command.check and command.readme is None:
+        raise InputError("--check needs --readme, the file whose tables are to be checked")
+    rows = read_folder(command.results)
+    if command.readme is None and command.plots is None:
+        print(all_tables(rows))
+    if command.readme is not None:
+        stale = update_readme(command.readme, rows, command.check)
+        if stale and command.check:
+            raise InputError(
+                f"{command.readme}: {', '.join(stale)} differ from the rows in {command.results}; "
+                f"`polygrad-fast bench report --readme {command.readme}` writes them anew"
+            )
+        done = "checked" if command.check else f"{len(stale)} tables changed"
+        print(f"{command.readme}: {done}, {len(rows)} rows in {command.results}")
+    if command.plots is not None:
+        for path in draw_all(rows, command.plots):
+            print(path)
 
 
 def _check_writable(path: Path) -> None:

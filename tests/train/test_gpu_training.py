@@ -2,14 +2,12 @@
 launches compute after them."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import polygrad_fast as pg
+from polygrad_fast.benchmarking import sampler_case
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
@@ -25,19 +23,8 @@ ENGINES = {"torch": TorchEngine, "triton": TritonEngine}
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 CASES = [(name, dtype) for name in ENGINES for dtype in DTYPES]
 BATCH, HORIZON, UPDATES = 257, 10, 1000
-
-
-def load_bench():
-    path = Path(__file__).parents[2] / "benchmarks" / "bench_engines.py"
-    spec = importlib.util.spec_from_file_location("bench_engines", path)
-    module = sys.modules["bench_engines"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_bench()
-S, A = bench.OBSERVATION_DIM, bench.ACTION_DIM
-SIZES = bench.Sizes(num_steps=16, hidden_dim=256)
+S, A = sampler_case.OBSERVATION_DIM, sampler_case.ACTION_DIM
+SIZES = sampler_case.Sizes(num_steps=16, hidden_dim=256)
 
 
 def train(c) -> None:
@@ -65,9 +52,9 @@ def train(c) -> None:
 @pytest.fixture(scope="module")
 def trained():
     """Components after training, and engines whose graphs were captured before it."""
-    c = bench.build(SIZES, HORIZON, DEVICE)
+    c = sampler_case.build(SIZES, HORIZON, DEVICE)
     torch.manual_seed(1)
-    s0, noise = torch.randn(BATCH, S, device=DEVICE), bench.draw_noise(c, BATCH)
+    s0, noise = torch.randn(BATCH, S, device=DEVICE), sampler_case.draw_noise(c, BATCH)
     engines, before = {}, {}
     for name, dtype in CASES:
         engine = engines[name, dtype] = ENGINES[name](c, dtype)
@@ -80,7 +67,7 @@ def trained():
 @pytest.mark.parametrize("name, dtype", CASES)
 def test_captured_engine_equals_the_reference(trained, name, dtype):
     c, s0, _, engines, _, captures = trained
-    error, allowed = bench.step_errors(engines[name, dtype], c, dtype, s0)
+    error, allowed = sampler_case.step_errors(engines[name, dtype], c, dtype, s0)
     assert error <= allowed
     assert list(engines[name, dtype]._graphs._entries.values()) == captures[name, dtype]
 
@@ -98,7 +85,7 @@ def test_captured_engine_equals_eager_launches(trained, name, dtype):
     if name == "triton":
         assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
     else:  # cuBLAS may choose another algorithm within a capture
-        _, allowed = bench.step_errors(eager, c, dtype, s0)
+        _, allowed = sampler_case.step_errors(eager, c, dtype, s0)
         for mine, theirs in zip(got[2], wanted[2], strict=True):
             assert (mine - theirs).abs().max() <= 10 * allowed
     assert (got[0] - before[name, dtype]).abs().max() > 0.1  # the new weights are seen
@@ -106,17 +93,17 @@ def test_captured_engine_equals_eager_launches(trained, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_transformer_equals_the_reference(dtype):
-    c = bench.build(SIZES, HORIZON, DEVICE)
+    c = sampler_case.build(SIZES, HORIZON, DEVICE)
     torch.manual_seed(0)
     denoiser = pg.TransformerDenoiser(S, A, HORIZON, hidden_dim=64, num_layers=2).to(DEVICE)
     c = dataclasses.replace(c, denoiser=denoiser)
     s0 = torch.randn(BATCH, S, device=DEVICE)
-    error, allowed = bench.step_errors(TorchEngine(c, dtype), c, dtype, s0)
+    error, allowed = sampler_case.step_errors(TorchEngine(c, dtype), c, dtype, s0)
     assert error <= allowed
 
 
 def test_reference_engine_equals_its_float64_twin():
-    c = bench.build(SIZES, HORIZON, DEVICE)
+    c = sampler_case.build(SIZES, HORIZON, DEVICE)
     s0 = torch.randn(BATCH, S, device=DEVICE)
-    error, allowed = bench.step_errors(ReferenceEngine(c), c, "float32", s0)
+    error, allowed = sampler_case.step_errors(ReferenceEngine(c), c, "float32", s0)
     assert error <= allowed

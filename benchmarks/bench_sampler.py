@@ -1,0 +1,151 @@
+"""Whole samples of the paper's networks on Walker2d, per engine, dtype, batch, horizon, denoiser.
+
+    pytest benchmarks/bench_sampler.py --benchmark-only --rows rows.jsonl
+    pytest benchmarks/bench_sampler.py --smoke                  # tiny sizes
+    pytest benchmarks/bench_sampler.py --once -k 'triton and float16 and batch1024-horizon10'
+
+S = 17, A = 6, K = 128 steps. "compile" is a control: the reference's denoiser and guided step under
+torch.compile(max-autotune), K steps in one CUDA graph. The checks are those of
+`polygrad_fast.benchmarking.sampler_case`. A time is that of a whole call, weights read anew and
+results copied out.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from polygrad_fast.benchmarking import sampler_case
+from polygrad_fast.benchmarking.sampler_case import DTYPES, ENGINES, GUIDANCE_SCALE, Moments
+
+BATCHES, HORIZONS = (1024, 4096, 256, 16384), (10, 50, 200)  # most important first
+CPU_CASES = [  # importance; denoiser, batch, horizon; engine-dtype
+    (0, "residual_mlp", 64, 10, "reference-float32 torch-float32 torch-bfloat16"),
+    (2, "residual_mlp", 16, 10, "reference-float32 torch-float32 torch-bfloat16"),
+    (2, "residual_mlp", 256, 10, "reference-float32 torch-float32 torch-bfloat16"),
+    (3, "residual_mlp", 16, 50, "reference-float32 torch-float32 torch-bfloat16"),
+    (3, "transformer", 4, 10, "reference-float32 torch-float32 torch-bfloat16"),
+    (3, "transformer", 4, 50, "reference-float32 torch-float32 torch-bfloat16"),
+    (4, "residual_mlp", 16, 200, "torch-float32 torch-bfloat16"),
+    (5, "transformer", 4, 200, "torch-float32 torch-bfloat16"),
+    (6, "residual_mlp", 16, 200, "reference-float32"),
+    (7, "transformer", 4, 200, "reference-float32"),
+]
+_components = {}  # the last ones: cases of one shape follow each other
+_moments = {}
+
+
+def list_cases(setting):
+    """Return every case with its importance.
+
+    On a GPU each place down the lists of batches and dtypes costs one, of horizons two, the
+    transformer four. The control, which compiles for a minute or more, costs two in the first place
+    and eight elsewhere.
+    """
+    if setting.smoke:
+        grid = [
+            (0, case(engine, dtype, 5, 3, kind))
+            for kind in ("residual_mlp", "transformer")
+            for engine, dtypes in ENGINES.items()
+            for dtype in dtypes
+            if setting.device.type == "cuda" or dtype in ("float32", "bfloat16")
+            if setting.device.type == "cuda" or engine in ("torch", "reference")
+        ]
+        return [entry for entry in grid if offered(entry[1])]
+    if setting.device.type == "cpu":
+        return [
+            (importance, case(*engine.split("-"), batch, horizon, kind))
+            for importance, kind, batch, horizon, engines in CPU_CASES
+            for engine in engines.split()
+        ]
+    scored = []
+    grid = itertools.product(
+        enumerate(("residual_mlp", "transformer")), enumerate(HORIZONS), enumerate(BATCHES), ENGINES
+    )
+    for (d, kind), (h, horizon), (b, batch), engine in grid:
+        for dtype in ENGINES[engine]:
+            rank = 0 if engine == "reference" else DTYPES.index(dtype)
+            score = 4 * d + 2 * h + b + rank
+            if engine == "compile":
+                score += 8 if score else 2
+            scored.append((score, case(engine, dtype, batch, horizon, kind)))
+    return [entry for entry in scored if offered(entry[1])]
+
+
+def case(engine, dtype, batch, horizon, denoiser):
+    """Return a test's parameters."""
+    return {
+        "engine": engine,
+        "dtype": dtype,
+        "batch": batch,
+        "horizon": horizon,
+        "denoiser": denoiser,
+    }
+
+
+def offered(case) -> bool:
+    """Whether the engine computes that denoiser."""
+    return not (case["engine"] == "triton" and case["denoiser"] == "transformer")
+
+
+def components_of(sizes, horizon, device, denoiser):
+    """Return the parts, made once for cases that follow each other."""
+    key = sizes, horizon, device, denoiser
+    if key not in _components:
+        _components.clear()
+        _components[key] = sampler_case.build(*key)
+    return _components[key]
+
+
+def moment_score(engine, reference_key, c, s0, rows) -> float:
+    """Return the score of the engine's moments against the reference's, made once per shape."""
+    if reference_key not in _moments:
+        torch.manual_seed(2)
+        reference = sampler_case.make_engine("reference", c, "float32")
+        _moments[reference_key] = Moments.of(reference, s0, rows)
+    torch.manual_seed(3)
+    return Moments.of(engine, s0, rows).score(_moments[reference_key])
+
+
+@pytest.mark.cases(of=list_cases)
+def test_sample(bench, engine, dtype, batch, horizon, denoiser):
+    sizes = sampler_case.SMALL if bench.session.small else sampler_case.Sizes()
+    names = {"engine": engine, "denoiser": denoiser, "batch": batch, "horizon": horizon}
+    with (
+        bench.case("sample", dtype, engine == "compile", **names, steps=sizes.num_steps) as case,
+        torch.no_grad(),
+        sampler_case.matmul_precision("float32"),
+    ):
+        c = components_of(sizes, horizon, bench.device, denoiser)
+        torch.manual_seed(1)
+        s0 = torch.randn(batch, c.observation_dim, device=bench.device)
+
+        short = sampler_case.shortened(c, sizes.check_steps)
+        if not bench.session.once:
+            checked = sampler_case.make_engine(engine, short, dtype)
+            error, allowed = sampler_case.step_errors(checked, short, dtype, s0)
+            case.check("one step", lambda: error, allowed)
+            if bench.device.type == "cpu" and engine != "reference":
+                allowed = sampler_case.CHAIN_AGREEMENT[dtype]
+                case.check(
+                    "same seed", lambda: sampler_case.chain_error(checked, short, s0), allowed
+                )
+            del checked
+            bench.session.free()
+
+        sampler = sampler_case.make_engine(engine, c, dtype)
+
+        def sample():
+            sampler.sample(s0, GUIDANCE_SCALE, None, None, False)
+
+        if bench.device.type == "cuda":
+            case.warm_up(sample)
+            key = denoiser, batch, horizon, sizes
+            case.check(
+                "moments",
+                lambda: moment_score(sampler, key, c, s0, sizes.moment_rows),
+                sampler_case.MAX_MOMENT_SCORE,
+            )
+        work = sampler_case.sample_work(c, batch, dtype)
+        width = c.denoiser.hidden_dim
+        case.time(sample, items=batch, item="trajectory", work=work, hidden_dim=width)

@@ -1,0 +1,1 @@
+"""What the benchmarks share: rows, clocks, work counts, checks of a sampler, and the report."""

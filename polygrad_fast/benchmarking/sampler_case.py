@@ -1,0 +1,292 @@
+"""A sampler of the paper's sizes, its work, and how its engines are checked.
+
+- One step: a shorter chain with given noise; each step from the engine's own states against the
+  float64 reference. float32: at most 1e-4; others: at most twice the error of the plain formula
+  under autocast (tf32: with tf32 matrix products). Errors are |got - wanted| / max(1, |wanted|) on
+  normalized states and actions.
+- An engine's own noise: on a GPU, mean and variance of every entry against the reference's over
+  whole chains; on a CPU, where the same seed gives the same noise, a shorter chain against the
+  reference's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import polygrad_fast as pg
+from polygrad_fast.benchmarking.work import Work, parameter_bytes
+from polygrad_fast.config import DenoiserConfig
+from polygrad_fast.errors import InputError
+from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+from polygrad_fast.sampling.graphs import GraphCache
+from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
+from polygrad_fast.sampling.torch_engine import TorchEngine
+from polygrad_fast.sampling.triton_engine import TritonEngine
+from polygrad_fast.training.denoiser import build_denoiser
+
+OBSERVATION_DIM, ACTION_DIM = 17, 6  # Walker2d
+GUIDANCE_SCALE = 0.005
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float16", "bfloat16", "tf32", "float32")  # most important first
+ENGINES = {"triton": DTYPES, "torch": DTYPES, "reference": ("float32",), "compile": DTYPES}
+MAX_MOMENT_SCORE = 7.0  # standard errors, over up to 10,000 numbers per case
+MOMENT_BIAS = 0.02  # of a standard deviation; 2 % of a variance: half precision may shift that
+CHAIN_AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
+"""Largest difference of a chain's end from the reference's, on a CPU with the same seed."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a sampler and of its checks."""
+
+    num_steps: int = 128
+    check_steps: int = 16  # more than the 11 in which the state change is clipped
+    moment_rows: int = 4096
+    hidden_dim: int | None = None  # the paper's
+    policy_dim: int = 256
+
+
+SMALL = Sizes(num_steps=13, check_steps=13, moment_rows=64, hidden_dim=32, policy_dim=16)
+
+
+def build(
+    sizes: Sizes, horizon: int, device: torch.device, denoiser: str = "residual_mlp"
+) -> SamplerComponents:
+    """Return a sampler's parts with random weights, the same at every call."""
+    torch.manual_seed(0)
+    normalizer = pg.Normalizer.from_moments(
+        observations=(torch.randn(OBSERVATION_DIM), torch.rand(OBSERVATION_DIM) + 0.5),
+        actions=(0.1 * torch.randn(ACTION_DIM), torch.rand(ACTION_DIM) + 0.5),
+    )
+    config = DenoiserConfig(kind=denoiser, hidden_dim=sizes.hidden_dim)
+    network = build_denoiser(config, OBSERVATION_DIM, ACTION_DIM, horizon, sizes.num_steps)
+    return SamplerComponents(
+        network.to(device),
+        pg.GaussianPolicy(OBSERVATION_DIM, ACTION_DIM, sizes.policy_dim).to(device),
+        pg.NoiseSchedule.cosine(sizes.num_steps).to(device),
+        normalizer.to(device),
+        pg.SamplerConfig.official(),
+        device,
+        None,
+    )
+
+
+def denoiser_flops(denoiser) -> int:
+    """Return the FLOPs of one trajectory in one call, the two input Linears of the residual MLP
+    folded into one.
+
+    Residual MLP of L layers of width W: 2 (H (D + A) W + L W^2 + W H D), D = S + 2. Transformer of
+    L blocks of width E: 2 H ((D + A) E + 12 L E^2 + E D) for the Linears and 2 H (H + 1) L E for
+    causal attention.
+    """
+    d, width = denoiser, denoiser.hidden_dim
+    ends = d.horizon * (2 * d.state_dim + d.action_dim) * width
+    if isinstance(d, pg.TransformerDenoiser):
+        attention = d.horizon * (d.horizon + 1) * d.num_layers * width
+        return 2 * (ends + 12 * d.horizon * d.num_layers * width**2 + attention)
+    return 2 * (ends + d.num_layers * width**2)
+
+
+def policy_flops(policy) -> int:
+    """Return the FLOPs of one observation in the policy's Linears."""
+    linears = (m for m in policy.network if isinstance(m, torch.nn.Linear))
+    return 2 * sum(linear.weight.numel() for linear in linears)
+
+
+def sample_work(c: SamplerComponents, batch: int, dtype: str) -> Work:
+    """Return the work of one sample: the FLOPs of K steps; weights, s0 and the result once."""
+    steps = c.schedule.num_train_timesteps
+    flops = denoiser_flops(c.denoiser) + c.horizon * policy_flops(c.policy)
+    weights = parameter_bytes(c.denoiser) * (0.5 if dtype in HALF else 1.0)
+    numbers = c.observation_dim + c.horizon * (c.observation_dim + 2 + c.action_dim)
+    moved = weights + parameter_bytes(c.policy) + 4 * batch * numbers
+    return Work(flops=steps * batch * flops, bytes=moved)
+
+
+@contextlib.contextmanager
+def matmul_precision(dtype: str) -> Iterator[None]:
+    """Multiply float32 matrices on tensor cores ("tf32") or not (anything else)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class CompiledReference:
+    """The control: `diffusion_step` compiled, all K steps in one CUDA graph.
+
+    Half-precision weights are cast once, here. The policy stays in float32, on tensor cores in
+    every dtype but float32.
+    """
+
+    def __init__(self, components: SamplerComponents, dtype: str):
+        if components.device.type != "cuda":
+            raise InputError(
+                f"the compiled control needs a CUDA GPU, got device {str(components.device)!r}"
+            )
+        self.dtype = dtype
+        if dtype in HALF:
+            denoiser = copy.deepcopy(components.denoiser).to(HALF[dtype])
+            components = dataclasses.replace(components, denoiser=denoiser)
+        self.components = components
+        torch._dynamo.reset()  # else the compilations of earlier cases count towards its limit
+        self._step = torch.compile(diffusion_step, mode="max-autotune-no-cudagraphs")
+        self._guidance_scale = torch.zeros((), device=components.device)
+        self._graphs = GraphCache()
+
+    def sample(self, initial_observations, guidance_scale, generator, noise, return_chain):
+        """The arguments and the result of the other engines' `sample`; `generator` is torch's."""
+        c = self.components
+        num_steps = c.schedule.num_train_timesteps
+        states = (len(initial_observations), c.horizon, c.observation_dim + 2)
+        actions = (*states[:2], c.action_dim)
+
+        def run(s0, *given):
+            def normals(index, step, shape):
+                if not given:
+                    return torch.randn(shape, device=c.device)
+                return given[index] if step is None else given[index][step]
+
+            x, u = normals(0, None, states).clone(), normals(1, None, actions)
+            x[:, 0, : c.observation_dim] = s0
+            chain = []
+            for step, k in enumerate(reversed(range(num_steps))):
+                noises = normals(2, step, states), normals(3, step, actions)
+                x, u = self._step(c, x, u, s0, k, self._guidance_scale, *noises)
+                if return_chain:
+                    chain.append((x, u))
+            return x, u, *map(torch.stack, zip(*chain, strict=True))
+
+        self._guidance_scale.fill_(guidance_scale)
+        given = tuple(vars(noise).values()) if noise else ()
+        with matmul_precision("float32" if self.dtype == "float32" else "tf32"):
+            x, u, *chain = self._graphs(return_chain, run, (initial_observations, *given))
+        return x, u, tuple(chain) or None
+
+
+def make_engine(name: str, components: SamplerComponents, dtype: str):
+    """Return the engine of that name."""
+    if name == "reference":
+        return ReferenceEngine(components)
+    classes = {"torch": TorchEngine, "triton": TritonEngine, "compile": CompiledReference}
+    return classes[name](components, dtype)
+
+
+def draw_noise(c: SamplerComponents, batch: int) -> SampleNoise:
+    """Return all normals of one sample."""
+    num_steps = c.schedule.num_train_timesteps
+    states, actions = (batch, c.horizon, c.observation_dim + 2), (batch, c.horizon, c.action_dim)
+    shapes = (states, actions, (num_steps, *states), (num_steps, *actions))
+    return SampleNoise(*(torch.randn(shape, device=c.device) for shape in shapes))
+
+
+def largest_error(got, wanted) -> float:
+    """Return max |got - wanted| / max(1, |wanted|) over pairs of tensors; NaN where one is NaN."""
+    return max(
+        ((g.double() - w.double()).abs() / w.double().abs().clamp(min=1.0)).max().item()
+        for g, w in zip(got, wanted, strict=True)
+    )
+
+
+def in_float64(c: SamplerComponents) -> SamplerComponents:
+    """Return a copy of the parts in float64."""
+    return dataclasses.replace(
+        c,
+        denoiser=copy.deepcopy(c.denoiser).double(),
+        policy=copy.deepcopy(c.policy).double(),
+        normalizer=copy.deepcopy(c.normalizer).double(),
+        schedule=c.schedule.to(dtype=torch.float64),
+    )
+
+
+def shortened(c: SamplerComponents, num_steps: int) -> SamplerComponents:
+    """Return the parts with a schedule of fewer steps."""
+    return dataclasses.replace(c, schedule=pg.NoiseSchedule.cosine(num_steps).to(c.device))
+
+
+@torch.no_grad()
+def step_errors(engine, c: SamplerComponents, dtype: str, s0: Tensor) -> tuple[float, float]:
+    """Return the engine's largest one-step error and the allowed one.
+
+    Each step starts at the engine's own states after the step before; wanted is the reference in
+    float64.
+
+    Args:
+        engine: whose components are `c`. dtype: its arithmetic.
+        s0: initial observations, normalized [B, S].
+    """
+    exact = in_float64(c)
+    noise = draw_noise(c, len(s0))
+    states, actions, chain = engine.sample(s0, GUIDANCE_SCALE, None, noise, True)
+    previous = noise.initial_trajectories.clone(), noise.initial_actions
+    previous[0][:, 0, : s0.shape[1]] = s0
+    errors, plain_errors = [], []
+    for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):
+        normals = noise.trajectories[step], noise.actions[step]
+        inputs = (*previous, s0, k, GUIDANCE_SCALE, *normals)
+        wanted = diffusion_step(exact, *(x.double() if torch.is_tensor(x) else x for x in inputs))
+        got = chain[0][step], chain[1][step]
+        errors.append(largest_error(got, wanted))
+        if dtype != "float32":
+            half = HALF.get(dtype)
+            autocast = torch.autocast(c.device.type, dtype=half, enabled=half is not None)
+            with matmul_precision(dtype), autocast:
+                plain_errors.append(largest_error(diffusion_step(c, *inputs), wanted))
+        previous = got
+    errors.append(largest_error((states, actions), previous))  # the result is the chain's end
+    allowed = 1e-4 if dtype == "float32" else 2 * max(plain_errors) + 1e-5
+    error = math.nan if any(map(math.isnan, errors)) else max(errors)
+    return error, allowed
+
+
+@torch.no_grad()
+def chain_error(engine, c: SamplerComponents, s0: Tensor) -> float:
+    """Return how far the chain's end is from the reference's after the same seed (on a CPU)."""
+    ends = [
+        which.sample(s0, GUIDANCE_SCALE, torch.Generator().manual_seed(1), None, False)[:2]
+        for which in (engine, ReferenceEngine(c))
+    ]
+    return largest_error(*ends)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean, variance and their squared standard errors of every entry of a final trajectory."""
+
+    mean: Tensor
+    mean_error: Tensor
+    variance: Tensor
+    variance_error: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, engine, s0: Tensor, rows: int) -> Moments:
+        """Sample at least that many trajectories, from torch's generator."""
+        samples = []
+        for _ in range(math.ceil(rows / len(s0))):
+            parts = engine.sample(s0, GUIDANCE_SCALE, None, None, False)[:2]
+            samples.append(torch.cat([part.flatten(1) for part in parts], dim=1))
+        x = torch.cat(samples)
+        mean, count = x.mean(0), len(x)
+        squares = (x - mean).square()
+        return cls(mean, x.var(0) / count, squares.mean(0), squares.var(0) / count)
+
+    def score(self, other: Moments) -> float:
+        """Return the largest difference beyond `MOMENT_BIAS`, in standard errors."""
+        scores = []
+        for name, unit in (("mean", other.variance.sqrt()), ("variance", other.variance)):
+            difference = (getattr(self, name) - getattr(other, name)).abs()
+            squared_error = getattr(self, f"{name}_error") + getattr(other, f"{name}_error")
+            excess = (difference - MOMENT_BIAS * unit).clamp(min=0)
+            scores.append((excess / (squared_error.sqrt() + 1e-12)).max())
+        return torch.stack(scores).max().item()

@@ -1,0 +1,246 @@
+"""Measure cases: checks first, then a time, one row each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from polygrad_fast.benchmarking.rows import Check, Provenance, Row, RowFile
+from polygrad_fast.benchmarking.timing import Call, clock_of, interleaved
+from polygrad_fast.benchmarking.work import Ceilings, Work
+from polygrad_fast.errors import InputError
+
+
+class WrongResult(Exception):
+    """A check did not pass, so that there is no time."""
+
+
+class NotMeasured(Exception):
+    """The case is left out: its row is stored already, or the time is up."""
+
+
+class Session:
+    """Measures cases on one device and stores their rows.
+
+    Args:
+        device: where GPU work runs; "cuda" or "cpu".
+        rows: where the rows go.
+        provenance: of code and machine, for a device.
+        time_budget: seconds until no further case is begun.
+        resume: leave out cases whose row of this commit is stored.
+        once: check and time nothing, call what would be timed twice: for profilers.
+        profiler: makes the context of the second of these calls.
+        small: seconds and ceilings for a try of the mechanics.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        rows: RowFile,
+        provenance: Callable[[torch.device], Provenance],
+        time_budget: float = math.inf,
+        resume: bool = False,
+        once: bool = False,
+        small: bool = False,
+        profiler: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        self.profiler = profiler
+        self.device, self.rows, self.once, self.small = device, rows, once, small
+        self.time_budget, self._begin = time_budget, time.monotonic()
+        self.resume = resume
+        self._provenance_of = provenance
+        self._provenances: dict[str, Provenance] = {}
+        self._ceilings: dict[str, Ceilings] = {}
+
+    def provenance(self, device: torch.device) -> Provenance:
+        """Describe code and machine, once per device."""
+        if device.type not in self._provenances:
+            self._provenances[device.type] = self._provenance_of(device)
+        return self._provenances[device.type]
+
+    def ceilings(self, device: torch.device) -> Ceilings:
+        """Return the device's ceilings."""
+        if device.type not in self._ceilings:
+            self._ceilings[device.type] = Ceilings(device, self.small)
+        return self._ceilings[device.type]
+
+    @contextlib.contextmanager
+    def case(
+        self, benchmark: str, dtype: str, device: torch.device | None = None, **case: Any
+    ) -> Iterator[Case]:
+        """Measure one case in the body of a `with`; whatever happens there becomes a row.
+
+        Args:
+            benchmark, dtype, case: what is measured, see `Row`.
+            device: where the work runs, if not the session's device.
+
+        Raises:
+            NotMeasured: before the body.
+        """
+        device = device or self.device
+        row = Row(
+            **dataclasses.asdict(self.provenance(device)),
+            benchmark=benchmark,
+            dtype=dtype,
+            case=case,
+            status="error",
+            error="the case ended without a time",
+        )
+        if self.resume and self.rows.holds(row.key, row.commit):
+            raise NotMeasured("its row is stored")
+        if time.monotonic() - self._begin > self.time_budget:
+            raise NotMeasured(f"the time budget of {self.time_budget:.0f} s is spent")
+        self.free()
+        measured, start = Case(self, row, device), time.monotonic()
+        try:
+            yield measured
+        except WrongResult as error:
+            measured.update(status="wrong", error=str(error))
+        except InputError as error:
+            measured.update(status="not offered", error=str(error))
+        except torch.OutOfMemoryError as error:
+            measured.update(status="out of memory", error=str(error).splitlines()[0])
+        except Exception:  # any failure of one case: the next ones are still worth measuring
+            measured.update(status="error", error=traceback.format_exc()[-4000:])
+        measured.update(seconds_spent=round(time.monotonic() - start, 1))
+        if not self.once:
+            self.rows.add(measured.row)
+
+    def free(self) -> None:
+        """Give back what the last case held and start its memory statistics anew."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def is_lost(self) -> bool:
+        """Whether an error has made the device unusable for the rest of this process."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+
+class Case:
+    """One case being measured.
+
+    Attributes:
+        row: what is known of it so far. times: of every timed call, milliseconds per operation.
+    """
+
+    def __init__(self, session: Session, row: Row, device: torch.device):
+        self.session, self.row, self.device = session, row, device
+        self.times: list[float] = []
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the row."""
+        self.row = dataclasses.replace(self.row, **changes)
+
+    def check(self, name: str, error: Callable[[], float], allowed: float) -> None:
+        """Compute an error and hold it against the allowed one; nothing where all runs once.
+
+        Raises:
+            WrongResult: it is larger, or not a number.
+        """
+        if self.session.once:
+            return
+        value = float(error())
+        check = Check(name, value if math.isfinite(value) else None, float(allowed))
+        self.update(checks=(*self.row.checks, check))
+        if not check.passed:
+            raise WrongResult(f"{name}: {value:.3g}, allowed {allowed:.3g}")
+
+    def warm_up(self, call: Call) -> None:
+        """Call twice, for captures and compilations, and note the peak of the GPU's memory that
+        torch allocated (and reserved) since the case, or the last `free`, began."""
+        if self.session.once:
+            return
+        call()
+        call()
+        if self.device.type == "cuda":
+            gb = {
+                "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9,
+                "peak_reserved_gb": torch.cuda.max_memory_reserved(self.device) / 1e9,
+            }
+            self.update(values=self.row.values | gb)
+
+    def time(
+        self,
+        call: Call,
+        items: int,
+        item: str,
+        work: Work | None = None,
+        repeats: int = 1,
+        beside: Mapping[str, Call] | None = None,
+        seconds: float = 1.0,
+        **values: float,
+    ) -> None:
+        """Time a call and complete the row.
+
+        Args:
+            call: does the operation `repeats` times.
+            items, item: what one operation makes, for instance 1024, "trajectory".
+            work: of one operation.
+            beside: calls to compare with, timed in turns with `call`; their medians become the
+                row's values NAME_ms, per operation like `ms`.
+            seconds: for the measurement, roughly.
+            values: other numbers for the row.
+
+        Raises:
+            RuntimeError: no check was made before.
+        """
+        session, work = self.session, work or Work()
+        if session.once:
+            call()
+            with session.profiler():
+                call()
+                session.synchronize()
+            self.update(status="ok", error=None)
+            return
+        if not self.row.checks:
+            raise RuntimeError(f"{self.row.name}: a time was asked for before any check")
+        clock = clock_of(self.device)
+        calls = {"": call, **(beside or {})}
+        times = interleaved(calls, clock, 0.0 if session.small else seconds)
+        per_operation = {k: [ms / repeats for ms in v] for k, v in times.items()}
+        self.times = per_operation.pop("")
+        compared = {f"{k}_ms": statistics.median(v) for k, v in per_operation.items()}
+        ms = statistics.median(self.times)
+        ceilings, dtype = session.ceilings(self.device), self.row.dtype
+        floor_ms = ceilings.floor_ms(work, dtype)
+        self.update(
+            status="ok",
+            error=None,
+            ms=ms,
+            ms_min=min(self.times),
+            ms_max=max(self.times),
+            calls=len(self.times),
+            repeats=repeats,
+            clock=clock.name,
+            items=items,
+            item=item,
+            flops=work.flops,
+            bytes=work.bytes,
+            tflops=work.flops and work.flops / ms / 1e9,
+            gb_per_s=work.bytes and work.bytes / ms / 1e6,
+            peak_tflops=ceilings.tflops(dtype) if work.flops else None,
+            peak_gb_per_s=ceilings.gb_per_s(work.bytes) if work.bytes else None,
+            floor_ms=floor_ms,
+            share_of_floor=floor_ms and floor_ms / ms,
+            values=self.row.values | compared | values,
+        )

@@ -179,8 +179,8 @@ def _quick_seeds(rows: list[Row]) -> str:
     mujoco = ", ".join(_unique(str(row.mujoco) for row in found))
     return (
         f"{_grid(header, lines)}\n\n"
-        f"Returns over {', '.join(episodes)} fresh episodes (mean ± standard deviation); no setting "
-        f"was tuned on\nthese seeds; mujoco {mujoco}. {_caption(found)}"
+        f"Returns over {', '.join(episodes)} fresh episodes (mean ± standard deviation); no\n"
+        f"setting was tuned on these seeds; mujoco {mujoco}. {_caption(found)}"
     )
 
 

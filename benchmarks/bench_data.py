@@ -17,15 +17,20 @@ import torch
 from polygrad_fast.benchmarking.work import Work
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment, make_environment
 
+try:
+    import mujoco
+except ImportError:
+    mujoco = None
+
 CPU = torch.device("cpu")
+ENVIRONMENTS = ("InvertedPendulum-v5", "Hopper-v5", "Walker2d-v5", "HalfCheetah-v5")
 
 
 def step_cases(setting):
     """Return environments and numbers of steps."""
     if setting.smoke:
         return [(0, {"env_id": "Pendulum-v1", "steps": 20})]
-    names = ("InvertedPendulum-v5", "Hopper-v5", "Walker2d-v5", "HalfCheetah-v5")
-    return [(2, {"env_id": name, "steps": 500}) for name in names]
+    return [(2, {"env_id": env_id, "steps": 500}) for env_id in ENVIRONMENTS]
 
 
 def replay_cases(setting):
@@ -33,8 +38,9 @@ def replay_cases(setting):
     if setting.smoke:
         return [(0, {"env_id": "InvertedPendulum-v5", "trajectories": 3, "horizon": 4})]
     return [
-        (importance, {"env_id": "Walker2d-v5", "trajectories": 1000 // horizon, "horizon": horizon})
+        (importance, {"env_id": env_id, "trajectories": 600 // horizon, "horizon": horizon})
         for importance, horizon in ((2, 10), (3, 50), (4, 200))
+        for env_id in ENVIRONMENTS
     ]
 
 
@@ -80,16 +86,22 @@ def test_environment_steps(bench, env_id, steps):
             )
 
         case.check("largest difference from the bare environment", largest_difference, 0.0)
-        case.time(play_wrapped, 1, "step", repeats=steps, beside={"bare": play_bare})
+        case.time(play_wrapped, 1, "step", repeats=steps, beside={"bare": play_bare}, seconds=0.6)
 
 
 class Simulator:
     """A MuJoCo environment without limits of time, and a recording of it."""
 
     def __init__(self, env_id: str):
-        self.env = make_environment(env_id).unwrapped
+        self.env = make_environment(env_id).unwrapped  # says so where mujoco is missing
         self.env.reset(seed=0)
         self.env.action_space.seed(0)
+
+    def _begin(self, positions: np.ndarray, velocities: np.ndarray) -> None:
+        """Set the state and nothing else: what the solver remembers of the steps before (its warm
+        start) changes results by rounding, which contacts amplify to 1e-2 within 50 steps."""
+        mujoco.mj_resetData(self.env.model, self.env.data)
+        self.env.set_state(positions, velocities)
 
     def record(self, trajectories: int, horizon: int):
         """Return states (positions, velocities), actions [N, H, A] and next observations [N, H, S]
@@ -100,6 +112,7 @@ class Simulator:
             for _ in range(3):  # away from rest
                 self.env.step(self.env.action_space.sample())
             starts.append((self.env.data.qpos.copy(), self.env.data.qvel.copy()))
+            self._begin(*starts[-1])
             actions.append([self.env.action_space.sample() for _ in range(horizon)])
             observations.append([self.env.step(action)[0] for action in actions[-1]])
         return starts, np.array(actions), np.array(observations)
@@ -108,7 +121,7 @@ class Simulator:
         """Return the observations [N, H, S] after each of the actions from each start."""
         observations = []
         for (positions, velocities), sequence in zip(starts, actions, strict=True):
-            self.env.set_state(positions, velocities)
+            self._begin(positions, velocities)
             observations.append([self.env.step(action)[0] for action in sequence])
         return np.array(observations)
 
@@ -123,9 +136,9 @@ def test_dynamics_replay(bench, env_id, trajectories, horizon):
         def largest_difference() -> float:
             return np.abs(simulator.replay(starts, actions) - observations).max()
 
-        case.check("largest difference from the recording", largest_difference, 1e-6)
+        case.check("largest difference from the recording", largest_difference, 0.0)
         steps = trajectories * horizon
-        case.time(lambda: simulator.replay(starts, actions), 1, "step", repeats=steps)
+        case.time(lambda: simulator.replay(starts, actions), 1, "step", repeats=steps, seconds=0.3)
 
 
 @pytest.mark.cases(of=window_cases)

@@ -94,8 +94,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cases(of): function Setting -> [(importance, case)]")
-    config.addinivalue_line("markers", "importance(n): lower numbers are measured first")
     device = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     budget = config.getoption("time_budget")
     words = shlex.join(["pytest", *map(str, config.invocation_params.args)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from polygrad_fast.benchmarking.rows import Row
@@ -12,12 +13,15 @@ MODELS = {"residual_mlp": "residual MLP", "transformer": "transformer"}
 
 
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """Draw every figure that there are rows for and return the files, .png each.
+    """Draw every figure and return the files, .png each.
 
     - batch: time per trajectory against the batch size, at the shortest horizon of each network.
     - figure_4: time per trajectory against the horizon, at the largest batch that was measured at
       most horizons; as the paper's figure 4, seconds per 1000 trajectories against their length,
       for the two of its world models that are implemented here.
+
+    Of each engine float32 and the fastest dtype are drawn; of the batch sizes, lines of at least
+    two points where there are any.
 
     Raises:
         InputError: matplotlib is missing, or no row holds the time of a whole sample.
@@ -31,57 +35,90 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     samples = [row for row in rows if row.benchmark == "sample" and row.ms is not None]
     if not samples:
         raise InputError("no row holds the time of a whole sample (benchmark 'sample') to plot")
-    lines: dict[tuple, list[Row]] = {}
-    for row in samples:
-        key = (row.machine, row.case["denoiser"], row.case["engine"], row.dtype)
-        lines.setdefault(key, []).append(row)
-
-    by_batch, by_horizon = {}, {}
-    for (machine, denoiser, engine, dtype), found in sorted(lines.items()):
-        name = f"{MODELS.get(denoiser, denoiser)}, {engine} {dtype}"
-        shortest = min(row.case["horizon"] for row in found)
-        points = {r.case["batch"]: r for r in found if r.case["horizon"] == shortest}
-        by_batch[f"{name}, H = {shortest}", machine] = points
-        batches = [row.case["batch"] for row in found]
-        batch = max(batches, key=lambda b: (batches.count(b), b))
-        points = {r.case["horizon"]: r for r in found if r.case["batch"] == batch}
-        by_horizon[f"{name}, B = {batch}", machine] = points
-
     steps = ", ".join(sorted({f"K = {row.case['steps']}" for row in samples}))
+    by_batch = _lines(samples, "horizon", min, "batch")
+    if any(len(line.points) > 1 for line in by_batch):
+        by_batch = [line for line in by_batch if len(line.points) > 1]
+    by_horizon = _lines(samples, "batch", _most_frequent, "horizon")
     time = f"ms per trajectory ({steps})"
-    files = {
-        "batch": (by_batch, "batch size B", time),
-        "figure_4": (
+    return [
+        _draw(folder / "batch.png", by_batch, "batch size B", time),
+        _draw(
+            folder / "figure_4.png",
             by_horizon,
             "trajectory length H",
-            f"{time} = seconds per 1000 trajectories",
+            f"seconds per 1000 trajectories\n= {time}",
         ),
-    }
-    return [
-        _draw(folder / f"{name}.png", points, x_label, y_label)
-        for name, (points, x_label, y_label) in files.items()
     ]
 
 
-def _draw(path: Path, lines: dict, x_label: str, y_label: str) -> Path:
-    """Draw one panel per machine, both axes logarithmic."""
+def _most_frequent(values: list[int]) -> int:
+    """Return the most frequent value, of several the largest."""
+    return max(values, key=lambda value: (values.count(value), value))
+
+
+@dataclass(frozen=True)
+class Line:
+    """Milliseconds per trajectory over batch sizes or horizons."""
+
+    machine: str
+    denoiser: str
+    engine: str
+    dtype: str
+    fixed: str  # what is the same at every point, in words
+    points: dict[int, float]
+
+
+def _lines(
+    samples: list[Row], fixed: str, pick: Callable[[list[int]], int], along: str
+) -> list[Line]:
+    """Return the lines along one size, at the value of the other that `pick` picks from all
+    rows'."""
+    lines, seen = [], {}
+    for row in samples:
+        key = (row.machine, row.case["denoiser"], row.case["engine"], row.dtype)
+        seen.setdefault(key, []).append(row)
+    for key, found in sorted(seen.items()):
+        values = [row.case[fixed] for row in found]
+        chosen = pick(values)
+        points = {
+            row.case[along]: row.us_per_item / 1e3 for row in found if row.case[fixed] == chosen
+        }
+        lines.append(Line(*key, f"{fixed[0].upper()} = {chosen}", dict(sorted(points.items()))))
+    fastest = {}
+    for line in lines:
+        key = line.machine, line.denoiser, line.engine
+        if key not in fastest or min(line.points.values()) < min(fastest[key].points.values()):
+            fastest[key] = line
+    return [line for line in lines if line.dtype == "float32" or line in fastest.values()]
+
+
+def _draw(path: Path, lines: list[Line], x_label: str, y_label: str) -> Path:
+    """Draw one panel per machine, both axes logarithmic; a colour for each engine and dtype."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    machines = list(dict.fromkeys(machine for _, machine in lines))
-    figure = Figure(figsize=(6.4 * len(machines), 4.2), dpi=100, layout="constrained")
+    machines = list(dict.fromkeys(line.machine for line in lines))
+    kinds = list(dict.fromkeys((line.engine, line.dtype) for line in lines))
+    figure = Figure(figsize=(6.4 * len(machines), 4.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, machine in zip(figure.subplots(1, len(machines), squeeze=False)[0], machines,
-                             strict=True):  # fmt: skip
-        for name, points in ((name, p) for (name, m), p in lines.items() if m == machine):
-            xs = sorted(points)
-            style = "--" if name.startswith("transformer") else "-"
+    panels = figure.subplots(1, len(machines), squeeze=False)[0]
+    for axes, machine in zip(panels, machines, strict=True):
+        shown = [line for line in lines if line.machine == machine]
+        for line in shown:
             axes.plot(
-                xs, [points[x].us_per_item / 1e3 for x in xs], style, marker="o", ms=4, label=name
+                list(line.points),
+                list(line.points.values()),
+                "--" if line.denoiser == "transformer" else "-",
+                color=f"C{kinds.index((line.engine, line.dtype))}",
+                marker="o",
+                markersize=4,
+                label=f"{MODELS.get(line.denoiser, line.denoiser)}, {line.engine} {line.dtype}, "
+                f"{line.fixed}",
             )
         axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=machine)
-        ticks = sorted({x for (_, m), points in lines.items() if m == machine for x in points})
+        ticks = sorted({x for line in shown for x in line.points})
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(ScalarFormatter())

@@ -1,0 +1,419 @@
+"""Rows, sessions, reports: what stands around the benchmarks, without measuring anything."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+
+from polygrad_fast import cli
+from polygrad_fast.benchmarking import figures, report, sampler_case
+from polygrad_fast.benchmarking.rows import (
+    Check,
+    Row,
+    RowFile,
+    provenance,
+    read_folder,
+    read_rows,
+    write_rows,
+)
+from polygrad_fast.benchmarking.session import NotMeasured, Session
+from polygrad_fast.benchmarking.timing import interleaved, repeated
+from polygrad_fast.benchmarking.work import Ceilings, Work
+from polygrad_fast.errors import InputError
+
+CPU = torch.device("cpu")
+FACTS = dataclasses.asdict(provenance(CPU, "pytest benchmarks/", commit="a" * 40))
+PASSED = (Check("largest error", 1e-6, 1e-4),)
+
+
+def make_row(**changes) -> Row:
+    values = {
+        **FACTS,
+        "benchmark": "sample",
+        "dtype": "float32",
+        "case": {"engine": "torch", "denoiser": "residual_mlp", "batch": 64, "horizon": 10,
+                 "steps": 128},
+        "status": "ok",
+        "checks": PASSED,
+        "ms": 640.0,
+        "items": 64,
+        "item": "trajectory",
+    }  # fmt: skip
+    return Row(**values | changes)
+
+
+def sampled(engine="torch", dtype="float32", batch=64, horizon=10, **changes) -> Row:
+    case = make_row().case | {"engine": engine, "batch": batch, "horizon": horizon}
+    return make_row(dtype=dtype, case=case | changes.pop("case", {}), **changes)
+
+
+def make_session(tmp_path, **options) -> Session:
+    file = RowFile(tmp_path / "rows.jsonl")
+    made = lambda device: provenance(device, None, commit="a" * 40)  # noqa: E731
+    return Session(CPU, file, made, small=True, **options)
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rows = [sampled(), sampled("reference", values={"hidden_dim": 32})]
+    write_rows(tmp_path / "a.jsonl", rows)
+    assert read_rows(tmp_path / "a.jsonl") == rows
+    assert read_folder(tmp_path) == rows
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"status": "fine"}, "status 'fine'"),
+        ({"checks": ()}, "not the checks passed before it"),
+        ({"checks": (Check("x", 2.0, 1.0),)}, "not the checks passed before it"),
+        ({"checks": (Check("x", None, 1.0),)}, "not the checks passed before it"),
+        ({"status": "wrong"}, "not the checks passed before it"),
+        ({"ms": 0.0}, "wanted a positive time"),
+        ({"tflops": math.nan}, "tflops nan"),
+        ({"values": {"gemms_ms": math.inf}}, "gemms_ms inf"),
+    ],
+)
+def test_a_row_that_cannot_be_right_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        make_row(**changes)
+
+
+def without(name):
+    return lambda data: data.pop(name)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (without("commit"), "lacks commit"),
+        (without("ms"), None),
+        (lambda data: data.update(speed=1), "unknown speed"),
+        (lambda data: data.update(threads="one"), "threads is 'one'"),
+        (lambda data: data.update(threads=True), "threads is True"),
+        (lambda data: data.update(case=[1]), r"case is \[1\]"),
+        (lambda data: data.update(checks=3), "checks are 3"),
+        (lambda data: data.update(checks=[{"name": "x"}]), "check is"),
+        (lambda data: data.update(checks=[]), "not the checks passed"),
+        (lambda data: data.update(ms=1), None),
+    ],
+)
+def test_damaged_rows_are_named_with_their_line(tmp_path, damage, message):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [sampled("reference"), sampled()])
+    first, second = path.read_text().splitlines()
+    data = json.loads(second)
+    damage(data)
+    path.write_text(f"{first}\n{json.dumps(data)}\n")
+    if message is None:
+        assert len(read_rows(path)) == 2
+        return
+    with pytest.raises(InputError, match=f"rows.jsonl, line 2: .*{message}"):
+        read_rows(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="holds no rows"):
+        read_folder(tmp_path)
+    with pytest.raises(InputError, match="cannot read .*none"):
+        read_rows(tmp_path / "none")
+    (tmp_path / "a.jsonl").write_text('{"date": "20')
+    with pytest.raises(InputError, match="a.jsonl, line 1"):
+        read_folder(tmp_path)
+    write_rows(tmp_path / "a.jsonl", [sampled()])
+    write_rows(tmp_path / "b.jsonl", [sampled(ms=3.0)])
+    with pytest.raises(InputError, match="both hold a row of sample engine=torch"):
+        read_folder(tmp_path)
+    (tmp_path / "b.jsonl").write_text((tmp_path / "a.jsonl").read_text() * 2)
+    with pytest.raises(InputError, match="b.jsonl, line 2: a second row"):
+        read_rows(tmp_path / "b.jsonl")
+
+
+def test_a_new_row_takes_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = RowFile(path)
+    file.add(sampled("reference"))
+    file.add(sampled(ms=640.0))
+    file.add(sampled("reference", ms=900.0))
+    assert [row.ms for row in read_rows(path)] == [900.0, 640.0]
+    again = RowFile(path)
+    again.add(sampled(ms=500.0, threads=7))  # another machine
+    assert [row.ms for row in read_rows(path)] == [900.0, 640.0, 500.0]
+    assert again.holds(sampled().key, "a" * 40) and not again.holds(sampled().key, "b" * 40)
+    assert [row.ms for row in again.added] == [500.0]
+
+
+def test_a_write_that_fails_keeps_the_old_rows(tmp_path, monkeypatch):
+    file = RowFile(tmp_path / "rows.jsonl")
+    file.add(sampled())
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        file.add(sampled("reference"))
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_a_session_makes_a_row_of_whatever_happens(tmp_path):
+    session = make_session(tmp_path)
+    with session.case("a", "float32", size=1) as case:
+        case.check("error", lambda: 0.5, 1.0)
+        case.time(lambda: None, 3, "thing", Work(10, 20), beside={"other": lambda: None}, width=7)
+    with session.case("b", "float32") as case:
+        case.check("error", lambda: 2.0, 1.0)
+        raise AssertionError("not reached")
+    with session.case("c", "float32") as case:
+        case.check("error", lambda: math.nan, 1.0)
+    with session.case("d", "float32"):
+        raise InputError("no such engine")
+    with session.case("e", "float32"):
+        raise torch.OutOfMemoryError("no room\nmore")
+    with session.case("f", "float32") as case:
+        case.time(lambda: None, 1, "thing")
+    with session.case("g", "float32"):
+        pass
+    rows = {row.benchmark: row for row in read_rows(tmp_path / "rows.jsonl")}
+    first = rows.pop("a")
+    assert first.status == "ok" and first.ms > 0 and first.items == 3 and first.error is None
+    assert first.flops == 10 and first.tflops > 0 and first.gb_per_s > 0
+    assert first.peak_tflops > 0 and first.peak_gb_per_s > 0
+    assert first.share_of_floor == pytest.approx(first.floor_ms / first.ms)
+    assert set(first.values) == {"other_ms", "width"}
+    assert {n: row.status for n, row in rows.items()} == {
+        "b": "wrong", "c": "wrong", "d": "not offered", "e": "out of memory", "f": "error",
+        "g": "error",
+    }  # fmt: skip
+    assert all(row.ms is None and row.error for row in rows.values())
+    assert rows["c"].checks == (Check("error", None, 1.0),)
+    assert "before any check" in rows["f"].error and rows["e"].error == "no room"
+
+
+def test_a_session_leaves_out_what_is_stored_or_too_late(tmp_path):
+    session = make_session(tmp_path)
+    with session.case("a", "float32") as case:
+        case.check("error", lambda: 0.0, 0.0)
+        case.time(lambda: None, 1, "thing")
+    with pytest.raises(NotMeasured, match="stored"):
+        with make_session(tmp_path, resume=True).case("a", "float32"):
+            raise AssertionError
+    with pytest.raises(NotMeasured, match="time budget of 0 s"):
+        with make_session(tmp_path, time_budget=0.0).case("b", "float32"):
+            raise AssertionError
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 1
+
+
+def test_for_a_profiler_nothing_is_checked_or_stored(tmp_path):
+    calls = []
+    session = make_session(tmp_path, once=True)
+    with session.case("a", "float32") as case:
+        case.check("error", lambda: 1 / 0, 0.0)
+        case.warm_up(lambda: calls.append("warm"))
+        case.time(lambda: calls.append("timed"), 1, "thing")
+    assert calls == ["timed", "timed"] and case.row.status == "ok"
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_calls_are_timed_in_turns():
+    order, milliseconds = [], {"a": 2.0, "b": 3.0}
+
+    def clock(call):
+        call()
+        return milliseconds[order[-1]]
+
+    calls = {name: lambda name=name: order.append(name) for name in milliseconds}
+    times = interleaved(calls, clock, seconds=0.02)
+    assert times == {"a": [2.0] * 4, "b": [3.0] * 4}
+    assert order == ["a", "b"] * 5  # the first round does not count
+    assert interleaved(calls, clock, seconds=0.001) == {"a": [2.0], "b": [3.0]}
+    count = []
+    repeated(lambda: count.append(1) or torch.zeros(1), 4, CPU)()
+    assert len(count) == 4
+
+
+def test_floors():
+    ceilings = Ceilings(CPU, small=True)
+    assert ceilings.floor_ms(Work(), "float32") is None
+    assert ceilings.tflops("no dtype") is None
+    slow = ceilings.floor_ms(Work(flops=1e12, bytes=1), "float32")
+    assert slow == pytest.approx(1e3 / ceilings.tflops("float32"))
+    slow = ceilings.floor_ms(Work(flops=1, bytes=1e9), "float32")
+    assert slow == pytest.approx(1e3 / ceilings.gb_per_s(1e9))
+
+
+def test_flops_of_the_paper():
+    """6.74 M multiply-adds per trajectory and step in the denoiser, 71 k per row in the policy."""
+    c = sampler_case.build(sampler_case.Sizes(), 10, CPU)
+    denoiser, policy = 250 * 1024 + 6 * 1024**2 + 1024 * 190, 17 * 256 + 256**2 + 256 * 6
+    work = sampler_case.sample_work(c, 1024, "float16")
+    assert work.flops == 2 * 1024 * 128 * (denoiser + 10 * policy)
+    assert work.flops / 790e9 == pytest.approx(2.47, abs=0.01)  # ms at 790 TFLOP/s
+    assert 13e6 < work.bytes < 19e6
+
+
+def test_flops_of_the_transformer():
+    """Every Linear, applied to each of H tokens, and causal attention."""
+    denoiser = sampler_case.build(sampler_case.Sizes(), 7, CPU, "transformer").denoiser
+    linears = sum(
+        module.weight.numel()
+        for name, module in denoiser.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith("step_mlp")
+    )
+    attention = 7 * 8 // 2 * 2 * 6 * 312  # pairs, scores and sums, layers, width
+    assert sampler_case.denoiser_flops(denoiser) == 2 * (7 * linears + attention)
+
+
+MEASURED = [
+    sampled("reference", ms=1280.0),
+    sampled("torch", ms=640.0, share_of_floor=0.5),
+    sampled("torch", "bfloat16", ms=0.32),
+    sampled("torch", horizon=50, ms=6400.0),
+    sampled("triton", "float16", device="cuda", gpu="NVIDIA H200", driver="580", ms=9.0),
+    sampled("torch", "float16", status="wrong", ms=None),
+    make_row(
+        benchmark="sampler step",
+        case={"engine": "torch", "batch": 64, "horizon": 10, "steps": 64},
+        ms=6.0,
+        values={"gemms_ms": 5.0, "reference_ms": 12.0},
+    ),
+    make_row(benchmark="A2C update", case={"batch": 1024}, ms=266.0),
+    make_row(benchmark="environment step", case={"env_id": "Hopper-v5"}, ms=0.1,
+             values={"bare_ms": 0.08}),
+    make_row(benchmark="dynamics replay", case={"env_id": "Hopper-v5", "trajectories": 5,
+                                                "horizon": 10}, ms=0.05),
+]  # fmt: skip
+
+
+def test_tables():
+    tables = {name: build(MEASURED) for name, build in report.TABLES.items()}
+    assert "| residual mlp | 10 | 64 | 1,280 ms | 320 us | 640 ms (50%) |" in tables["samples_cpu"]
+    assert (
+        "| residual mlp | 50 | 64 | not measured | not measured | 6,400 ms |"
+        in (tables["samples_cpu"])
+    )
+    assert "| residual mlp | 10 | 64 | 9 ms |" in tables["samples_gpu"]
+    assert "NVIDIA H200; driver 580; torch" in tables["samples_gpu"]
+    assert "| float32 | 64 | 6.00 | 5.00 | 12.00 | 1.20 | 2.00x |" in tables["sampler_cpu"]
+    assert "| A2C update | batch 1024 | float32 | 266 ms | not measured |" in tables["updates"]
+    assert "| Hopper-v5 | 10,000 | 12,500 | 20,000 |" in tables["environments"]
+    assert tables["quick_seeds"] == tables["kernels"] == "Not measured."
+    assert "commit aaaaaaa" in tables["updates"] and "`pytest benchmarks/`" in tables["updates"]
+    assert all(build([]) == "Not measured." for build in report.TABLES.values())
+
+
+def test_listing():
+    lines = report.listing(MEASURED).splitlines()
+    assert len(lines) == 1 + len(MEASURED) and lines[0].startswith("case")
+    assert "2.00" in lines[2] and lines[2].endswith("ok")  # against the reference
+    assert lines[6].endswith("wrong")
+
+
+README = "before\n<!-- table: updates -->\nold\n<!-- end of table -->\nafter\n"
+
+
+def test_rendering():
+    new = report.render(README, MEASURED)
+    assert new.startswith("before\n<!-- table: updates -->\n| what ")
+    assert new.endswith("\n<!-- end of table -->\nafter\n") and "\nold\n" not in new
+    assert report.render(new, MEASURED) == new
+    assert report.stale_tables(README, MEASURED) == ["updates"]
+    assert report.stale_tables(new, MEASURED) == []
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("no tables", "0 tables begin"),
+        (README.replace("updates", "wings"), "'wings' is not one of"),
+        (README.replace("<!-- end of table -->", ""), "0 of them end"),
+        (README + README.replace("<!-- end of table -->", ""), "2 tables begin .* 1 of them"),
+    ],
+)
+def test_wrong_markers(text, message):
+    with pytest.raises(InputError, match=message):
+        report.render(text, MEASURED)
+
+
+@pytest.fixture
+def results(tmp_path):
+    write_rows(tmp_path / "results" / "rows.jsonl", MEASURED)
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def bench_report(folder, *options: str) -> int:
+    words = ["--results", str(folder / "results"), *options]
+    return cli.main(["bench", "report", *(word.format(folder) for word in words)])
+
+
+def test_the_command_line_prints_writes_and_checks(results, capsys):
+    assert bench_report(results) == 0
+    assert "| A2C update |" in capsys.readouterr().out
+    assert bench_report(results, "--readme", "{}/README.md", "--check") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "updates differ from the rows" in error
+    assert (results / "README.md").read_text() == README
+    assert bench_report(results, "--readme", "{}/README.md") == 0
+    assert "1 tables changed" in capsys.readouterr().out
+    assert bench_report(results, "--readme", "{}/README.md", "--check") == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--check"], "--check needs --readme"),
+        (["--readme", "{}/none.md"], "cannot read"),
+        (["--readme", "{}/plain.md"], "plain.md: 0 tables begin"),
+        (["--results", "{}/none"], "holds no rows"),
+        (["--results", "{}/damaged"], "rows.jsonl, line 1"),
+        (["--wings", "2"], "--wings"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(results, capsys, options, message):
+    (results / "plain.md").write_text("no tables")
+    (results / "damaged").mkdir()
+    (results / "damaged" / "rows.jsonl").write_text("{}\n")
+    assert bench_report(results, *options) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and message in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("words", [["bench", "--help"], ["bench", "report", "--help"]])
+def test_help(capsys, words):
+    assert cli.main(words) == 0
+    assert "--readme" in capsys.readouterr().out
+
+
+def test_an_unknown_action(capsys):
+    assert cli.main(["bench", "run"]) == 2
+    assert "report" in capsys.readouterr().err
+
+
+def test_plots(results, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    assert bench_report(results, "--plots", "{}/plots") == 0
+    names = {path.name for path in (results / "plots").iterdir()}
+    assert names == {"batch.png", "figure_4.png"}
+    for path in (results / "plots").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000
+    with pytest.raises(InputError, match="no row holds the time of a whole sample"):
+        figures.draw_all([MEASURED[7]], results)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    assert bench_report(results, "--plots", "{}/plots") == 2
+    assert "polygrad-fast[plots]" in capsys.readouterr().err
+
+
+def test_what_is_drawn(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    figures.draw_all(MEASURED, tmp_path)
+    lines = {line.get_label(): line for line in drawn[1].axes[0].lines}
+    line = lines["residual MLP, torch float32, B = 64"]
+    assert list(line.get_xdata()) == [10, 50] and list(line.get_ydata()) == [10.0, 100.0]
+    assert "seconds per 1000 trajectories" in drawn[1].axes[0].get_ylabel()
+    assert [axes.get_title() for axes in drawn[0].axes] == [MEASURED[0].machine, "NVIDIA H200"]

@@ -5,7 +5,8 @@
 The first two are held against their formulas, written out in float64. The whole update is the
 agent's own code: as many environment steps as fall on one policy update, each with acting, storing
 and its denoiser updates, then a batch imagined and the A2C update; its sampler, denoiser and
-actor-critic pass the checks of the parts first.
+actor-critic pass the checks of the parts first. Its dtype is the sampler's, and its floor takes all
+FLOPs in that dtype, although training computes in float32.
 """
 
 import copy

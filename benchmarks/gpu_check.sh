@@ -169,7 +169,7 @@ done'
 step "timings" "$seconds" optional timings.log bash -c "$begin_again" timings "$((seconds - 25))" \
     "${pytest[@]}" -vv benchmarks --benchmark-only --rows "$out/rows.jsonl" --resume \
     --commit "$commit" --tests "$tests"
-"$python" - "$out/rows.jsonl" >>"$summary" 2>&1 <<'PYTHON'
+[[ ! -e $out/rows.jsonl ]] || "$python" - "$out/rows.jsonl" >>"$summary" 2>&1 <<'PYTHON'
 import sys
 
 from polygrad_fast.benchmarking.report import listing

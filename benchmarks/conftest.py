@@ -3,6 +3,12 @@
 A benchmark is a test of pytest-benchmark whose case is measured by
 `polygrad_fast.benchmarking.session`; pytest-benchmark selects it (`--benchmark-only`) and is handed
 the times, so that its table and its JSON show the ones in the rows.
+
+    @pytest.mark.cases(of=list_cases)  # Setting -> [(importance, parameters)]
+    def test_something(bench, batch):
+        with bench.case("something", "float32", batch=batch) as case:
+            case.check("largest error", lambda: (call() - wanted).abs().max(), 1e-4)
+            case.time(call, items=batch, item="window", work=Work(flops, bytes))
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from polygrad_fast.benchmarking.rows import Row
@@ -11,7 +12,6 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.training.run_log import write_bytes_atomic
 
 NOT_MEASURED = "not measured"
-NOTHING = "Not measured."
 END = "<!-- end of table -->"
 
 
@@ -126,24 +126,19 @@ def _unique(values: Iterable) -> list:
 
 
 def _caption(rows: list[Row]) -> str:
-    """Return machine, versions, commits, dates and commands of rows, in words."""
-    lines = []
-    for machine in _unique(row.machine for row in rows):
-        part = [row for row in rows if row.machine == machine]
-        first = part[0]
-        facts = [machine]
-        if first.driver:
-            facts.append(f"driver {first.driver}")
-        facts.append(f"torch {first.torch}")
-        if first.device == "cuda" and first.triton:
-            facts.append(f"triton {first.triton}")
-        commits = (f"{(r.commit or 'unknown')[:7]}{' (changed)' if r.dirty else ''}" for r in part)
-        facts.append(f"commit {', '.join(_unique(commits))}")
-        facts += [", ".join(_unique(row.date[:10] for row in part if row.date))]
-        lines.append(f"{'; '.join(filter(None, facts))}:")
-        commands = _unique(row.command for row in part if row.command)
-        lines.append(" and ".join(f"`{command}`" for command in commands) or "command unknown")
-    return "\n".join(lines)
+    """Return machine, versions, commits, dates and commands of one machine's rows, in words."""
+    first = rows[0]
+    facts = [first.machine]
+    if first.driver:
+        facts.append(f"driver {first.driver}")
+    facts.append(f"torch {first.torch}")
+    if first.device == "cuda" and first.triton:
+        facts.append(f"triton {first.triton}")
+    commits = (f"{(r.commit or 'unknown')[:7]}{' (changed)' if r.dirty else ''}" for r in rows)
+    facts.append(f"commit {', '.join(_unique(commits))}")
+    facts += [", ".join(_unique(row.date[:10] for row in rows if row.date))]
+    commands = _unique(f"`{row.command}`" for row in rows if row.command)
+    return f"{'; '.join(filter(None, facts))}:\n{' and '.join(commands) or 'command unknown'}"
 
 
 def _time(row: Row | None) -> str:
@@ -157,11 +152,8 @@ def _time(row: Row | None) -> str:
 
 def _quick_seeds(rows: list[Row]) -> str:
     """Return what the quick preset learns on each seed."""
-    found = _of(rows, "quick_seeds")
-    if not found:
-        return NOTHING
     lines = []
-    for row in found:
+    for row in rows:
         v = row.values
         lines.append(
             [
@@ -175,22 +167,19 @@ def _quick_seeds(rows: list[Row]) -> str:
             ]
         )
     header = ["environment", "seed", "untrained", "best policy", "last policy", "steps", "minutes"]
-    episodes = _unique(f"{row.values['episodes']:.0f}" for row in found)
-    mujoco = ", ".join(_unique(str(row.mujoco) for row in found))
+    episodes = _unique(f"{row.values['episodes']:.0f}" for row in rows)
+    mujoco = _unique(str(row.mujoco) for row in rows)
     return (
         f"{_grid(header, lines)}\n\n"
         f"Returns over {', '.join(episodes)} fresh episodes (mean ± standard deviation); no\n"
-        f"setting was tuned on these seeds; mujoco {mujoco}. {_caption(found)}"
+        f"setting was tuned on these seeds; mujoco {', '.join(mujoco)}."
     )
 
 
-def _sampler_cpu(rows: list[Row]) -> str:
-    """Return one diffusion step of engine "torch" on a CPU beside its own GEMMs."""
-    found = _of(rows, "sampler step")
-    if not found:
-        return NOTHING
+def _sampler_steps(rows: list[Row]) -> str:
+    """Return one diffusion step of engine "torch" beside its own GEMMs."""
     lines = []
-    for row in found:
+    for row in rows:
         gemms, reference = row.values["gemms_ms"], row.values["reference_ms"]
         lines.append(
             [
@@ -207,67 +196,52 @@ def _sampler_cpu(rows: list[Row]) -> str:
     return (
         f"{_grid([*header, 'faster'], lines)}\n\n"
         "One diffusion step, paper-sized residual MLP, S = 17, A = 6, H = 10; medians of "
-        f"interleaved\nrounds. {_caption(found)}"
+        "interleaved\nrounds."
     )
 
 
-def _samples(device: str) -> Callable[[list[Row]], str]:
-    """Return the builder of the table of whole samples on one device."""
+def _samples(rows: list[Row]) -> str:
+    """Return whole samples, one line per shape, one column per engine and dtype."""
 
-    def build(rows: list[Row]) -> str:
-        found = [row for row in _of(rows, "sample") if row.device == device]
-        if not found:
-            return NOTHING
+    def shape(row: Row) -> tuple:
+        return tuple(row.case[name] for name in ("denoiser", "horizon", "batch"))
 
-        def shape(row: Row) -> tuple:
-            return tuple(row.case[name] for name in ("denoiser", "horizon", "batch"))
+    def column(row: Row) -> str:
+        return f"{row.case['engine']} {row.dtype}"
 
-        def column(row: Row) -> str:
-            return f"{row.case['engine']} {row.dtype}"
-
-        columns = sorted(_unique(map(column, found)))
-        by_place = {(shape(row), column(row)): row for row in found}
-        lines = [
-            [place[0].replace("_", " "), *map(str, place[1:])]
-            + [_time(by_place.get((place, name))) for name in columns]
-            for place in sorted(_unique(map(shape, found)))
-        ]
-        return f"{_grid(['denoiser', 'H', 'B', *columns], lines)}\n\n{_caption(found)}"
-
-    return build
+    columns = sorted(_unique(map(column, rows)))
+    by_place = {(shape(row), column(row)): row for row in rows}
+    lines = [
+        [place[0].replace("_", " "), *map(str, place[1:])]
+        + [_time(by_place.get((place, name))) for name in columns]
+        for place in sorted(_unique(map(shape, rows)))
+    ]
+    return _grid(["denoiser", "H", "B", *columns], lines)
 
 
-def _parts(*benchmarks: str) -> Callable[[list[Row]], str]:
-    """Return the builder of a table of benchmarks, one line per case, a column per kind of
-    device."""
+def _parts(rows: list[Row]) -> str:
+    """Return one line per case."""
+    lines = []
+    for row in rows:
+        case = ", ".join(f"{k.replace('env_id', 'on')} {v}" for k, v in row.case.items())
+        numbers = (_number(row.tflops, ".3g"), _number(row.gb_per_s, ".3g"))
+        cells = [row.benchmark, case.replace("_", " "), row.dtype, _time(row), *numbers]
+        lines.append(cells)
+    return _grid(["what", "case", "dtype", "time (of floor)", "TFLOP/s", "GB/s"], lines)
 
-    def build(rows: list[Row]) -> str:
-        found = _of(rows, *benchmarks)
-        if not found:
-            return NOTHING
-        by_place = {(row.name, row.device): row for row in found}
-        lines = []
-        for name in _unique(row.name for row in found):
-            row = next(row for row in found if row.name == name)
-            case = ", ".join(f"{k.replace('env_id', 'on')} {v}" for k, v in row.case.items())
-            cells = [row.benchmark, case.replace("_", " "), row.dtype]
-            lines.append(cells + [_time(by_place.get((name, d))) for d in ("cpu", "cuda")])
-        header = ["what", "case", "dtype", "CPU", "GPU"]
-        return f"{_grid(header, lines)}\n\n{_caption(found)}"
 
-    return build
+def _kernels(rows: list[Row]) -> str:
+    """Return one line per case, on a GPU those of the paper's batch only."""
+    return _parts([r for r in rows if r.device == "cpu" or 1024 in r.case.values()])
 
 
 def _environments(rows: list[Row]) -> str:
     """Return steps per second in environments and in the simulator."""
-    found = _of(rows, "environment step", "dynamics replay")
-    if not found:
-        return NOTHING
-    horizons = sorted({r.case["horizon"] for r in found if r.benchmark == "dynamics replay"})
+    horizons = sorted({r.case["horizon"] for r in rows if r.benchmark == "dynamics replay"})
     lines = []
-    for name in _unique(row.case["env_id"] for row in found):
+    for name in _unique(row.case["env_id"] for row in rows):
         cells = dict.fromkeys(["step", "bare", *horizons], NOT_MEASURED)
-        for row in (row for row in found if row.case["env_id"] == name):
+        for row in (row for row in rows if row.case["env_id"] == name):
             if row.benchmark == "environment step":
                 cells["step"] = f"{1e3 / row.ms:,.0f}"
                 cells["bare"] = f"{1e3 / row.values['bare_ms']:,.0f}"
@@ -275,18 +249,47 @@ def _environments(rows: list[Row]) -> str:
                 cells[row.case["horizon"]] = f"{1e3 / row.ms:,.0f}"
         lines.append([name, *cells.values()])
     header = ["steps per second", "environment", "bare gymnasium"]
-    replays = [f"dynamics replay, H = {horizon}" for horizon in horizons]
-    return f"{_grid(header + replays, lines)}\n\n{_caption(found)}"
+    return _grid(header + [f"dynamics replay, H = {horizon}" for horizon in horizons], lines)
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "quick_seeds": _quick_seeds,
-    "sampler_cpu": _sampler_cpu,
-    "samples_cpu": _samples("cpu"),
-    "samples_gpu": _samples("cuda"),
-    "updates": _parts("denoiser update", "A2C update", "whole update", "replay windows"),
-    "kernels": _parts("residual_mlp layer", "guided_step"),
-    "environments": _environments,
+@dataclass(frozen=True)
+class Table:
+    """A table of the README, made once for every machine that measured it.
+
+    Attributes:
+        grid: makes it of the rows of one machine.
+        benchmarks: whose rows it shows.
+        devices: "cpu", "cuda" or both; those without rows are said to be not measured.
+    """
+
+    grid: Callable[[list[Row]], str]
+    benchmarks: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu",)
+
+    def __call__(self, rows: list[Row]) -> str:
+        """Return the table of all rows that belong to it."""
+        found = _of(rows, *self.benchmarks)
+        parts = []
+        for device in self.devices:
+            own = [row for row in found if row.device == device]
+            for machine in _unique(row.machine for row in own):
+                part = [row for row in own if row.machine == machine]
+                parts.append(f"{self.grid(part)}\n\n{_caption(part)}")
+            if not own:
+                parts.append(f"On a {'GPU' if device == 'cuda' else 'CPU'}: {NOT_MEASURED}.")
+        return "\n\n".join(parts)
+
+
+EVERYWHERE = ("cpu", "cuda")
+TABLES = {
+    "quick_seeds": Table(_quick_seeds, ("quick_seeds",)),
+    "sampler_cpu": Table(_sampler_steps, ("sampler step",)),
+    "samples": Table(_samples, ("sample",), EVERYWHERE),
+    "updates": Table(
+        _parts, ("denoiser update", "A2C update", "whole update", "replay windows"), EVERYWHERE
+    ),
+    "kernels": Table(_kernels, ("residual_mlp layer", "guided_step"), EVERYWHERE),
+    "environments": Table(_environments, ("environment step", "dynamics replay")),
 }
 
 

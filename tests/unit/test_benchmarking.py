@@ -289,19 +289,28 @@ MEASURED = [
 
 def test_tables():
     tables = {name: build(MEASURED) for name, build in report.TABLES.items()}
-    assert "| residual mlp | 10 | 64 | 1,280 ms | 320 us | 640 ms (50%) |" in tables["samples_cpu"]
-    assert (
-        "| residual mlp | 50 | 64 | not measured | not measured | 6,400 ms |"
-        in (tables["samples_cpu"])
-    )
-    assert "| residual mlp | 10 | 64 | 9 ms |" in tables["samples_gpu"]
-    assert "NVIDIA H200; driver 580; torch" in tables["samples_gpu"]
+    on_cpu, on_gpu = tables["samples"].split("`pytest benchmarks/`", 1)
+    assert "| residual mlp | 10 | 64 | 1,280 ms | 320 us | 640 ms (50%) |" in on_cpu
+    assert "| residual mlp | 50 | 64 | not measured | not measured | 6,400 ms |" in on_cpu
+    assert "| residual mlp | 10 | 64 | 9 ms |" in on_gpu
+    assert "NVIDIA H200; driver 580; torch" in on_gpu
     assert "| float32 | 64 | 6.00 | 5.00 | 12.00 | 1.20 | 2.00x |" in tables["sampler_cpu"]
-    assert "| A2C update | batch 1024 | float32 | 266 ms | not measured |" in tables["updates"]
+    assert "| A2C update | batch 1024 | float32 | 266 ms | - | - |" in tables["updates"]
     assert "| Hopper-v5 | 10,000 | 12,500 | 20,000 |" in tables["environments"]
-    assert tables["quick_seeds"] == tables["kernels"] == "Not measured."
+    assert tables["quick_seeds"] == "On a CPU: not measured."
+    assert tables["kernels"] == "On a CPU: not measured.\n\nOn a GPU: not measured."
+    assert tables["updates"].endswith("\n\nOn a GPU: not measured.")
     assert "commit aaaaaaa" in tables["updates"] and "`pytest benchmarks/`" in tables["updates"]
-    assert all(build([]) == "Not measured." for build in report.TABLES.values())
+    assert all("| --- |" not in build([]) for build in report.TABLES.values())
+
+
+def test_machines_do_not_mix():
+    """What a GPU machine's processor measured stands in a table of its own."""
+    row = make_row(benchmark="environment step", case={"env_id": "Hopper-v5"}, ms=0.05,
+                   values={"bare_ms": 0.04}, processor="Xeon", threads=16)  # fmt: skip
+    table = report.TABLES["environments"]([*MEASURED, row])
+    assert "| Hopper-v5 | 10,000 |" in table and "| Hopper-v5 | 20,000 |" in table
+    assert "Xeon, 16 threads; torch" in table
 
 
 def test_listing():

@@ -48,7 +48,7 @@ class Sizes:
     """Sizes of a sampler and of its checks."""
 
     num_steps: int = 128
-    check_steps: int = 16  # more than the 11 in which the state change is clipped
+    check_steps: int = 12  # more than the 11 in which the state change is clipped
     moment_rows: int = 4096
     hidden_dim: int | None = None  # the paper's
     policy_dim: int = 256

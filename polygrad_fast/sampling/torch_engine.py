@@ -137,7 +137,7 @@ class TorchEngine:
         self._policy = None
         if not self._foreign_policy:
             state_dim = components.observation_dim + 2
-            self._policy = FoldedPolicy(components.policy, state_dim, self._held)
+            self._policy = FoldedPolicy(components.policy, state_dim, num_steps, self._held)
         self._steps = _step_constants(components)
         self._workspaces: dict[int, Workspace] = {}
         self._graphs = GraphCache()

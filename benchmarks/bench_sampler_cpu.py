@@ -8,8 +8,9 @@ the machine disturbs least; on more threads it is the wall clock. No row is prin
 trajectories agree with the reference's.
 
 "GEMMs" is every matrix product the engine does in a step, by the same operator, in the same shapes
-and parts, without activation or residual, on operands that are already in the caches. "F.linear" is
-the same products by PyTorch's public operator.
+and parts, without activation or residual, on operands that are already in the caches and on weights
+in PyTorch's layout. "packed" is the same on weights in oneDNN's layout, as the engine packs them
+once per sample; "F.linear" the same products by PyTorch's public operator.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import polygrad_fast as pg
-from polygrad_fast.sampling.linear import LinearOps
+from polygrad_fast.sampling.linear import LinearOps, Weight
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 
@@ -125,7 +126,8 @@ def test_sampler(benchmark, dtype, batch):
 
     functions = {
         "engine": sample(engine),
-        "gemms": gemms(LinearOps.linear),
+        "gemms": gemms(lambda ops, x, weight, bias: ops.linear(x, Weight(weight.plain), bias)),
+        "packed": gemms(LinearOps.linear),
         "reference": sample(reference),
         "f_linear": gemms(lambda _, x, weight, bias: F.linear(x, weight.plain, bias)),
         "refresh": lambda: engine._refresh(GUIDANCE_SCALE),
@@ -150,7 +152,8 @@ def test_sampler(benchmark, dtype, batch):
     print(
         f"\n{dtype:>8} B={batch:<5}{num_steps:>3} steps, {torch.get_num_threads()} threads: "
         f"engine {ms['engine']:.2f} ms/step, GEMMs {ms['gemms']:.2f}, "
-        f"F.linear {ms['f_linear']:.2f}, reference {ms['reference']:.2f}, "
+        f"packed {ms['packed']:.2f}, F.linear {ms['f_linear']:.2f}, "
+        f"reference {ms['reference']:.2f}, "
         f"refresh {refresh:.2f} ms/sample; "
         f"engine/GEMMs {to_gemms:.3f} (target {wanted_gemms}), "
         f"reference/engine {to_reference:.2f} (target {wanted_reference})"

@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         milliseconds = 1e3 * (time.perf_counter() - start) / options.samples
     print(
-        f"engine {sampler.engine} {options.dtype} on {s0.device}, {options.denoiser}, "
+        f"engine {sampler.engine}, dtype {options.dtype}, {s0.device}, {options.denoiser}, "
         f"B={options.batch} H={options.horizon} K={options.num_steps}: {milliseconds:.2f} ms per "
         f"sample over {options.samples}, profilers slow it down"
     )

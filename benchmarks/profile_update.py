@@ -112,8 +112,8 @@ def run(options: argparse.Namespace) -> None:
             torch.cuda.synchronize()
         milliseconds = 1e3 * (time.perf_counter() - start)
     print(
-        f"{options.env_id}, preset {options.preset}, engine {agent.sampler.engine} {options.dtype} "
-        f"on {agent.device}: {milliseconds / options.updates:.2f} ms per policy update with "
+        f"{options.env_id}, preset {options.preset}, engine {agent.sampler.engine}, dtype "
+        f"{options.dtype}, {agent.device}: {milliseconds / options.updates:.2f} ms per policy update with "
         f"{num_steps / options.updates:g} environment steps and their denoiser updates, over "
         f"{options.updates}; profilers slow it down"
     )

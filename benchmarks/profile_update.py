@@ -113,9 +113,9 @@ def run(options: argparse.Namespace) -> None:
         milliseconds = 1e3 * (time.perf_counter() - start)
     print(
         f"{options.env_id}, preset {options.preset}, engine {agent.sampler.engine}, dtype "
-        f"{options.dtype}, {agent.device}: {milliseconds / options.updates:.2f} ms per policy update with "
-        f"{num_steps / options.updates:g} environment steps and their denoiser updates, over "
-        f"{options.updates}; profilers slow it down"
+        f"{options.dtype}, {agent.device}: {milliseconds / options.updates:.2f} ms per policy "
+        f"update with {num_steps / options.updates:g} environment steps and their denoiser "
+        f"updates, over {options.updates}; profilers slow it down"
     )
     if profiler is not None:
         print(profiling.range_table(profiler))

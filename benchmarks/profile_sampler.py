@@ -37,21 +37,22 @@ def fail(message: str) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Sample for a profiler, or under torch.profiler; see benchmarks/PROFILING.md.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Sample for a profiler, or under torch.profiler; see benchmarks/PROFILING.md."
     )
     parser.error = fail
     parser.add_argument("--engine", choices=ENGINES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=1024, help="trajectories per sample")
-    parser.add_argument("--horizon", type=int, default=10)
-    parser.add_argument("--num-steps", type=int, default=128, help="diffusion steps")
+    parser.add_argument(
+        "--batch", type=int, default=1024, help="trajectories per sample (%(default)s)"
+    )
+    parser.add_argument("--horizon", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--num-steps", type=int, default=128, help="diffusion steps (%(default)s)")
     parser.add_argument("--denoiser", choices=DENOISERS, default="residual_mlp")
-    parser.add_argument("--hidden-dim", type=int, help="of the denoiser; default: the paper's")
-    parser.add_argument("--policy-dim", type=int, default=256, help="width of the policy")
-    parser.add_argument("--warmup", type=int, default=3, help="samples before the capture range")
-    parser.add_argument("--samples", type=int, default=3, help="samples in the capture range")
+    parser.add_argument("--hidden-dim", type=int, help="denoiser's width; default: the paper's")
+    parser.add_argument("--policy-dim", type=int, default=256, help="its width (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="samples before (%(default)s)")
+    parser.add_argument("--samples", type=int, default=3, help="samples recorded (%(default)s)")
     parser.add_argument(
         "--torch-profiler",
         type=Path,

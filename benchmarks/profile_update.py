@@ -38,24 +38,19 @@ def fail(message: str) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Train for a profiler, or under torch.profiler; see benchmarks/PROFILING.md.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train for a profiler, or under torch.profiler; see benchmarks/PROFILING.md."
     )
     parser.error = fail
-    parser.add_argument(
-        "--env-id", default="Walker2d-v5", help="Pendulum-v1 needs no MuJoCo, for instance"
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="quick: for a CPU")
+    parser.add_argument("--env-id", default="Walker2d-v5", help="%(default)s, which needs MuJoCo")
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="quick is for a CPU")
     parser.add_argument("--engine", choices=ENGINES, default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, help="imagined trajectories; default: the preset's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prefill", type=int, default=1000, help="random environment steps")
-    parser.add_argument("--warmup", type=int, default=3, help="policy updates before the capture")
-    parser.add_argument(
-        "--updates", type=int, default=3, help="policy updates in the capture range"
-    )
+    parser.add_argument("--prefill", type=int, default=1000, help="random steps (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="policy updates before (%(default)s)")
+    parser.add_argument("--updates", type=int, default=3, help="those recorded (%(default)s)")
     parser.add_argument(
         "--torch-profiler", type=Path, metavar="OUT.json", help="write a Chrome trace (or .json.gz)"
     )

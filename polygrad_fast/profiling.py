@@ -30,7 +30,7 @@ def _recorded_domain():
         # without a tool, `get_domain` returns a dummy of another type
         domain = nvtx.get_domain(DOMAIN) if nvtx.enabled() else None
         return domain if isinstance(domain, nvtx.Domain) else None
-    except (ImportError, AttributeError):  # not installed; AttributeError: older than 0.2.11
+    except (ImportError, AttributeError):  # not installed; AttributeError: older than 0.2.12
         return None
 
 
@@ -169,7 +169,8 @@ def range_table(profiler: torch.profiler.profile) -> str:
 
 def kernel_table(profiler: torch.profiler.profile, rows: int = 20) -> str:
     """Return torch.profiler's table of the operators, on a GPU kernels, that took most time."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    devices = {event.device_type for event in profiler.events()}
+    device = "cuda" if torch.autograd.DeviceType.CUDA in devices else "cpu"
     return profiler.key_averages().table(
         sort_by=f"self_{device}_time_total", row_limit=rows, max_name_column_width=60
     )

@@ -182,7 +182,9 @@ def test_nothing_is_emitted_when_nothing_records(monkeypatch):
 def test_without_a_usable_nvtx_there_is_no_domain(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvtx", None)  # as if not installed
     assert profiling._recorded_domain() is None
-    monkeypatch.setitem(sys.modules, "nvtx", types.ModuleType("nvtx"))  # 0.2.10 has no get_domain
+    monkeypatch.setitem(
+        sys.modules, "nvtx", types.ModuleType("nvtx")
+    )  # as 0.2.10, without get_domain
     assert profiling._recorded_domain() is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 
@@ -73,7 +74,8 @@ class ReferenceEngine:
         def normals(shape: tuple[int, ...], given: Tensor | None) -> Tensor:
             if given is not None:
                 return given.to(c.device)
-            return torch.randn(shape, generator=generator, device=c.device)
+            with annotate("noise"):
+                return torch.randn(shape, generator=generator, device=c.device)
 
         trajectory = normals(states_shape, noise and noise.initial_trajectories).clone()
         actions = normals(actions_shape, noise and noise.initial_actions).clone()
@@ -84,16 +86,17 @@ class ReferenceEngine:
             action_noise = None
             if k > 0 and c.config.action_update != "none":
                 action_noise = normals(actions_shape, noise and noise.actions[step])
-            trajectory, actions = diffusion_step(
-                c,
-                trajectory,
-                actions,
-                initial_observations,
-                k,
-                guidance_scale,
-                trajectory_noise,
-                action_noise,
-            )
+            with annotate("diffusion_step"):
+                trajectory, actions = diffusion_step(
+                    c,
+                    trajectory,
+                    actions,
+                    initial_observations,
+                    k,
+                    guidance_scale,
+                    trajectory_noise,
+                    action_noise,
+                )
             if return_chain:
                 chain.append((trajectory, actions))
         chains = tuple(map(torch.stack, zip(*chain, strict=True))) if return_chain else None

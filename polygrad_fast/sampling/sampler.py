@@ -12,6 +12,7 @@ from torch import Tensor
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.profiling import annotate
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.folded_networks import is_foldable
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
@@ -138,18 +139,21 @@ class PolicyGuidedSampler:
             InputError: wrong shape or dtype, B = 0, a value that is not finite, or noise of other
                 shapes.
         """
-        s0 = self._check_observations(initial_observations)
-        self._check_guidance_scale(guidance_scale)
-        self._check_generator(generator)
-        if noise is not None:
-            noise = self._check_noise(noise, s0.shape[0])
-        s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
-        autocast_off = torch.autocast(self.components.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), autocast_off:
-            trajectory, actions, chain = self._engine.sample(
-                s0_norm, guidance_scale, generator, noise, return_chain
-            )
-            return self._to_batch(s0, trajectory, actions, chain, normalized)
+        with annotate("sample"):
+            with annotate("check_inputs"):
+                s0 = self._check_observations(initial_observations)
+                self._check_guidance_scale(guidance_scale)
+                self._check_generator(generator)
+                if noise is not None:
+                    noise = self._check_noise(noise, s0.shape[0])
+            s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
+            autocast_off = torch.autocast(self.components.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), autocast_off:
+                trajectory, actions, chain = self._engine.sample(
+                    s0_norm, guidance_scale, generator, noise, return_chain
+                )
+                with annotate("results"):
+                    return self._to_batch(s0, trajectory, actions, chain, normalized)
 
     def _to_batch(self, s0, trajectory, actions, chain, normalized) -> TrajectoryBatch:
         observations = trajectory[..., : self.components.observation_dim]

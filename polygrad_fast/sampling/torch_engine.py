@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polygrad_fast.errors import InputError
 from polygrad_fast.policy import GaussianPolicy, log_prob
+from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.guided_step import policy_distribution
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.folded_networks import (
@@ -158,7 +159,8 @@ class TorchEngine:
         observations [B, S].
         """
         with self._matmul_precision():
-            self._refresh(guidance_scale)
+            with annotate("refresh"):
+                self._refresh(guidance_scale)
             run = self._sample_captured if self._captures else self._sample_eagerly
             return run(initial_observations, generator, noise, return_chain)
 
@@ -166,8 +168,9 @@ class TorchEngine:
         """Run all steps; the arguments and the result of `sample`."""
         ws = self._workspace(initial_observations.shape[0])
         if noise is None:
-            ws.trajectory.normal_(generator=generator)
-            ws.actions.normal_(generator=generator)
+            with annotate("noise"):
+                ws.trajectory.normal_(generator=generator)
+                ws.actions.normal_(generator=generator)
         else:
             ws.trajectory.copy_(noise.initial_trajectories)
             ws.actions.copy_(noise.initial_actions)
@@ -188,10 +191,11 @@ class TorchEngine:
             normals = tuple(tensor.to(device, torch.float32) for tensor in normals)
         else:
             states, actions = self._shapes(batch)
-            normals = tuple(
-                torch.randn(shape, generator=generator, device=device)
-                for shape in (states, actions, (num_steps, *states), (num_steps, *actions))
-            )
+            with annotate("noise"):
+                normals = tuple(
+                    torch.randn(shape, generator=generator, device=device)
+                    for shape in (states, actions, (num_steps, *states), (num_steps, *actions))
+                )
 
         def run(initial_observations, trajectories, actions, trajectory_noise, action_noise):
             # This workspace belongs to the graph: it is allocated from the graph's own memory.
@@ -318,10 +322,13 @@ class TorchEngine:
             )
         self._inpaint(ws.trajectory, initial_observations)
         for step, constants in enumerate(self._steps):
-            self._write_denoiser_input(ws, constants)
-            prediction = self._predict(ws, constants.k)
-            normals = noise_source(step)
-            self._guided_step(ws, prediction, initial_observations, constants, *normals)
+            with annotate("denoiser"):
+                self._write_denoiser_input(ws, constants)
+                prediction = self._predict(ws, constants.k)
+            with annotate("noise"):
+                normals = noise_source(step)
+            with annotate("guided_step"):
+                self._guided_step(ws, prediction, initial_observations, constants, *normals)
             if return_chain:
                 chain[0][step].copy_(ws.trajectory)
                 chain[1][step].copy_(ws.actions)

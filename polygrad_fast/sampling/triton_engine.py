@@ -14,6 +14,7 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
+from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.residual_mlp import fold_input, fold_normalizer
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.graphs import GraphCache
@@ -420,7 +421,8 @@ class TritonEngine:
             )
             seed = torch.zeros(2, dtype=torch.int64, device=self.device)
         else:
-            seed = self._draw_seed(generator)
+            with annotate("noise"):
+                seed = self._draw_seed(generator)
         given = tuple(t.to(self.device, torch.float32).contiguous() for t in given)
         s0 = initial_observations.to(self.device, torch.float32).contiguous()
         inputs = (s0, guidance, seed, *given)
@@ -462,8 +464,9 @@ class TritonEngine:
         all_actions = torch.empty(*kept, *shape, c.action_dim, device=self.device)
         trajectory, actions = trajectories[0], all_actions[0]
 
-        self.denoiser.refresh()
-        self.policy.refresh()
+        with annotate("refresh"):
+            self.denoiser.refresh()
+            self.policy.refresh()
         workspace = self.denoiser.workspace(batch)
         normalizer = c.normalizer
         space = self.steps.ActionSpace(
@@ -477,24 +480,27 @@ class TritonEngine:
             seed=seed,
             denoiser_input=workspace.input,
         )
-        self.steps.initial_state(
-            noise=given[:2] or None, trajectory_out=trajectory, actions_out=actions, **common
-        )
-        for step, k in enumerate(list(reversed(range(num_steps)))[:max_steps]):
-            prediction = self.denoiser.predict(workspace, k)
-            row = step if return_chain else 0
-            self.steps.guided_step(
-                prediction,
-                trajectory,
-                actions,
-                k=k,
-                policy=self.policy.operands,
-                guidance_scale=guidance_scale,
-                noise=(given[2][step], given[3][step]) if given else None,
-                trajectory_out=trajectories[row],
-                actions_out=all_actions[row],
-                **common,
+        with annotate("noise"):
+            self.steps.initial_state(
+                noise=given[:2] or None, trajectory_out=trajectory, actions_out=actions, **common
             )
+        for step, k in enumerate(list(reversed(range(num_steps)))[:max_steps]):
+            with annotate("denoiser"):
+                prediction = self.denoiser.predict(workspace, k)
+            row = step if return_chain else 0
+            with annotate("guided_step"):
+                self.steps.guided_step(
+                    prediction,
+                    trajectory,
+                    actions,
+                    k=k,
+                    policy=self.policy.operands,
+                    guidance_scale=guidance_scale,
+                    noise=(given[2][step], given[3][step]) if given else None,
+                    trajectory_out=trajectories[row],
+                    actions_out=all_actions[row],
+                    **common,
+                )
             trajectory, actions = trajectories[row], all_actions[row]
         if return_chain:
             return trajectory.clone(), actions.clone(), trajectories, all_actions

@@ -64,7 +64,7 @@ class GuidanceOptions:
             ("states_for_guidance", POLICY_INPUTS),
         ):
             got = getattr(result, name)
-            if got not in allowed:
+            if got not in list(allowed):
                 raise InputError(f"{name} must be one of {list(allowed)}, got {got!r}")
         scale = result.action_noise_scale
         if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
@@ -73,15 +73,33 @@ class GuidanceOptions:
 
     def sampler_config(self, prediction_type: str) -> SamplerConfig:
         """Return our options for the same mathematics."""
-        guided = self.guidance_type == "grad"
-        return SamplerConfig.official(
-            prediction_type=prediction_type,
-            action_update=ACTION_UPDATES[self.guidance_type],
-            clip_std=_limit(self.clip_std),
-            policy_input=POLICY_INPUTS[self.states_for_guidance],
-            update_states=guided and bool(self.update_states),
-            clip_state_change=_limit(self.clip_state_change),
+        return _sampler_config(
+            prediction_type,
+            ACTION_UPDATES[self.guidance_type],
+            _limit("clip_std", self.clip_std),
+            POLICY_INPUTS[self.states_for_guidance],
+            self.guidance_type == "grad" and bool(self.update_states),
+            _limit("clip_state_change", self.clip_state_change),
         )
+
+
+@functools.lru_cache  # building a configuration takes a millisecond
+def _sampler_config(
+    prediction_type: str,
+    action_update: str,
+    clip_std: float | None,
+    policy_input: str,
+    update_states: bool,
+    clip_state_change: float | None,
+) -> SamplerConfig:
+    return SamplerConfig.official(
+        prediction_type=prediction_type,
+        action_update=action_update,
+        clip_std=clip_std,
+        policy_input=policy_input,
+        update_states=update_states,
+        clip_state_change=clip_state_change,
+    )
 
 
 class AcceleratedDiffusion:
@@ -326,12 +344,7 @@ class AcceleratedDiffusion:
         return "epsilon" if self.diffusion_model.predict_epsilon else "sample"
 
     def _world_model_config(self) -> SamplerConfig:
-        return SamplerConfig.official(
-            prediction_type=self._prediction_type,
-            action_update="none",
-            clip_std=None,
-            clip_state_change=None,
-        )
+        return _sampler_config(self._prediction_type, "none", None, "denoised", False, None)
 
     def _link(self) -> None:
         """Build our copies of the live denoiser and schedule, on the live model's device."""
@@ -363,7 +376,7 @@ class AcceleratedDiffusion:
 
     def _refresh(self) -> None:
         model = self.diffusion_model
-        if model.betas.device != self._device or not self._denoiser.refresh(model.model):
+        if model.betas.device != self._device or not self._denoiser.refresh(model):
             self._link()
         elif self._tables_changed():
             self._read_tables()
@@ -437,8 +450,10 @@ def _diffusion_model(agent: nn.Module) -> nn.Module:
         ) from None
 
 
-def _limit(value: float | None) -> float | None:
+def _limit(name: str, value: float | None) -> float | None:
     """Return a bound as our options take it: infinity is no bound."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        value = float(value)
-    return None if value == math.inf else value
+    if value is None or value == math.inf:
+        return None
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not value > 0:
+        raise InputError(f"{name} must be a positive number or None, got {value!r}")
+    return float(value)

@@ -23,6 +23,11 @@ PROBE_TOLERANCE = 1e-3
 layer order makes a far larger one."""
 
 
+def released_network(diffusion_model: Any) -> nn.Module:
+    """Return a diffusion model's network, out of `torch.compile`'s wrapper."""
+    return getattr(diffusion_model.model, "_orig_mod", diffusion_model.model)
+
+
 class LiveDenoiser:
     """Our copy of a live denoiser.
 
@@ -35,7 +40,8 @@ class LiveDenoiser:
 
     def __init__(self, diffusion_model: Any, device: torch.device):
         self.device = device
-        live, weights = diffusion_model.model, diffusion_model.model.state_dict()
+        live = released_network(diffusion_model)
+        weights = live.state_dict()
         dims = (
             diffusion_model.observation_dim,
             diffusion_model.action_dim,
@@ -48,10 +54,10 @@ class LiveDenoiser:
         self._copies = export_denoiser(module.state_dict(), module)
         self._compare(live, diffusion_model.n_timesteps)
 
-    def refresh(self, live: nn.Module) -> bool:
+    def refresh(self, diffusion_model: Any) -> bool:
         """Copy the live network's weights, or return False where its names or shapes are others;
         no host synchronization."""
-        weights = live.state_dict()
+        weights = released_network(diffusion_model).state_dict()
         if self._signature != _signature(weights):
             return False
         torch._foreach_copy_(list(self._copies.values()), [weights[n] for n in self._copies])

@@ -114,9 +114,9 @@ class AcceleratedDiffusion:
     conditions at other times than 0, another `horizon` than the model's, active dropout, a single
     diffusion step, and, without a policy, `clip_denoised` or an `action_condition_noise_scale`.
 
-    Differences: the returned actions carry no autograd graph (the released ones do where they are
-    clipped in the last step); on a GPU the engines "torch" and "triton" draw other random numbers
-    from the same seed.
+    With gradients enabled, the actions carry the autograd graph of the last step's clip to the
+    policy's parameters, as in the released code: in a loss, clipped actions move with the bounds.
+    On a GPU the engines "torch" and "triton" draw other random numbers from the same seed.
 
     Args:
         diffusion_model: the live object.
@@ -221,11 +221,14 @@ class AcceleratedDiffusion:
                 return_sequence=return_sequence,
                 **guidance_options,
             )
+        needs_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.no_grad():
             self._refresh()
             if policy is None:
                 return self._sample_world_model(cond[0], act, return_sequence)
-            return self._sample_guided(cond[0], normalizer, policy, options, return_sequence)
+            return self._sample_guided(
+                cond[0], normalizer, policy, options, return_sequence, needs_graph
+            )
 
     def _released_only(self, cond, policy, horizon) -> str | None:
         """Return why the engines cannot run a call, or None."""
@@ -247,7 +250,7 @@ class AcceleratedDiffusion:
             )
         return None
 
-    def _sample_guided(self, s0, normalizer, policy, options, return_sequence):
+    def _sample_guided(self, s0, normalizer, policy, options, return_sequence, needs_graph):
         model = self.diffusion_model
         if normalizer is None:
             raise InputError("a policy needs the normalizer, got None")
@@ -276,7 +279,35 @@ class AcceleratedDiffusion:
         *_, before, x = batch.chain_trajectories
         seq = list(batch.chain_trajectories.cpu().numpy()) if return_sequence else []
         metrics = self._last_change(before, x, config.clip_state_change)
-        return x.clone(), batch.actions, seq, metrics
+        actions = batch.actions
+        if needs_graph and config.clip_std is not None:
+            actions = self._with_graph(batch, normalizer, policy, config)
+        return x.clone(), actions, seq, metrics
+
+    def _with_graph(self, batch, normalizer, policy, config) -> Tensor:
+        """Return the actions with the autograd graph of the last step's clip to the policy.
+
+        The clip is computed again from the states and actions before the last step, in float32.
+        """
+        (*_, x, mean), (*_, u, _) = batch.chain_trajectories, batch.chain_actions
+        observation_dim = self.diffusion_model.observation_dim
+        states = mean
+        if config.policy_input == "denoised":
+            schedule, steps = self._schedule, torch.zeros(len(x), dtype=torch.long, device=x.device)
+            states = self._denoiser.module(x, u * schedule.alphas_cumprod[0].sqrt(), steps)
+            if config.prediction_type == "epsilon":
+                states = (
+                    schedule.sqrt_recip_alphas_cumprod[0] * x
+                    - schedule.sqrt_recipm1_alphas_cumprod[0] * states
+                )
+            states[:, 0, :observation_dim] = x[:, 0, :observation_dim]
+        with torch.enable_grad():
+            distribution = policy(states[..., :observation_dim], normed_input=True)
+            reach = config.clip_std * distribution.stddev
+            raw = normalizer.unnormalize(u, "actions")
+            raw = torch.clamp(raw, distribution.mean - reach, distribution.mean + reach)
+            clipped = normalizer.normalize(raw, "actions")
+            return batch.actions + (clipped - clipped.detach())  # the same numbers
 
     def _sample_world_model(self, s0, act, return_sequence):
         model = self.diffusion_model

@@ -325,7 +325,26 @@ def test_same_seed_as_our_sampler(engine, options):
     assert relative_error(x[..., :S], batch.observations) < 1e-5
     assert relative_error(x[..., S], batch.rewards) < 1e-5
     assert relative_error(actions, batch.actions) < 1e-5
-    assert seq == [] and not x.requires_grad and not actions.requires_grad
+    assert seq == [] and not x.requires_grad
+    assert actions.requires_grad == (config.clip_std is not None)
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+@pytest.mark.parametrize("states", ["recon", "posterior_mean"])
+@pytest.mark.parametrize("predict_epsilon", [False, True])
+def test_clipped_actions_move_with_the_policy(engine, states, predict_epsilon):
+    diffusion, ac, s0 = released()
+    diffusion.predict_epsilon = predict_epsilon
+    fast = official.accelerate(diffusion, engine=engine)
+    options = {"clip_std": 1e-6, "states_for_guidance": states}  # clips all actions to the mean
+    actions = sample(fast, ac, s0, **options)[1]
+    raw = ac.normalizer.unnormalize(actions, "actions")
+    (gradient,) = torch.autograd.grad(raw.sum(), ac.actor.model[-1].bias)
+    wanted = (1.0 - raw.detach().square()).sum((0, 1))  # of tanh
+    torch.testing.assert_close(gradient, wanted, rtol=1e-2, atol=1e-2)
+    with torch.no_grad():
+        constants = sample(fast, ac, s0, **options)[1]
+    assert not constants.requires_grad and torch.equal(constants, actions)
 
 
 @pytest.mark.parametrize("engine", ["reference", "torch"])

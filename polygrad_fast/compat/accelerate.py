@@ -35,6 +35,8 @@ DIFFUSION_ATTRIBUTES = (
     "action_condition_noise_scale",
     *TABLES,
 )
+MAX_SAMPLERS = 8
+"""Samplers kept, one for each combination of options."""
 ACTION_UPDATES = {"grad": "score", "sample": "sample", "none": "none"}
 POLICY_INPUTS = {"recon": "denoised", "posterior_mean": "posterior_mean"}
 
@@ -416,8 +418,11 @@ class AcceleratedDiffusion:
     def _sampler(self, config: SamplerConfig, policy: nn.Module | None) -> PolicyGuidedSampler:
         """Return the sampler with these options, built where there is none yet."""
         key = config, policy is None
-        if key not in self._samplers:
-            self._samplers[key] = PolicyGuidedSampler(
+        sampler = self._samplers.pop(key, None)
+        if sampler is None:
+            while len(self._samplers) >= MAX_SAMPLERS:
+                self._samplers.pop(next(iter(self._samplers)))
+            sampler = PolicyGuidedSampler(
                 self._denoiser.module,
                 self._unused_policy if policy is None else policy,
                 self._schedule,
@@ -426,7 +431,8 @@ class AcceleratedDiffusion:
                 engine=self.engine,
                 dtype=self.dtype,
             )
-        return self._samplers[key]
+        self._samplers[key] = sampler
+        return sampler
 
 
 def accelerate(

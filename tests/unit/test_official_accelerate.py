@@ -500,6 +500,25 @@ def test_the_guidance_scale_is_read_at_every_call():
     assert (after[1] - before[1]).abs().max() > 1e-3
 
 
+def test_changing_options_keep_few_samplers():
+    diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine="torch")
+    first = sample(fast, ac, s0, clip_std=0.5)[1]
+    for i in range(2 * polygrad_fast.compat.accelerate.MAX_SAMPLERS):
+        sample(fast, ac, s0, clip_std=1.0 + i)
+    assert len(fast._samplers) == polygrad_fast.compat.accelerate.MAX_SAMPLERS
+    assert torch.equal(sample(fast, ac, s0, clip_std=0.5)[1], first)
+
+
+def test_a_compiled_network_is_looked_into():
+    diffusion, ac, s0 = released()
+    wanted = sample(official.accelerate(diffusion, engine="torch"), ac, s0)[1]
+    wrapper = nn.Module()  # as torch.compile makes one
+    wrapper._orig_mod = diffusion.model
+    diffusion.model = wrapper
+    assert torch.equal(sample(official.accelerate(diffusion, engine="torch"), ac, s0)[1], wanted)
+
+
 def test_defaults_are_the_released_ones():
     diffusion, ac, s0 = released()
     fast = official.accelerate(diffusion, engine="reference")

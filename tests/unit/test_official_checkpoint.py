@@ -158,7 +158,7 @@ def hide_code(path):
 
 
 def plain_pickle(path):
-    path.write_bytes(pickle.dumps(Payload()))
+    path.write_bytes(pickle.dumps(Payload(), protocol=2))
 
 
 def trainer_state(path):

@@ -16,6 +16,7 @@ from torch import nn
 import polygrad_fast as pg
 import polygrad_fast.compat.accelerate
 from polygrad_fast.compat import official
+from polygrad_fast.compat.live import moments
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
 INDEX = json.loads((FIXTURES / "index.json").read_text())
@@ -147,8 +148,8 @@ class GaussianNormalizer:
 
 
 class DatasetNormalizer:
-    def __init__(self, moments):
-        self.normalizers = {field: GaussianNormalizer(*pair) for field, pair in moments.items()}
+    def __init__(self, pairs):
+        self.normalizers = {field: GaussianNormalizer(*pair) for field, pair in pairs.items()}
 
     def normalize(self, x, key):
         part = self.normalizers[key]
@@ -209,11 +210,11 @@ def released(name: str = OFFICIAL):
         info["predict_epsilon"],
         dims,
     )
-    moments = {
+    pairs = {
         field: (arrays[f"normalizer.{field}.mean"], arrays[f"normalizer.{field}.std"])
         for field in ("observations", "actions")
     }
-    ac = ActorCritic(DatasetNormalizer(moments), info["min_std"], dims)
+    ac = ActorCritic(DatasetNormalizer(pairs), info["min_std"], dims)
     ac.actor.load_state_dict(part(arrays, "actor."))
     ac.logstd._bias.data = arrays["logstd"].reshape(-1)
     return diffusion, ac, arrays["s0"]
@@ -277,7 +278,7 @@ def test_recorded_results(name, monkeypatch):
 
 
 def our_sampler(diffusion, ac, config):
-    moments = {
+    pairs = {
         field: (part.means_torch, part.stds_torch)
         for field, part in ac.normalizer.normalizers.items()
     }
@@ -285,10 +286,24 @@ def our_sampler(diffusion, ac, config):
         official.load_denoiser(diffusion.model.state_dict(), S, A, 4),
         official.load_policy(ac.actor.state_dict(), ac.logstd._bias.detach(), 0.1),
         pg.NoiseSchedule.cosine(16),
-        pg.Normalizer.from_moments(**moments),
+        pg.Normalizer.from_moments(**pairs),
         config,
         engine="reference",
     )
+
+
+@pytest.mark.parametrize("limit", [float("inf"), 0.1])
+def test_metrics_are_of_the_mean_before_s0_is_put_back(limit):
+    diffusion, ac, s0 = released()
+    diffusion.posterior_mean_coef1[0] = 1.5  # rounding of the float32 tables, exaggerated
+    fast = official.accelerate(diffusion, engine="reference")
+    options = {"clip_state_change": limit, "return_sequence": True}
+    _, _, (*_, before, after), metrics = sample(fast, ac, s0, **options)
+    change = np.abs(after - before)
+    change[:, 0, :S] = np.minimum(np.abs(0.5 * s0.numpy()), limit)
+    assert metrics["min_change"] == pytest.approx(change.min(), abs=1e-6)
+    assert metrics["avg_change"] == pytest.approx(change.mean(), rel=1e-4)
+    assert metrics["std_change"] == pytest.approx(change.std(ddof=1), rel=1e-4)
 
 
 VARIANTS = [
@@ -342,6 +357,14 @@ def test_clipped_actions_move_with_the_policy(engine, states, predict_epsilon):
     (gradient,) = torch.autograd.grad(raw.sum(), ac.actor.model[-1].bias)
     wanted = (1.0 - raw.detach().square()).sum((0, 1))  # of tanh
     torch.testing.assert_close(gradient, wanted, rtol=1e-2, atol=1e-2)
+    seen = []
+
+    def watched(observations, normed_input):
+        seen.append(observations.detach())
+        return ac.forward_actor(observations)
+
+    sample(fast, SimpleNamespace(forward_actor=watched, normalizer=ac.normalizer), s0, **options)
+    torch.testing.assert_close(seen[-1], seen[-2], rtol=1e-5, atol=1e-5)  # the last clip's states
     with torch.no_grad():
         constants = sample(fast, ac, s0, **options)[1]
     assert not constants.requires_grad and torch.equal(constants, actions)
@@ -438,9 +461,9 @@ def train_std(diffusion, ac):
 
 
 def refresh_moments(diffusion, ac):
-    for moments in ac.normalizer.normalizers.values():
-        moments.means_torch = moments.means_torch + 0.5
-        moments.stds_torch = moments.stds_torch * 2.0
+    for field in ac.normalizer.normalizers.values():
+        field.means_torch = field.means_torch + 0.5
+        field.stds_torch = field.stds_torch * 2.0
 
 
 def predict_noise(diffusion, ac):
@@ -577,9 +600,18 @@ def test_other_affine_normalizers():
     ac.normalizer = SimpleNamespace(normalize=inner.normalize, unnormalize=inner.unnormalize)
     got = sample(fast, ac, s0)
     assert max(map(relative_error, got[:2], wanted[:2])) < 1e-4
-    ac.normalizer = SimpleNamespace(normalize=torch.atanh, unnormalize=lambda x, key: x.tanh())
-    with pytest.raises(pg.InputError, match="normalizer.*'actions'"):
+    cubic = SimpleNamespace(
+        normalize=lambda x, key: x.sign() * x.abs() ** (1 / 3), unnormalize=lambda x, key: x**3
+    )
+    ac.normalizer = cubic
+    with pytest.raises(pg.InputError, match="normalizer.*'actions'.*wanted an affine map"):
         sample(fast, ac, s0)
+    mean, std = moments(SimpleNamespace(normalize=same, unnormalize=same), "actions", A, "cpu")
+    assert torch.equal(mean, torch.zeros(A)) and torch.equal(std + 1e-6, torch.ones(A))
+
+
+def same(x, key):
+    return x
 
 
 def test_rare_calls_run_in_the_released_code():
@@ -600,6 +632,7 @@ def test_rare_calls_run_in_the_released_code():
     args, kwargs = falls_through("other times than 0", {0: s0, 3: s0}, act, **guided)
     assert args == (act, ac.normalizer, ac.forward_actor, None)
     assert kwargs == {"return_sequence": False, "clip_std": 2.0}
+    assert fast({0: s0}, horizon=4, **guided)[0] != "released"
     args, _ = falls_through("horizon 3", {0: s0}, horizon=3, **guided)
     assert args[-1] == 3
     diffusion.clip_denoised = True
@@ -653,8 +686,10 @@ def test_an_accelerated_model_looks_like_the_model():
     with pytest.raises(AttributeError, match="Diffusion.*horizont"):
         fast.horizont  # noqa: B018
     with torch.inference_mode():
-        first = sample(official.accelerate(diffusion, engine="torch"), ac, s0)
-    assert torch.equal(first[1], sample(fast, ac, s0)[1])
+        fresh = official.accelerate(diffusion, engine="torch")
+        first = sample(fresh, ac, s0)
+    for model in (fast, fresh):
+        assert torch.equal(first[1], sample(model, ac, s0)[1])
 
 
 def activation_changed():

@@ -76,15 +76,17 @@ class LiveDenoiser:
         try:
             wanted = live(*inputs)
         except Exception as error:
-            raise InputError(f"diffusion_model.model cannot be called: {error}") from error
+            raise InputError(
+                f"diffusion_model.model cannot be called: {_first_line(error)}"
+            ) from error
         finally:
             for module, training in modes:
                 module.training = training
         if not _same(m(*inputs), wanted):
             raise InputError(
                 f"diffusion_model.model has the weights of a released network, but this "
-                f"{type(live).__name__} computes something else with them; wanted the released "
-                f"defaults (ReLU, LayerNorm, scale_obs 1)"
+                f"{type(live).__name__} computes something else with them, for "
+                f"instance by another activation; wanted the released forward pass"
             )
 
 
@@ -178,7 +180,7 @@ class LivePolicy:
         try:
             distribution = policy(self._probe, normed_input=True)
         except Exception as error:
-            raise InputError(f"{what} failed: {error}") from error
+            raise InputError(f"{what} failed: {_first_line(error)}") from error
         base = distribution
         if isinstance(base, torch.distributions.Independent):
             base = base.base_dist
@@ -229,7 +231,7 @@ def moments(normalizer: Any, field: str, dim: int, device: torch.device) -> tupl
     except Exception as error:
         raise InputError(
             f"{what}: wanted normalize(x, field) and unnormalize(x, field) as in the released "
-            f"DatasetNormalizer, but the call failed: {error}"
+            f"DatasetNormalizer, but the call failed: {_first_line(error)}"
         ) from error
     offset, scale = raw[0], raw[1] - raw[0]
     if not (_same(raw[2], offset - 2.0 * scale) and _same(back, points)):
@@ -262,3 +264,7 @@ def _num_heads(live: nn.Module) -> int:
 def _same(a: Tensor, b: Tensor) -> bool:
     limit = PROBE_TOLERANCE * max(1e-6, b.abs().max().item())
     return torch.allclose(a, b, rtol=0.0, atol=limit, equal_nan=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

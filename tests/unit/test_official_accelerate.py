@@ -698,6 +698,16 @@ def activation_changed():
     return diffusion
 
 
+def forward_broken():
+    diffusion = released()[0]
+
+    def fail(*inputs):
+        raise RuntimeError("first line\nsecond line")
+
+    diffusion.model.forward = fail
+    return diffusion
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
@@ -705,6 +715,7 @@ def activation_changed():
         (lambda: None, "wanted a GaussianDiffusion.*got a NoneType"),
         (lambda: Diffusion(nn.Linear(2, 2)), "residual MLP.*transformer.*got names"),
         (lambda: Diffusion(MLPDenoiser(horizon=3)), "horizon 4.*size mismatch"),
+        (forward_broken, "diffusion_model.model cannot be called: first line$"),
         (activation_changed, "MLPDenoiser computes something else"),
     ],
 )

@@ -58,10 +58,10 @@ class ReferenceEngine:
         guidance_scale: float | Tensor,
         generator: torch.Generator | None,
         noise: SampleNoise | None,
-        return_chain: bool,
+        return_chain: bool | int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [K,
-        B, H, .].
+        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [n,
+        B, H, .] of the last n steps.
 
         Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
         observations [B, S].
@@ -80,6 +80,7 @@ class ReferenceEngine:
         trajectory = normals(states_shape, noise and noise.initial_trajectories).clone()
         actions = normals(actions_shape, noise and noise.initial_actions).clone()
         trajectory[:, 0, :observation_dim] = initial_observations
+        chain_length = c.chain_length(return_chain)
         chain = []
         for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):
             trajectory_noise = normals(states_shape, noise and noise.trajectories[step])
@@ -97,7 +98,7 @@ class ReferenceEngine:
                     trajectory_noise,
                     action_noise,
                 )
-            if return_chain:
+            if k < chain_length:
                 chain.append((trajectory, actions))
-        chains = tuple(map(torch.stack, zip(*chain, strict=True))) if return_chain else None
+        chains = tuple(map(torch.stack, zip(*chain, strict=True))) if chain else None
         return trajectory, actions, chains

@@ -31,8 +31,8 @@ class TrajectoryBatch:
     actions: Tensor  # [B, H, A]
     rewards: Tensor  # [B, H]
     terminals: Tensor  # [B, H], 0/1 flags; with normalized=True the values as denoised
-    chain_trajectories: Tensor | None = None  # [K, B, H, D], normalized, after each step
-    chain_actions: Tensor | None = None  # [K, B, H, A]
+    chain_trajectories: Tensor | None = None  # [K or fewer, B, H, D], normalized, after each step
+    chain_actions: Tensor | None = None  # [K or fewer, B, H, A]
 
 
 class PolicyGuidedSampler:
@@ -114,7 +114,7 @@ class PolicyGuidedSampler:
         generator: torch.Generator | None = None,
         noise: SampleNoise | None = None,
         normalized: bool = False,
-        return_chain: bool = False,
+        return_chain: bool | int = False,
     ) -> TrajectoryBatch:
         """Imagine one on-policy trajectory from each initial observation (Algorithm 2).
 
@@ -133,7 +133,8 @@ class PolicyGuidedSampler:
             generator: source of the normals, on the sampler's device.
             noise: every normal, given by the caller.
             normalized: the input is normalized and all results shall be.
-            return_chain: also return states and actions after each step.
+            return_chain: also return states and actions after each step, or after each of this
+                many last ones.
 
         Raises:
             InputError: wrong shape or dtype, B = 0, a value that is not finite, or noise of other
@@ -144,6 +145,12 @@ class PolicyGuidedSampler:
                 s0 = self._check_observations(initial_observations)
                 self._check_guidance_scale(guidance_scale)
                 self._check_generator(generator)
+                num_steps = self.components.schedule.num_train_timesteps
+                if not (isinstance(return_chain, int) and 0 <= return_chain <= num_steps):
+                    raise InputError(
+                        f"return_chain must be True, False or a number of steps up to {num_steps}, "
+                        f"got {return_chain!r}"
+                    )
                 if noise is not None:
                     noise = self._check_noise(noise, s0.shape[0])
             s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")

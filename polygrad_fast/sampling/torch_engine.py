@@ -150,10 +150,10 @@ class TorchEngine:
         guidance_scale: float | Tensor,
         generator: torch.Generator | None,
         noise: SampleNoise | None,
-        return_chain: bool,
+        return_chain: bool | int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains
-        [K, B, H, .]; new tensors.
+        [n, B, H, .] of the last n steps; new tensors.
 
         Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
         observations [B, S].
@@ -162,10 +162,11 @@ class TorchEngine:
             with annotate("refresh"):
                 self._refresh(guidance_scale)
             run = self._sample_captured if self._captures else self._sample_eagerly
-            return run(initial_observations, generator, noise, return_chain)
+            chain_length = self.components.chain_length(return_chain)
+            return run(initial_observations, generator, noise, chain_length)
 
-    def _sample_eagerly(self, initial_observations, generator, noise, return_chain):
-        """Run all steps; the arguments and the result of `sample`."""
+    def _sample_eagerly(self, initial_observations, generator, noise, chain_length):
+        """Run all steps; the result of `sample`."""
         ws = self._workspace(initial_observations.shape[0])
         if noise is None:
             with annotate("noise"):
@@ -175,11 +176,11 @@ class TorchEngine:
             ws.trajectory.copy_(noise.initial_trajectories)
             ws.actions.copy_(noise.initial_actions)
         noise_source = self._noise_source(ws, generator, noise)
-        chain = self._loop(ws, initial_observations, noise_source, return_chain)
+        chain = self._loop(ws, initial_observations, noise_source, chain_length)
         return ws.trajectory.clone(), ws.actions.clone(), chain
 
-    def _sample_captured(self, initial_observations, generator, noise, return_chain):
-        """Replay the graph of all steps; the arguments and the result of `sample`."""
+    def _sample_captured(self, initial_observations, generator, noise, chain_length):
+        """Replay the graph of all steps; the result of `sample`."""
         batch, num_steps, device = len(initial_observations), len(self._steps), self._held.device
         if noise is not None:
             normals = (
@@ -206,11 +207,11 @@ class TorchEngine:
                 ws,
                 initial_observations,
                 lambda step: (trajectory_noise[step], action_noise[step]),
-                return_chain,
+                chain_length,
             )
             return ws.trajectory, ws.actions, *(chain or ())
 
-        key = (return_chain, self._update.keep.shape, self._guidance_scale.shape)
+        key = (chain_length, self._update.keep.shape, self._guidance_scale.shape)
         trajectory, actions, *chain = self._graphs(key, run, (initial_observations, *normals))
         return trajectory, actions, tuple(chain) or None
 
@@ -309,18 +310,18 @@ class TorchEngine:
         ws: Workspace,
         initial_observations: Tensor,
         noise_source: NoiseSource,
-        return_chain: bool,
+        chain_length: int,
     ) -> tuple[Tensor, Tensor] | None:
         """Run all diffusion steps on the workspace's trajectory and actions; return their chains
-        [K, B, H, .] where asked."""
+        [chain_length, B, H, .] where asked."""
         chain = None
-        if return_chain:
-            num_steps = len(self._steps)
+        if chain_length:
             chain = tuple(
-                torch.empty(num_steps, *tensor.shape, device=tensor.device)
+                torch.empty(chain_length, *tensor.shape, device=tensor.device)
                 for tensor in (ws.trajectory, ws.actions)
             )
         self._inpaint(ws.trajectory, initial_observations)
+        first_kept = len(self._steps) - chain_length
         for step, constants in enumerate(self._steps):
             with annotate("denoiser"):
                 self._write_denoiser_input(ws, constants)
@@ -329,9 +330,9 @@ class TorchEngine:
                 normals = noise_source(step)
             with annotate("guided_step"):
                 self._guided_step(ws, prediction, initial_observations, constants, *normals)
-            if return_chain:
-                chain[0][step].copy_(ws.trajectory)
-                chain[1][step].copy_(ws.actions)
+            if step >= first_kept:
+                chain[0][step - first_kept].copy_(ws.trajectory)
+                chain[1][step - first_kept].copy_(ws.actions)
         return chain
 
     def _predict(self, ws: Workspace, k: int) -> Tensor:

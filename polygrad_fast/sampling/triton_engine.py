@@ -371,7 +371,7 @@ class TritonEngine:
                 s0 = torch.zeros(1, c.observation_dim, device=self.device)
                 guidance = torch.zeros(1, device=self.device)
                 seed = torch.zeros(2, dtype=torch.int64, device=self.device)
-                self._run(False, s0, guidance, seed, max_steps=1)
+                self._run(0, s0, guidance, seed, max_steps=1)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
         except Exception as error:
@@ -399,10 +399,10 @@ class TritonEngine:
         guidance_scale: float | Tensor,
         generator: torch.Generator | None,
         noise: SampleNoise | None,
-        return_chain: bool,
+        return_chain: bool | int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [K,
-        B, H, .]; none of them shares memory with the engine.
+        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [n,
+        B, H, .] of the last n steps; none of them shares memory with the engine.
 
         Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
         observations [B, S]. Does not synchronize with the device after the first call of a shape.
@@ -426,7 +426,8 @@ class TritonEngine:
         given = tuple(t.to(self.device, torch.float32).contiguous() for t in given)
         s0 = initial_observations.to(self.device, torch.float32).contiguous()
         inputs = (s0, guidance, seed, *given)
-        run = functools.partial(self._run, return_chain)
+        chain_length = self.components.chain_length(return_chain)
+        run = functools.partial(self._run, chain_length)
         with torch.no_grad(), self._on_device():
             if self._graphs is None:
                 outputs = run(*inputs)
@@ -435,7 +436,7 @@ class TritonEngine:
                 if addresses != self._addresses:  # a tensor was replaced, not changed in place
                     self._graphs.clear()
                     self._addresses = addresses
-                outputs = self._graphs(return_chain, run, inputs)
+                outputs = self._graphs(chain_length, run, inputs)
         trajectory, actions, *chains = outputs
         return trajectory, actions, tuple(chains) if chains else None
 
@@ -446,7 +447,7 @@ class TritonEngine:
 
     def _run(
         self,
-        return_chain: bool,
+        chain_length: int,
         initial_observations: Tensor,
         guidance_scale: Tensor,
         seed: Tensor,
@@ -458,10 +459,10 @@ class TritonEngine:
         c = self.components
         batch, observation_dim = initial_observations.shape
         num_steps = c.schedule.num_train_timesteps
-        kept = (num_steps,) if return_chain else (1,)
-        shape = (batch, c.horizon)
-        trajectories = torch.empty(*kept, *shape, observation_dim + 2, device=self.device)
-        all_actions = torch.empty(*kept, *shape, c.action_dim, device=self.device)
+        kept = max(1, chain_length)
+        shape = (kept, batch, c.horizon)
+        trajectories = torch.empty(*shape, observation_dim + 2, device=self.device)
+        all_actions = torch.empty(*shape, c.action_dim, device=self.device)
         trajectory, actions = trajectories[0], all_actions[0]
 
         with annotate("refresh"):
@@ -487,7 +488,7 @@ class TritonEngine:
         for step, k in enumerate(list(reversed(range(num_steps)))[:max_steps]):
             with annotate("denoiser"):
                 prediction = self.denoiser.predict(workspace, k)
-            row = step if return_chain else 0
+            row = max(0, step - (num_steps - kept))
             with annotate("guided_step"):
                 self.steps.guided_step(
                     prediction,
@@ -502,6 +503,6 @@ class TritonEngine:
                     **common,
                 )
             trajectory, actions = trajectories[row], all_actions[row]
-        if return_chain:
+        if chain_length:
             return trajectory.clone(), actions.clone(), trajectories, all_actions
         return trajectory, actions

@@ -12,5 +12,5 @@ setup(
         "polygrad_fast.kernels",
     ],
     package_dir={"polygrad_fast.kernels": "kernels"},
-    package_data={"polygrad_fast": ["py.typed"]},
+    package_data={"polygrad_fast": ["py.typed", "compat/README.md"]},
 )

@@ -85,7 +85,7 @@ def test_environment_steps(bench, env_id, steps):
                 for (_, o, r), (other, reward) in zip(mine, theirs, strict=True)
             )
 
-        case.check("largest difference from the bare environment", largest_difference, 0.0)
+        case.check("largest difference from the bare environment", largest_difference(), 0.0)
         case.time(play_wrapped, 1, "step", repeats=steps, beside={"bare": play_bare}, seconds=0.6)
 
 
@@ -136,7 +136,7 @@ def test_dynamics_replay(bench, env_id, trajectories, horizon):
         def largest_difference() -> float:
             return np.abs(simulator.replay(starts, actions) - observations).max()
 
-        case.check("largest difference from the recording", largest_difference, 0.0)
+        case.check("largest difference from the recording", largest_difference(), 0.0)
         steps = trajectories * horizon
         case.time(lambda: simulator.replay(starts, actions), 1, "step", repeats=steps, seconds=0.3)
 
@@ -176,6 +176,6 @@ def test_replay_windows(bench, batch, horizon):
                 (windows.terminals - ended.float()).abs().max().item(),
             )
 
-        case.check("largest difference from the steps added", largest_difference, 0.0)
+        case.check("largest difference from the steps added", largest_difference(), 0.0)
         moved = 2 * 4 * batch * horizon * (observation_dim + action_dim + 2)
         case.time(lambda: replay.sample(batch), batch, "window", Work(bytes=moved), seconds=0.3)

@@ -152,7 +152,7 @@ def test_step(bench, implementation, dtype, batch, horizon):
             pairs = zip(checked(), step.exact(), strict=True)
             return max((got - wanted).abs().max().item() for got, wanted in pairs)
 
-        case.check("largest error", error, ALLOWED[dtype])
+        case.check("largest error", error(), ALLOWED[dtype])
         count = 2 if bench.session.small else LAUNCHES if bench.device.type == "cuda" else 1
         several = repeated(call, count, bench.device)
         case.time(several, batch, "trajectory", step.work(), repeats=count, seconds=0.2)

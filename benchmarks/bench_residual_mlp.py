@@ -133,7 +133,7 @@ def test_layer(bench, implementation, dtype, rows, width):
                 wanted = layer.x.double() @ layer.weight.double().T
             return (call() - wanted).abs().max().item()
 
-        case.check("largest error", error, ALLOWED[dtype])
+        case.check("largest error", error(), ALLOWED[dtype])
         count = 2 if bench.session.small else LAUNCHES if bench.device.type == "cuda" else 1
         several = repeated(call, count, bench.device)
         case.time(several, rows, "row", layer.work(), repeats=count, seconds=0.2)

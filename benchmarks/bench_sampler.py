@@ -2,7 +2,6 @@
 
     pytest benchmarks/bench_sampler.py --benchmark-only --rows rows.jsonl
     pytest benchmarks/bench_sampler.py --smoke                  # tiny sizes
-    pytest benchmarks/bench_sampler.py --once -k 'triton and float16 and batch1024-horizon10'
 
 S = 17, A = 6, K = 128 steps. "compile" is a control: the reference's denoiser and guided step under
 torch.compile(max-autotune), K steps in one CUDA graph. The checks are those of
@@ -121,17 +120,16 @@ def test_sample(bench, engine, dtype, batch, horizon, denoiser):
         s0 = torch.randn(batch, c.observation_dim, device=bench.device)
 
         short = sampler_case.shortened(c, sizes.check_steps)
-        if not bench.session.once:
-            checked = sampler_case.make_engine(engine, short, dtype)
+        checked = sampler_case.make_engine(engine, short, dtype)
+        with sampler_case.packing_as_in(sizes):
             error, allowed = sampler_case.step_errors(checked, short, dtype, s0)
-            case.check("one step", lambda: error, allowed)
+            case.check("one step", error, allowed)
             if bench.device.type == "cpu" and engine != "reference":
                 allowed = sampler_case.CHAIN_AGREEMENT[dtype]
-                case.check(
-                    "same seed", lambda: sampler_case.chain_error(checked, short, s0), allowed
-                )
-            del checked
-            bench.session.free()
+                difference = sampler_case.chain_error(checked, short, s0)
+                case.check("same seed", difference, allowed)
+        del checked
+        bench.session.free()
 
         sampler = sampler_case.make_engine(engine, c, dtype)
 
@@ -143,7 +141,7 @@ def test_sample(bench, engine, dtype, batch, horizon, denoiser):
             key = denoiser, batch, horizon, sizes
             case.check(
                 "moments",
-                lambda: moment_score(sampler, key, c, s0, sizes.moment_rows),
+                moment_score(sampler, key, c, s0, sizes.moment_rows),
                 sampler_case.MAX_MOMENT_SCORE,
             )
         work = sampler_case.sample_work(c, batch, dtype)

@@ -203,10 +203,9 @@ def test_denoiser_update(bench, denoiser, batch, horizon):
         trajectory = torch.randn(batch, horizon, c.observation_dim + 2, device=bench.device)
         actions = torch.randn(batch, horizon, c.action_dim, device=bench.device)
         generator = torch.Generator(bench.device).manual_seed(0)
-        if not bench.session.once:
-            loss, gradient = denoiser_errors(trainer, trajectory, actions, generator)
-            case.check("loss", lambda: loss, 1e-5)
-            case.check("gradient", lambda: gradient, 1e-3)
+        loss, gradient = denoiser_errors(trainer, trajectory, actions, generator)
+        case.check("loss", loss, 1e-5)
+        case.check("gradient", gradient, 1e-3)
         work = denoiser_work(trainer, batch)
         work = dataclasses.replace(work, bytes=work.bytes + tensor_bytes(trajectory, actions))
         case.time(lambda: trainer.update(trajectory, actions, generator), batch, "window", work)
@@ -234,7 +233,7 @@ def test_a2c_update(bench, batch, horizon):
             for name, shape in shapes.items()
         }
         imagined["terminals"] = (torch.rand(batch, horizon, device=bench.device) < 0.01).float()
-        check_a2c(bench, case, actor_critic, imagined)
+        check_a2c(case, actor_critic, imagined)
         trials = []
 
         def update():
@@ -245,14 +244,12 @@ def test_a2c_update(bench, batch, horizon):
         case.update(values=case.row.values | {"mean_linesearch_steps": sum(trials) / len(trials)})
 
 
-def check_a2c(bench, case, actor_critic, imagined) -> None:
+def check_a2c(case, actor_critic, imagined) -> None:
     """Check one update of the actor-critic."""
-    if bench.session.once:
-        return
     actor, critic, size = a2c_errors(actor_critic, imagined)
-    case.check("actor loss", lambda: actor, 1e-4)
-    case.check("critic loss", lambda: critic, 1e-4)
-    case.check("update size", lambda: size, 1e-2)
+    case.check("actor loss", actor, 1e-4)
+    case.check("critic loss", critic, 1e-4)
+    case.check("update size", size, 1e-2)
 
 
 def make_agent(preset, env_id, batch, engine, dtype, device) -> pg.PolyGRAD:
@@ -292,32 +289,29 @@ def test_whole_update(bench, preset, env_id, batch, engine, dtype):
 
         update()
         c = agent.sampler.components
-        if not bench.session.once:
-            s0 = agent.normalizer.normalize(
-                agent.replay.sample_initial_observations(8), "observations"
-            )
-            error, allowed = sampler_case.step_errors(agent.sampler._engine, c, dtype, s0)
-            case.check("one step", lambda: error, allowed)
-            windows = agent.replay.sample(config.denoiser.batch_size)
-            trajectory = agent.normalizer.normalize_trajectory(
-                windows.observations, windows.rewards, windows.terminals
-            )
-            actions = agent.normalizer.normalize(windows.actions, "actions")
-            loss, gradient = denoiser_errors(
-                agent.denoiser_trainer, trajectory, actions, agent.generator
-            )
-            case.check("loss", lambda: loss, 1e-4)
-            case.check("gradient", lambda: gradient, 1e-3)
-            imagined = agent.imagine(batch, normalized=True)
-            fields = ("observations", "actions", "rewards", "terminals")
-            imagined = {name: getattr(imagined, name) for name in fields}
-            ends = agent.normalizer.unnormalize(imagined["terminals"], "terminals") > 0.5
-            check_a2c(bench, case, agent.actor_critic, imagined | {"terminals": ends.float()})
+        s0 = agent.normalizer.normalize(agent.replay.sample_initial_observations(8), "observations")
+        error, allowed = sampler_case.step_errors(agent.sampler._engine, c, dtype, s0)
+        case.check("one step", error, allowed)
+        windows = agent.replay.sample(config.denoiser.batch_size)
+        trajectory = agent.normalizer.normalize_trajectory(
+            windows.observations, windows.rewards, windows.terminals
+        )
+        actions = agent.normalizer.normalize(windows.actions, "actions")
+        loss, gradient = denoiser_errors(
+            agent.denoiser_trainer, trajectory, actions, agent.generator
+        )
+        case.check("loss", loss, 1e-4)
+        case.check("gradient", gradient, 1e-3)
+        imagined = agent.imagine(batch, normalized=True)
+        fields = ("observations", "actions", "rewards", "terminals")
+        imagined = {name: getattr(imagined, name) for name in fields}
+        ends = agent.normalizer.unnormalize(imagined["terminals"], "terminals") > 0.5
+        check_a2c(case, agent.actor_critic, imagined | {"terminals": ends.float()})
         before = agent.denoiser_trainer.num_updates, agent.num_timesteps
         update()
         denoiser_updates = agent.denoiser_trainer.num_updates - before[0]
         expected = env_steps * config.denoiser.updates_per_env_step
-        case.check("missing updates", lambda: abs(denoiser_updates - expected), 0)
+        case.check("missing updates", abs(denoiser_updates - expected), 0)
 
         sampling = sampler_case.sample_work(c, batch, dtype)
         trainer, actor_critic = agent.denoiser_trainer, agent.actor_critic

@@ -7,7 +7,7 @@ the times, so that its table and its JSON show the ones in the rows.
     @pytest.mark.cases(of=list_cases)  # Setting -> [(importance, parameters)]
     def test_something(bench, batch):
         with bench.case("something", "float32", batch=batch) as case:
-            case.check("largest error", lambda: (call() - wanted).abs().max(), 1e-4)
+            case.check("largest error", (call() - wanted).abs().max(), 1e-4)
             case.time(call, items=batch, item="window", work=Work(flops, bytes))
 """
 
@@ -65,16 +65,6 @@ class ReplayedClock:
 CLOCK = ReplayedClock()
 
 
-@contextlib.contextmanager
-def kernel_times():
-    """Run the body under torch's profiler and print its table."""
-    with torch.profiler.profile() as profiler:
-        yield
-    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    averages = profiler.key_averages()
-    print(averages.table(sort_by=by, row_limit=20, max_name_column_width=60))
-
-
 def pytest_addoption(parser):
     group = parser.getgroup("polygrad_fast benchmarks")
     add = group.addoption
@@ -88,8 +78,6 @@ def pytest_addoption(parser):
     )
     add("--smoke", action="store_true", help="tiny sizes, to try the mechanics")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    add("--once", action="store_true", help="no checks, no times: call twice, for a profiler")
-    add("--kernel-times", action="store_true", help="the same under torch's profiler; -s shows it")
     add("--commit", help="written to the rows, '-dirty' appended; default: asked of git")
     add(
         "--tests",
@@ -113,9 +101,7 @@ def pytest_configure(config):
             lambda device: provenance(device, words, commit, tests),
             TIME_BUDGET[device] if budget is None else budget,
             config.getoption("resume"),
-            config.getoption("once") or config.getoption("kernel_times"),
             config.getoption("smoke"),
-            kernel_times if config.getoption("kernel_times") else contextlib.nullcontext,
         )
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
@@ -191,8 +177,6 @@ class Bench:
             fixture.pedantic(lambda: None, rounds=len(measured.times))
             return
         fixture.skipped = True
-        if row.status == "ok":  # all runs once, for a profiler
-            return
         if row.status == "wrong" or (row.status == "error" and not control):
             pytest.fail(f"{row.name}: {row.status}: {row.error}", pytrace=False)
         pytest.skip(f"{row.status}: {row.error.splitlines()[-1]}")

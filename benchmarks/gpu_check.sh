@@ -136,8 +136,8 @@ step "after training" 90 required training.log "${pytest[@]}" -m gpu \
     tests/train/test_gpu_training.py
 
 # 4. compute-sanitizer: single launches, each tensor an allocation of its own; then a captured chain.
-once=("${pytest[@]}" benchmarks/bench_sampler.py --once -s -k)
-small=("${once[@]}" triton-float16 --smoke)
+once=("$python" benchmarks/profile_sampler.py --engine triton --dtype float16 --warmup 1 --samples 1)
+small=("${once[@]}" --batch 5 --horizon 3 --num-steps 13 --hidden-dim 32 --policy-dim 16)
 if command -v compute-sanitizer >/dev/null; then
     sanitizer=(compute-sanitizer --target-processes application-only --error-exitcode 86)
     step "memcheck, launches" 60 optional sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -179,15 +179,14 @@ print(listing(read_rows(sys.argv[1])))
 PYTHON
 
 # 6. Where the time goes: kernel times of one sample, then counters of one diffusion step.
-paper=("${once[@]}" triton-float16-batch1024-horizon10)
-step "kernel times" 30 informative profile.log "${paper[@]}" --kernel-times
+step "kernel times" 30 informative profile.log "${once[@]}" --kernel-times
 if command -v ncu >/dev/null; then
     # a step is 8 layers and the guided step: three steps skipped, one measured
     step "ncu" 30 informative profile.log ncu --clock-control none \
         --target-processes application-only --launch-skip 27 --launch-count 9 \
         --kernel-name 'regex:residual_mlp_layer|guided_step' --section SpeedOfLight \
         --section LaunchStats --section Occupancy --section MemoryWorkloadAnalysis \
-        "${paper[@]}"
+        "${once[@]}"
 else
     note "ncu" "not run: not installed"
 fi

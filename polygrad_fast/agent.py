@@ -34,6 +34,7 @@ from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.evaluation.returns import EpisodeStatistics, evaluate_policy
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
+from polygrad_fast.profiling import annotate
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
 from polygrad_fast.schedule import NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
@@ -267,35 +268,43 @@ class PolyGRAD:
         """Take one environment step and the updates that are due after it."""
         c = self.config
         observation = self.environment.observation
-        if self.num_timesteps < c.learning_starts:
-            action = self.action_scaler.from_environment(self.environment.sample_action())
-        else:
-            action = self._act(observation)
+        with annotate("act"):
+            if self.num_timesteps < c.learning_starts:
+                action = self.action_scaler.from_environment(self.environment.sample_action())
+            else:
+                action = self._act(observation)
         environment_action = self.action_scaler.to_environment(action)
-        _, reward, terminated, truncated = self.environment.step(environment_action)
+        with annotate("env_step"):
+            _, reward, terminated, truncated = self.environment.step(environment_action)
         if c.sampler.denoiser_actions == "clipped":
             action = np.clip(action, self.action_scaler.low, self.action_scaler.high)
-        self.replay.add(observation, action, reward, terminated, truncated)
+        with annotate("replay_add"):
+            self.replay.add(observation, action, reward, terminated, truncated)
         self.num_timesteps += 1
         if terminated or truncated:
             self._add_metric("train/episode_return", self.environment.episode_return)
             self._add_metric("train/episode_length", self.environment.episode_length)
             if self.num_timesteps > c.learning_starts and c.normalizer.refresh == "episode":
                 self._refresh_normalizer()
-            self.environment.reset()
+            with annotate("env_reset"):
+                self.environment.reset()
 
         trained_steps = self.num_timesteps - c.learning_starts
         if trained_steps == 0:
             self._refresh_normalizer()
             for _ in range(c.denoiser.pretrain_updates):
-                self._update_denoiser(speed)
+                with annotate("denoiser_update"):
+                    self._update_denoiser(speed)
         for _ in range(_due(trained_steps, c.denoiser.updates_per_env_step)):
-            self._update_denoiser(speed)
+            with annotate("denoiser_update"):
+                self._update_denoiser(speed)
         for _ in range(_due(trained_steps - c.policy_delay_steps, c.policy_updates_per_env_step)):
-            self._update_policy(speed)
+            with annotate("policy_update"):
+                self._update_policy(speed)
 
     def _refresh_normalizer(self) -> None:
-        self.normalizer.update(self.replay.moments(), self.config.normalizer.min_std())
+        with annotate("normalizer_update"):
+            self.normalizer.update(self.replay.moments(), self.config.normalizer.min_std())
 
     def _update_denoiser(self, speed: _Speed) -> None:
         windows = self.replay.sample(self.config.denoiser.batch_size, self.generator)
@@ -314,23 +323,26 @@ class PolyGRAD:
     def _update_policy(self, speed: _Speed) -> None:
         start = time.perf_counter()
         batch = self.imagine(self.config.imagined_batch_size, normalized=True)
-        fields = ("observations", "actions", "rewards", "terminals")
-        finite = torch.stack([torch.isfinite(getattr(batch, name)).all() for name in fields])
-        for name, fine in zip(fields, finite.tolist(), strict=True):
-            if not fine:
-                raise NonFiniteError(f"the imagined {name} are not finite")
+        with annotate("check_finite"):
+            fields = ("observations", "actions", "rewards", "terminals")
+            finite = torch.stack([torch.isfinite(getattr(batch, name)).all() for name in fields])
+            for name, fine in zip(fields, finite.tolist(), strict=True):
+                if not fine:
+                    raise NonFiniteError(f"the imagined {name} are not finite")
         speed.add_sample(time.perf_counter() - start)
         terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
-        metrics = self.actor_critic.update(
-            batch.observations,
-            batch.actions,
-            batch.rewards,
-            (terminals > 0.5).to(batch.rewards.dtype),
-            progress=min(1.0, self.num_timesteps / self._target_timesteps),
-        )
+        with annotate("a2c_update"):
+            metrics = self.actor_critic.update(
+                batch.observations,
+                batch.actions,
+                batch.rewards,
+                (terminals > 0.5).to(batch.rewards.dtype),
+                progress=min(1.0, self.num_timesteps / self._target_timesteps),
+            )
         statistic = {"std": "action_std", "mean_abs": "action_mean_abs"}
         if self.config.sampler.action_update == "score":
-            self.guidance.update(metrics[statistic[self.config.guidance.statistic]])
+            with annotate("guidance_update"):
+                self.guidance.update(metrics[statistic[self.config.guidance.statistic]])
         metrics["guidance_scale"] = self.guidance.value
         for name, value in metrics.items():
             self._add_metric(f"a2c/{name}", value)
@@ -342,12 +354,13 @@ class PolyGRAD:
         Raises:
             InputError: fewer than one trajectory asked for, or no window in the buffer yet.
         """
-        observations = self.replay.sample_initial_observations(num_trajectories, self.generator)
-        if normalized:
-            observations = self.normalizer.normalize(observations, "observations")
-        return self.sampler.sample(
-            observations, self.guidance.value, generator=self.generator, normalized=normalized
-        )
+        with annotate("imagine"):
+            observations = self.replay.sample_initial_observations(num_trajectories, self.generator)
+            if normalized:
+                observations = self.normalizer.normalize(observations, "observations")
+            return self.sampler.sample(
+                observations, self.guidance.value, generator=self.generator, normalized=normalized
+            )
 
     @torch.no_grad()
     def _act(self, observation: np.ndarray) -> np.ndarray:
@@ -415,11 +428,12 @@ class PolyGRAD:
         )
         while len(self._evaluation_environments) < min(num_episodes, 16):
             self._evaluation_environments.append(self.make_evaluation_environment())
-        return evaluate_policy(
-            lambda observations: self.predict(observations, deterministic)[0],
-            self._evaluation_environments[:num_episodes],
-            seeds,
-        )
+        with annotate("evaluation"):
+            return evaluate_policy(
+                lambda observations: self.predict(observations, deterministic)[0],
+                self._evaluation_environments[:num_episodes],
+                seeds,
+            )
 
     def make_evaluation_environment(self, render_mode: str | None = None) -> gymnasium.Env:
         """Make another environment like the one trained on."""
@@ -460,7 +474,8 @@ class PolyGRAD:
         if self._best_mean_reward is None or result.mean_reward >= self._best_mean_reward:
             self._best_mean_reward = result.mean_reward
             if self._checkpoints is not None:
-                self._checkpoints.save_best(self._weights(), self._metadata())
+                with annotate("checkpoint"):
+                    self._checkpoints.save_best(self._weights(), self._metadata())
         return {
             "eval/mean_reward": result.mean_reward,
             "eval/std_reward": result.std_reward,
@@ -594,8 +609,9 @@ class PolyGRAD:
         step = self.num_timesteps
         last = step == self._target_timesteps or self._stop_requested
         if self._checkpoints is not None and (last or step % self.config.checkpoint_interval == 0):
-            self._check_weights()
-            self._checkpoints.save(step, self._weights(), self._state(), self._metadata())
+            with annotate("checkpoint"):
+                self._check_weights()
+                self._checkpoints.save(step, self._weights(), self._state(), self._metadata())
 
     def _check_weights(self) -> None:
         """Keep a checkpoint of broken weights from replacing a good one."""
@@ -613,7 +629,8 @@ class PolyGRAD:
         Raises:
             CheckpointError: `path` exists and is no checkpoint.
         """
-        return save_checkpoint(Path(path), self._weights(), self._state(), self._metadata())
+        with annotate("checkpoint"):
+            return save_checkpoint(Path(path), self._weights(), self._state(), self._metadata())
 
     @classmethod
     def load(

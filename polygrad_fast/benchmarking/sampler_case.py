@@ -25,6 +25,7 @@ import polygrad_fast as pg
 from polygrad_fast.benchmarking.work import Work, parameter_bytes
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.errors import InputError
+from polygrad_fast.sampling import linear
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.graphs import GraphCache
 from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
@@ -212,6 +213,18 @@ def in_float64(c: SamplerComponents) -> SamplerComponents:
 def shortened(c: SamplerComponents, num_steps: int) -> SamplerComponents:
     """Return the parts with a schedule of fewer steps."""
     return dataclasses.replace(c, schedule=pg.NoiseSchedule.cosine(num_steps).to(c.device))
+
+
+@contextlib.contextmanager
+def packing_as_in(sizes: Sizes) -> Iterator[None]:
+    """Let the shorter chain of a check pack its weights (engine "torch", CPU) if that of
+    `num_steps` does."""
+    before = linear.PACKING_USES
+    linear.PACKING_USES = before * sizes.check_steps / sizes.num_steps
+    try:
+        yield
+    finally:
+        linear.PACKING_USES = before
 
 
 @torch.no_grad()

@@ -37,8 +37,6 @@ class Session:
         provenance: of code and machine, for a device.
         time_budget: seconds until no further case is begun.
         resume: leave out cases whose row of this commit is stored.
-        once: check and time nothing, call what would be timed twice: for profilers.
-        profiler: makes the context of the second of these calls.
         small: seconds and ceilings for a try of the mechanics.
     """
 
@@ -49,12 +47,9 @@ class Session:
         provenance: Callable[[torch.device], Provenance],
         time_budget: float = math.inf,
         resume: bool = False,
-        once: bool = False,
         small: bool = False,
-        profiler: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
-        self.profiler = profiler
-        self.device, self.rows, self.once, self.small = device, rows, once, small
+        self.device, self.rows, self.small = device, rows, small
         self.time_budget, self._begin = time_budget, time.monotonic()
         self.resume = resume
         self._provenance_of = provenance
@@ -112,8 +107,7 @@ class Session:
         except Exception:  # any failure of one case: the next ones are still worth measuring
             measured.update(status="error", error=traceback.format_exc()[-4000:])
         measured.update(seconds_spent=round(time.monotonic() - start, 1))
-        if not self.once:
-            self.rows.add(measured.row)
+        self.rows.add(measured.row)
 
     def free(self) -> None:
         """Give back what the last case held and start its memory statistics anew."""
@@ -122,15 +116,11 @@ class Session:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def is_lost(self) -> bool:
         """Whether an error has made the device unusable for the rest of this process."""
         try:
-            self.synchronize()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         except RuntimeError:
             return True
         return False
@@ -151,25 +141,21 @@ class Case:
         """Change fields of the row."""
         self.row = dataclasses.replace(self.row, **changes)
 
-    def check(self, name: str, error: Callable[[], float], allowed: float) -> None:
-        """Compute an error and hold it against the allowed one; nothing where all runs once.
+    def check(self, name: str, error: float, allowed: float) -> None:
+        """Hold an error against the allowed one.
 
         Raises:
             WrongResult: it is larger, or not a number.
         """
-        if self.session.once:
-            return
-        value = float(error())
-        check = Check(name, value if math.isfinite(value) else None, float(allowed))
+        error = float(error)
+        check = Check(name, error if math.isfinite(error) else None, float(allowed))
         self.update(checks=(*self.row.checks, check))
         if not check.passed:
-            raise WrongResult(f"{name}: {value:.3g}, allowed {allowed:.3g}")
+            raise WrongResult(f"{name}: {error:.3g}, allowed {allowed:.3g}")
 
     def warm_up(self, call: Call) -> None:
         """Call twice, for captures and compilations, and note the peak of the GPU's memory that
         torch allocated (and reserved) since the case, or the last `free`, began."""
-        if self.session.once:
-            return
         call()
         call()
         if self.device.type == "cuda":
@@ -205,13 +191,6 @@ class Case:
             RuntimeError: no check was made before.
         """
         session, work = self.session, work or Work()
-        if session.once:
-            call()
-            with session.profiler():
-                call()
-                session.synchronize()
-            self.update(status="ok", error=None)
-            return
         if not self.row.checks:
             raise RuntimeError(f"{self.row.name}: a time was asked for before any check")
         clock = clock_of(self.device)

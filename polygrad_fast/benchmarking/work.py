@@ -90,10 +90,13 @@ class Ceilings:
         size = 64 if self._small else 8192 if self._device.type == "cuda" else 1024
         a, b = (torch.randn(size, size, device=self._device).to(torch_dtype) for _ in range(2))
         ops = LinearOps.choose(self._device, torch_dtype)
+        packed = ops.pack(b, num_uses=1000)
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         try:
-            ms = self._fastest({"mm": lambda: a @ b, "linear": lambda: ops.linear(a, b, None)}, 1)
+            ms = self._fastest(
+                {"mm": lambda: a @ b, "linear": lambda: ops.linear(a, packed, None)}, 1
+            )
         finally:
             torch.set_float32_matmul_precision(before)
         return 2 * size**3 / ms / 1e9

@@ -1,220 +1,36 @@
-"""Load weights of the released code (github.com/marc-rigter/polygrad-world-models) into this
-library's modules."""
+"""Drop-in use of the released code (github.com/marc-rigter/polygrad-world-models): its weights, its
+checkpoints and its live objects. See README.md beside this file."""
 
-from __future__ import annotations
+from polygrad_fast.compat.accelerate import (
+    AcceleratedDiffusion,
+    accelerate,
+    install,
+    uninstall,
+)
+from polygrad_fast.compat.checkpoint import (
+    ReleasedCheckpoint,
+    export_checkpoint,
+    load_checkpoint,
+)
+from polygrad_fast.compat.weights import (
+    export_actor_critic,
+    export_denoiser,
+    load_actor_critic,
+    load_denoiser,
+    load_policy,
+)
 
-import re
-
-import torch
-from torch import Tensor
-
-from polygrad_fast.config import A2CConfig
-from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
-from polygrad_fast.errors import InputError
-from polygrad_fast.normalizer import Normalizer
-from polygrad_fast.policy import GaussianPolicy, ValueFunction
-from polygrad_fast.training.a2c import ActorCritic
-
-_LINEAR = re.compile(r"(\d+)\.weight$")
-_TRANSFORMER_NAMES = {
-    "transformer.wte": "input",
-    "transformer.wpe": "position_embedding",
-    "output_head": "output",
-    "ln_1": "norm_1",
-    "ln_2": "norm_2",
-    "attn.c_attn": "qkv",
-    "attn.c_proj": "attention_output",
-    "mlp.c_fc": "mlp_input",
-    "mlp.c_proj": "mlp_output",
-    "transformer.h": "blocks",
-    "time_mlp": "step_mlp",
-}
-
-
-def _residual_mlp_name(name: str, num_layers: int) -> str:
-    """Released name -> ours: network.0 is the input, then (block, Identity) pairs, then the final
-    LayerNorm."""
-    match = re.fullmatch(r"residual_mlp\.network\.(\d+)\.(.+)", name)
-    if match:
-        index, rest = int(match[1]), match[2]
-        if index == 0:
-            return f"input.{rest}"
-        if index == 2 * num_layers + 1:
-            return f"norm.{rest}"
-        return f"blocks.{(index - 1) // 2}.{rest.replace('ln.', 'norm.')}"
-    return name.replace("residual_mlp.final_linear", "output").replace("time_mlp", "step_mlp")
-
-
-def _transformer_name(name: str) -> str:
-    for old, new in _TRANSFORMER_NAMES.items():
-        name = name.replace(old, new)
-    return name
-
-
-def _strip(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    if all(name.startswith(prefix) for name in state_dict):
-        return {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    return dict(state_dict)
-
-
-def _load(module, weights: dict[str, Tensor], what: str):
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise InputError(f"these weights are not {what}: {first[0].strip()}") from None
-    return module
-
-
-def load_denoiser(
-    state_dict: dict[str, Tensor],
-    observation_dim: int,
-    action_dim: int,
-    horizon: int,
-    num_heads: int = 4,
-):
-    """Build a denoiser from the released network's `state_dict`; residual MLP and transformer are
-    told apart by names.
-
-    Args:
-        state_dict: parameters under the released names, with or without the prefix "model.".
-        observation_dim, action_dim, horizon: S, A and H.
-        num_heads: attention heads, which the transformer's weights do not tell (released: 4).
-
-    Raises:
-        InputError: the names or shapes are those of neither network.
-    """
-    weights = _strip(state_dict, "model.")
-    if "residual_mlp.final_linear.weight" in weights:
-        what = "a released residual MLP"
-        num_layers = sum(bool(re.search(r"\.linear\.weight$", name)) for name in weights)
-        if num_layers < 1 or "proj.weight" not in weights:
-            raise InputError(
-                f"these weights are not {what}: 'proj.weight' or every block is missing, got names "
-                f"{sorted(weights)[:4]}"
-            )
-        embed_dim = weights["proj.weight"].shape[0]
-        denoiser = ResidualMLPDenoiser(
-            observation_dim,
-            action_dim,
-            horizon,
-            hidden_dim=weights["residual_mlp.final_linear.weight"].shape[1],
-            num_layers=num_layers,
-            embed_dim=embed_dim,
-        )
-        renamed = {_residual_mlp_name(n, num_layers): v for n, v in weights.items()}
-    elif "transformer.wte.weight" in weights:
-        denoiser = TransformerDenoiser(
-            observation_dim,
-            action_dim,
-            horizon,
-            hidden_dim=weights["transformer.wte.weight"].shape[0],
-            num_layers=sum(name.endswith("attn.c_attn.weight") for name in weights),
-            num_heads=num_heads,
-        )
-        renamed = {_transformer_name(n): v for n, v in weights.items()}
-        what = "a released transformer"
-    else:
-        raise InputError(
-            "wanted the state_dict of a released residual MLP "
-            "('residual_mlp.final_linear.weight') or transformer "
-            f"('transformer.wte.weight'), got names {sorted(weights)[:4]}"
-        )
-    what += f" of observation_dim {observation_dim}, action_dim {action_dim}, horizon {horizon}"
-    return _load(denoiser, renamed, what)
-
-
-def export_denoiser(weights: dict[str, Tensor], denoiser) -> dict[str, Tensor]:
-    """Rename weights (or gradients) of one of our denoisers to the released names."""
-    if isinstance(denoiser, ResidualMLPDenoiser):
-        last = 2 * denoiser.num_layers + 1
-
-        def rename(name: str) -> str:
-            name = name.replace("step_mlp", "time_mlp")
-            name = re.sub(
-                r"^blocks\.(\d+)\.",
-                lambda match: f"residual_mlp.network.{2 * int(match[1]) + 1}.",
-                name,
-            ).replace(".norm.", ".ln.")
-            name = re.sub(r"^norm\.", f"residual_mlp.network.{last}.", name)
-            name = re.sub(r"^input\.", "residual_mlp.network.0.", name)
-            return re.sub(r"^output\.", "residual_mlp.final_linear.", name)
-
-    else:
-
-        def rename(name: str) -> str:
-            for old, new in _TRANSFORMER_NAMES.items():
-                name = re.sub(rf"(^|\.){new}\.", rf"\g<1>{old}.", name)
-            return name
-
-    return {rename(name): value for name, value in weights.items()}
-
-
-def _trunk(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], int, int, int, int]:
-    """Return renamed weights, input, hidden and output width, and depth of a released MLP trunk."""
-    weights = state_dict
-    for prefix in ("actor.", "critic.", "model."):
-        weights = _strip(weights, prefix)
-    layers = {int(match[1]): v for n, v in weights.items() if (match := _LINEAR.match(n))}
-    matrices = [layers[i] for i in sorted(layers) if layers[i].ndim == 2]
-    if len(matrices) < 2:
-        raise InputError(
-            f"wanted the state_dict of a released actor or critic ('model.0.weight', ..), got "
-            f"names "
-            f"{sorted(state_dict)[:4]}"
-        )
-    renamed = {f"network.{n}": v for n, v in weights.items()}
-    in_dim, hidden_dim, out_dim = (
-        matrices[0].shape[1],
-        matrices[0].shape[0],
-        matrices[-1].shape[0],
-    )
-    return renamed, in_dim, hidden_dim, out_dim, len(matrices) - 1
-
-
-def load_policy(
-    actor_state_dict: dict[str, Tensor],
-    log_std: Tensor,
-    min_std: float = 0.1,
-    normalizer: Normalizer | None = None,
-    normed_inputs: bool = False,
-) -> GaussianPolicy:
-    """Build a policy from the released actor's `state_dict` and its log-std [A]: std =
-    exp(log_std) + min_std."""
-    weights, in_dim, hidden_dim, out_dim, num_layers = _trunk(actor_state_dict)
-    log_std = torch.as_tensor(log_std, dtype=torch.float32).reshape(-1)
-    policy = GaussianPolicy(
-        in_dim,
-        out_dim,
-        hidden_dim,
-        num_layers,
-        init_std=min_std + 1.0,
-        min_std=min_std,
-        normed_inputs=normed_inputs,
-        normalizer=normalizer,
-    )
-    return _load(policy, {**weights, "log_std": log_std}, "a released actor with its log_std")
-
-
-def load_actor_critic(
-    actor_state_dict: dict[str, Tensor],
-    critic_state_dict: dict[str, Tensor],
-    log_std: Tensor,
-    normalizer: Normalizer,
-    config: A2CConfig | None = None,
-    min_std: float = 0.1,
-    normed_inputs: bool = False,
-) -> ActorCritic:
-    """Build an actor-critic from released weights; the target critic starts as a copy of the
-    critic."""
-    policy = load_policy(actor_state_dict, log_std, min_std, normalizer, normed_inputs)
-    weights, in_dim, hidden_dim, _, num_layers = _trunk(critic_state_dict)
-    for name, other in (("critic", in_dim), ("normalizer", normalizer.observation_dim)):
-        if other != policy.observation_dim:
-            raise InputError(
-                f"the {name} is for {other} observations, the actor for {policy.observation_dim}"
-            )
-    value_function = _load(
-        ValueFunction(in_dim, hidden_dim, num_layers), weights, "a released critic"
-    )
-    return ActorCritic(policy, value_function, normalizer, config)
+__all__ = [
+    "AcceleratedDiffusion",
+    "ReleasedCheckpoint",
+    "accelerate",
+    "export_actor_critic",
+    "export_checkpoint",
+    "export_denoiser",
+    "install",
+    "load_actor_critic",
+    "load_checkpoint",
+    "load_denoiser",
+    "load_policy",
+    "uninstall",
+]

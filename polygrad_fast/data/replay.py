@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.profiling import annotate
 
 _FORMAT = "polygrad_fast.replay.v1"
 # Steps that may wait to be merged into the moments: bounds the float64 copy one merge makes.
@@ -223,7 +224,8 @@ class ReplayBuffer:
         Raises:
             InputError: batch_size below 1, or no valid window yet.
         """
-        return self._gather(self._draw(batch_size, generator))
+        with annotate("replay_sample"):
+            return self._gather(self._draw(batch_size, generator))
 
     def sample_initial_observations(
         self, batch_size: int, generator: torch.Generator | None = None
@@ -242,9 +244,10 @@ class ReplayBuffer:
         Raises:
             InputError: batch_size below 1, or no valid window yet.
         """
-        picks = self._draw(batch_size, generator)
-        starts = self._starts[(picks + self._first_start) % self.capacity, 0]
-        return self._steps[starts % self.capacity, : self.observation_dim]
+        with annotate("replay_sample"):
+            picks = self._draw(batch_size, generator)
+            starts = self._starts[(picks + self._first_start) % self.capacity, 0]
+            return self._steps[starts % self.capacity, : self.observation_dim]
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return mean and population standard deviation of every field over all steps ever added.

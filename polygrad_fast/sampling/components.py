@@ -49,3 +49,7 @@ class SamplerComponents:
     def horizon(self) -> int:
         """H."""
         return self.denoiser.horizon
+
+    def chain_length(self, return_chain: bool | int) -> int:
+        """Return how many last steps of the chain `return_chain` asks for: True is all of them."""
+        return self.schedule.num_train_timesteps if return_chain is True else int(return_chain)

@@ -14,7 +14,7 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.reference.residual_mlp import fold_normalizer
-from polygrad_fast.sampling.linear import LinearOps
+from polygrad_fast.sampling.linear import LinearOps, Weight
 
 LOG2_E = math.log2(math.e)
 ROWS_PER_THREAD = 256
@@ -47,7 +47,22 @@ class HeldTensors:
         return self._copies[key].copy_(source)
 
 
-class FoldedResidualMLP:
+class FoldedDenoiser:
+    """What the folded denoisers share."""
+
+    def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
+        self.denoiser, self.num_steps, self.dtype = denoiser, num_steps, dtype
+        self.held, self.ops = held, ops
+        # On a CPU LayerNorm takes float32 parameters with half-precision input too.
+        self.norm_dtype = torch.float32 if held.device.type == "cpu" else dtype
+
+    def _put_weight(self, name: str, weight: Tensor) -> Weight:
+        return self.ops.pack(
+            self.held.put(f"{name}.weight", weight, self.dtype), num_uses=self.num_steps
+        )
+
+
+class FoldedResidualMLP(FoldedDenoiser):
     """The residual MLP with its input Linears and step embedding folded into one Linear and one
     bias row per diffusion step.
 
@@ -56,11 +71,7 @@ class FoldedResidualMLP:
     accumulates in float32.
     """
 
-    def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
-        self.denoiser, self.num_steps, self.dtype = denoiser, num_steps, dtype
-        self.held, self.ops = held, ops
-        self.norm_dtype = _norm_dtype(held.device, dtype)
-        self.rows_per_part = ROWS_PER_THREAD
+    rows_per_part = ROWS_PER_THREAD
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a new input buffer [B, H (D + A)] and its views of states [B, H, D] and actions
@@ -89,11 +100,11 @@ class FoldedResidualMLP:
         tokens = weight.unflatten(1, (d.horizon, -1))
         parts = tokens.split([d.state_dim, d.action_dim], dim=2)
         weight = torch.cat([part.flatten(1) for part in parts], dim=1)
-        self.input_weight = put("input.weight", weight, dtype)
+        self.input_weight = self._put_weight("input", weight)
         self.input_rows = put("input.rows", rows, dtype).unbind()
         self.blocks = []
         for i, block in enumerate(d.blocks):
-            weight = put(f"{i}.weight", block.linear.weight, dtype)
+            weight = self._put_weight(f"{i}", block.linear.weight)
             if d.step_conditioning == "input":
                 norm = _held_norm(put, f"{i}.norm", block.norm, self.norm_dtype)
                 rows = [put(f"{i}.bias", block.linear.bias, dtype)] * self.num_steps
@@ -105,7 +116,7 @@ class FoldedResidualMLP:
         self.norm = None
         if d.step_conditioning == "input":
             self.norm = _held_norm(put, "norm", d.norm, self.norm_dtype)
-        self.output_weight = put("output.weight", d.output.weight, dtype)
+        self.output_weight = self._put_weight("output", d.output.weight)
         self.output_bias = put("output.bias", d.output.bias, dtype)
 
     def __call__(self, buffer: Tensor, k: int) -> Tensor:
@@ -121,14 +132,12 @@ class FoldedResidualMLP:
         return x.unflatten(1, (self.denoiser.horizon, -1))
 
 
-class FoldedTransformer:
+class FoldedTransformer(FoldedDenoiser):
     """The transformer with one embedding row per diffusion step, its position embeddings and the
     input bias folded together."""
 
     def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
-        self.denoiser, self.num_steps, self.dtype = denoiser, num_steps, dtype
-        self.held, self.ops = held, ops
-        self.norm_dtype = _norm_dtype(held.device, dtype)
+        super().__init__(denoiser, num_steps, dtype, held, ops)
         self.rows_per_part = max(1, ROWS_PER_THREAD // denoiser.horizon)
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +157,7 @@ class FoldedTransformer:
         """Read the module's current weights."""
         d, put, dtype = self.denoiser, self.held.put, self.dtype
         steps = torch.arange(self.num_steps, device=self.held.device)
-        self.input_weight = put("input.weight", d.input.weight, dtype)
+        self.input_weight = self._put_weight("input", d.input.weight)
         self.step_rows = put("step.rows", d.step_mlp(steps), torch.float32)
         positions = d.position_embedding.weight + d.input.bias
         self.positions = put("positions", positions, torch.float32)
@@ -160,13 +169,13 @@ class FoldedTransformer:
             ]
             linears = [
                 (
-                    put(f"{i}.{name}.weight", getattr(block, name).weight, dtype),
+                    self._put_weight(f"{i}.{name}", getattr(block, name).weight),
                     put(f"{i}.{name}.bias", getattr(block, name).bias, dtype),
                 )
                 for name in ("qkv", "attention_output", "mlp_input", "mlp_output")
             ]
             self.blocks.append((*norms, *linears))
-        self.output_weight = put("output.weight", d.output.weight, dtype)
+        self.output_weight = self._put_weight("output", d.output.weight)
         self.output_bias = put("output.bias", d.output.bias, dtype)
 
     def __call__(self, buffer: Tensor, k: int) -> Tensor:
@@ -247,8 +256,8 @@ class FoldedPolicy:
     after it. On a GPU one fused kernel is better.
     """
 
-    def __init__(self, policy: GaussianPolicy, state_dim: int, held: HeldTensors):
-        self.policy, self.state_dim, self.held = policy, state_dim, held
+    def __init__(self, policy: GaussianPolicy, state_dim: int, num_steps: int, held: HeldTensors):
+        self.policy, self.state_dim, self.num_steps, self.held = policy, state_dim, num_steps, held
         self.ops = LinearOps.choose(held.device, torch.float32)
         self.exp2 = held.device.type == "cpu"
 
@@ -274,8 +283,12 @@ class FoldedPolicy:
             for i, norm in enumerate(norms)
         ]
         if self.exp2:
-            self.exp2_linears = self.linears[:1] + [
+            exp2_linears = self.linears[:1] + [
                 (weight / LOG2_E, bias - weight.sum(1)) for weight, bias in self.linears[1:]
+            ]
+            self.exp2_linears = [
+                (self.ops.pack(weight, num_uses=self.num_steps), bias)
+                for weight, bias in exp2_linears
             ]
             self.exp2_norms = [
                 (shape, gamma * LOG2_E, beta * LOG2_E, eps)
@@ -312,11 +325,6 @@ def fast_relu_(x: Tensor) -> Tensor:
         x.view(torch.int16).clamp_min_(0)
         return x
     return torch.relu_(x)
-
-
-def _norm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """LayerNorm takes float32 parameters with half-precision input on a CPU only."""
-    return torch.float32 if device.type == "cpu" else dtype
 
 
 def _held_norm(put, name: str, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple:

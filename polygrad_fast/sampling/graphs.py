@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
+from polygrad_fast.profiling import annotate
+
 Function = Callable[..., tuple[Tensor, ...]]
 
 
@@ -64,10 +66,13 @@ class CapturedFunction:
         """Replay on these inputs, on the current stream; the results are the caller's own."""
         # the last replay may be running on another stream
         torch.cuda.current_stream(self.inputs[0].device).wait_event(self._done)
-        for static, given in zip(self.inputs, inputs, strict=True):
-            static.copy_(given)
-        self.graph.replay()
-        results = tuple(output.clone() for output in self.outputs)
+        with annotate("graph_inputs"):
+            for static, given in zip(self.inputs, inputs, strict=True):
+                static.copy_(given)
+        with annotate("graph_replay"):
+            self.graph.replay()
+        with annotate("graph_outputs"):
+            results = tuple(output.clone() for output in self.outputs)
         self._done.record(torch.cuda.current_stream(self.inputs[0].device))
         return results
 
@@ -95,12 +100,13 @@ class GraphCache:
         if entry is None:
             while len(self._entries) >= self.max_entries:
                 self._entries.popitem(last=False)
-            try:
-                entry = CapturedFunction(function, inputs)
-            except torch.OutOfMemoryError:  # make room: every capture holds its own buffers
-                self.clear()
-                torch.cuda.empty_cache()
-                entry = CapturedFunction(function, inputs)
+            with annotate("graph_capture"):
+                try:
+                    entry = CapturedFunction(function, inputs)
+                except torch.OutOfMemoryError:  # make room: every capture holds its own buffers
+                    self.clear()
+                    torch.cuda.empty_cache()
+                    entry = CapturedFunction(function, inputs)
         self._entries[key] = entry
         return entry(*inputs)
 

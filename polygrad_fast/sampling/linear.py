@@ -9,6 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = {"relu": torch.relu_, "tanh": torch.tanh_, "gelu": F.gelu}
+PACKING_USES = 32
+"""Products a weight must serve for packing it to pay: 0.8 us per 1024 numbers once, 0.04 us less in
+each product, whatever the rows (measured on one thread)."""
+PACKING_SIZE = 2**16
+"""Numbers of the smallest weight that is packed."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A Linear's weight [out_dim, in_dim], and the same in oneDNN's own layout where that pays."""
+
+    plain: Tensor
+    packed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,28 +47,41 @@ class LinearOps:
         onednn = device.type == "cpu" and _onednn_offers(dtype)
         return cls(onednn, 2**20 if dtype == torch.float32 else 0)
 
-    def _use_onednn(self, x: Tensor, weight: Tensor) -> bool:
-        return self.onednn and x.shape[0] * weight.numel() >= self.onednn_from
+    def pack(self, weight: Tensor, num_uses: int) -> Weight:
+        """Return `weight` [out_dim, in_dim] as the products take it; a copy in oneDNN's layout, if
+        any, does not follow later changes of `weight`."""
+        if not self.onednn or num_uses < PACKING_USES or weight.numel() < PACKING_SIZE:
+            return Weight(weight)
+        return Weight(weight, torch.ops.mkldnn._reorder_linear_weight(weight))
+
+    def _onednn_weight(self, x: Tensor, weight: Weight) -> Tensor | None:
+        """Return the weight for oneDNN's operators, None where PyTorch's own are better."""
+        if not self.onednn or x.shape[0] * weight.plain.numel() < self.onednn_from:
+            return None
+        return weight.plain if weight.packed is None else weight.packed
 
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none"
+        self, x: Tensor, weight: Weight, bias: Tensor | None, activation: str = "none"
     ) -> Tensor:
         """Return activation(x W^T + b), a new tensor: [rows, in_dim] -> [rows, out_dim].
 
         Args:
-            x: [rows, in_dim]. weight: [out_dim, in_dim]. bias: [out_dim]. All of one dtype.
+            x: [rows, in_dim]. weight: of `pack`, [out_dim, in_dim]. bias: [out_dim]. All of one
+                dtype.
             activation: "none", "relu", "tanh" or "gelu" (the erf form).
         """
-        if self._use_onednn(x, weight):
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
-        out = F.linear(x, weight, bias)
+        packed = self._onednn_weight(x, weight)
+        if packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
+        out = F.linear(x, weight.plain, bias)
         return out if activation == "none" else ACTIVATIONS[activation](out)
 
-    def linear_add(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    def linear_add(self, x: Tensor, weight: Weight, bias: Tensor, residual: Tensor) -> Tensor:
         """Return residual + x W^T + b; `residual` [rows, out_dim] may be overwritten."""
-        if self._use_onednn(x, weight):
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-        return residual.add_(F.linear(x, weight, bias))
+        packed = self._onednn_weight(x, weight)
+        if packed is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
+        return residual.add_(F.linear(x, weight.plain, bias))
 
 
 def _onednn_offers(dtype: torch.dtype) -> bool:
@@ -66,7 +92,8 @@ def _onednn_offers(dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         ones = torch.ops.mkldnn._linear_pointwise(weight, weight, None, "tanh", [], "none")
-        twos = torch.ops.mkldnn._linear_pointwise.binary(weight, weight, weight, None, "add")
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        twos = torch.ops.mkldnn._linear_pointwise.binary(weight, weight, packed, None, "add")
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     return bool((ones > 0.7).all() and (twos == 2).all())

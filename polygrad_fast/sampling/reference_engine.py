@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 
@@ -57,10 +58,10 @@ class ReferenceEngine:
         guidance_scale: float | Tensor,
         generator: torch.Generator | None,
         noise: SampleNoise | None,
-        return_chain: bool,
+        return_chain: bool | int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [K,
-        B, H, .].
+        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [n,
+        B, H, .] of the last n steps.
 
         Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
         observations [B, S].
@@ -73,28 +74,31 @@ class ReferenceEngine:
         def normals(shape: tuple[int, ...], given: Tensor | None) -> Tensor:
             if given is not None:
                 return given.to(c.device)
-            return torch.randn(shape, generator=generator, device=c.device)
+            with annotate("noise"):
+                return torch.randn(shape, generator=generator, device=c.device)
 
         trajectory = normals(states_shape, noise and noise.initial_trajectories).clone()
         actions = normals(actions_shape, noise and noise.initial_actions).clone()
         trajectory[:, 0, :observation_dim] = initial_observations
+        chain_length = c.chain_length(return_chain)
         chain = []
         for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):
             trajectory_noise = normals(states_shape, noise and noise.trajectories[step])
             action_noise = None
             if k > 0 and c.config.action_update != "none":
                 action_noise = normals(actions_shape, noise and noise.actions[step])
-            trajectory, actions = diffusion_step(
-                c,
-                trajectory,
-                actions,
-                initial_observations,
-                k,
-                guidance_scale,
-                trajectory_noise,
-                action_noise,
-            )
-            if return_chain:
+            with annotate("diffusion_step"):
+                trajectory, actions = diffusion_step(
+                    c,
+                    trajectory,
+                    actions,
+                    initial_observations,
+                    k,
+                    guidance_scale,
+                    trajectory_noise,
+                    action_noise,
+                )
+            if k < chain_length:
                 chain.append((trajectory, actions))
-        chains = tuple(map(torch.stack, zip(*chain, strict=True))) if return_chain else None
+        chains = tuple(map(torch.stack, zip(*chain, strict=True))) if chain else None
         return trajectory, actions, chains

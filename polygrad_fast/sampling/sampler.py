@@ -12,6 +12,7 @@ from torch import Tensor
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.profiling import annotate
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.folded_networks import is_foldable
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
@@ -30,8 +31,8 @@ class TrajectoryBatch:
     actions: Tensor  # [B, H, A]
     rewards: Tensor  # [B, H]
     terminals: Tensor  # [B, H], 0/1 flags; with normalized=True the values as denoised
-    chain_trajectories: Tensor | None = None  # [K, B, H, D], normalized, after each step
-    chain_actions: Tensor | None = None  # [K, B, H, A]
+    chain_trajectories: Tensor | None = None  # [K or fewer, B, H, D], normalized, after each step
+    chain_actions: Tensor | None = None  # [K or fewer, B, H, A]
 
 
 class PolicyGuidedSampler:
@@ -113,7 +114,7 @@ class PolicyGuidedSampler:
         generator: torch.Generator | None = None,
         noise: SampleNoise | None = None,
         normalized: bool = False,
-        return_chain: bool = False,
+        return_chain: bool | int = False,
     ) -> TrajectoryBatch:
         """Imagine one on-policy trajectory from each initial observation (Algorithm 2).
 
@@ -132,24 +133,34 @@ class PolicyGuidedSampler:
             generator: source of the normals, on the sampler's device.
             noise: every normal, given by the caller.
             normalized: the input is normalized and all results shall be.
-            return_chain: also return states and actions after each step.
+            return_chain: also return states and actions after each step, or after each of this
+                many last ones.
 
         Raises:
             InputError: wrong shape or dtype, B = 0, a value that is not finite, or noise of other
                 shapes.
         """
-        s0 = self._check_observations(initial_observations)
-        self._check_guidance_scale(guidance_scale)
-        self._check_generator(generator)
-        if noise is not None:
-            noise = self._check_noise(noise, s0.shape[0])
-        s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
-        autocast_off = torch.autocast(self.components.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), autocast_off:
-            trajectory, actions, chain = self._engine.sample(
-                s0_norm, guidance_scale, generator, noise, return_chain
-            )
-            return self._to_batch(s0, trajectory, actions, chain, normalized)
+        with annotate("sample"):
+            with annotate("check_inputs"):
+                s0 = self._check_observations(initial_observations)
+                self._check_guidance_scale(guidance_scale)
+                self._check_generator(generator)
+                num_steps = self.components.schedule.num_train_timesteps
+                if not (isinstance(return_chain, int) and 0 <= return_chain <= num_steps):
+                    raise InputError(
+                        f"return_chain must be True, False or a number of steps up to {num_steps}, "
+                        f"got {return_chain!r}"
+                    )
+                if noise is not None:
+                    noise = self._check_noise(noise, s0.shape[0])
+            s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
+            autocast_off = torch.autocast(self.components.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), autocast_off:
+                trajectory, actions, chain = self._engine.sample(
+                    s0_norm, guidance_scale, generator, noise, return_chain
+                )
+                with annotate("results"):
+                    return self._to_batch(s0, trajectory, actions, chain, normalized)
 
     def _to_batch(self, s0, trajectory, actions, chain, normalized) -> TrajectoryBatch:
         observations = trajectory[..., : self.components.observation_dim]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polygrad_fast.errors import InputError
 from polygrad_fast.policy import GaussianPolicy, log_prob
+from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.guided_step import policy_distribution
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.folded_networks import (
@@ -137,7 +138,7 @@ class TorchEngine:
         self._policy = None
         if not self._foreign_policy:
             state_dim = components.observation_dim + 2
-            self._policy = FoldedPolicy(components.policy, state_dim, self._held)
+            self._policy = FoldedPolicy(components.policy, state_dim, num_steps, self._held)
         self._steps = _step_constants(components)
         self._workspaces: dict[int, Workspace] = {}
         self._graphs = GraphCache()
@@ -149,34 +150,37 @@ class TorchEngine:
         guidance_scale: float | Tensor,
         generator: torch.Generator | None,
         noise: SampleNoise | None,
-        return_chain: bool,
+        return_chain: bool | int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains
-        [K, B, H, .]; new tensors.
+        [n, B, H, .] of the last n steps; new tensors.
 
         Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
         observations [B, S].
         """
         with self._matmul_precision():
-            self._refresh(guidance_scale)
+            with annotate("refresh"):
+                self._refresh(guidance_scale)
             run = self._sample_captured if self._captures else self._sample_eagerly
-            return run(initial_observations, generator, noise, return_chain)
+            chain_length = self.components.chain_length(return_chain)
+            return run(initial_observations, generator, noise, chain_length)
 
-    def _sample_eagerly(self, initial_observations, generator, noise, return_chain):
-        """Run all steps; the arguments and the result of `sample`."""
+    def _sample_eagerly(self, initial_observations, generator, noise, chain_length):
+        """Run all steps; the result of `sample`."""
         ws = self._workspace(initial_observations.shape[0])
         if noise is None:
-            ws.trajectory.normal_(generator=generator)
-            ws.actions.normal_(generator=generator)
+            with annotate("noise"):
+                ws.trajectory.normal_(generator=generator)
+                ws.actions.normal_(generator=generator)
         else:
             ws.trajectory.copy_(noise.initial_trajectories)
             ws.actions.copy_(noise.initial_actions)
         noise_source = self._noise_source(ws, generator, noise)
-        chain = self._loop(ws, initial_observations, noise_source, return_chain)
+        chain = self._loop(ws, initial_observations, noise_source, chain_length)
         return ws.trajectory.clone(), ws.actions.clone(), chain
 
-    def _sample_captured(self, initial_observations, generator, noise, return_chain):
-        """Replay the graph of all steps; the arguments and the result of `sample`."""
+    def _sample_captured(self, initial_observations, generator, noise, chain_length):
+        """Replay the graph of all steps; the result of `sample`."""
         batch, num_steps, device = len(initial_observations), len(self._steps), self._held.device
         if noise is not None:
             normals = (
@@ -188,10 +192,11 @@ class TorchEngine:
             normals = tuple(tensor.to(device, torch.float32) for tensor in normals)
         else:
             states, actions = self._shapes(batch)
-            normals = tuple(
-                torch.randn(shape, generator=generator, device=device)
-                for shape in (states, actions, (num_steps, *states), (num_steps, *actions))
-            )
+            with annotate("noise"):
+                normals = tuple(
+                    torch.randn(shape, generator=generator, device=device)
+                    for shape in (states, actions, (num_steps, *states), (num_steps, *actions))
+                )
 
         def run(initial_observations, trajectories, actions, trajectory_noise, action_noise):
             # This workspace belongs to the graph: it is allocated from the graph's own memory.
@@ -202,11 +207,11 @@ class TorchEngine:
                 ws,
                 initial_observations,
                 lambda step: (trajectory_noise[step], action_noise[step]),
-                return_chain,
+                chain_length,
             )
             return ws.trajectory, ws.actions, *(chain or ())
 
-        key = (return_chain, self._update.keep.shape, self._guidance_scale.shape)
+        key = (chain_length, self._update.keep.shape, self._guidance_scale.shape)
         trajectory, actions, *chain = self._graphs(key, run, (initial_observations, *normals))
         return trajectory, actions, tuple(chain) or None
 
@@ -305,26 +310,29 @@ class TorchEngine:
         ws: Workspace,
         initial_observations: Tensor,
         noise_source: NoiseSource,
-        return_chain: bool,
+        chain_length: int,
     ) -> tuple[Tensor, Tensor] | None:
         """Run all diffusion steps on the workspace's trajectory and actions; return their chains
-        [K, B, H, .] where asked."""
+        [chain_length, B, H, .] where asked."""
         chain = None
-        if return_chain:
-            num_steps = len(self._steps)
+        if chain_length:
             chain = tuple(
-                torch.empty(num_steps, *tensor.shape, device=tensor.device)
+                torch.empty(chain_length, *tensor.shape, device=tensor.device)
                 for tensor in (ws.trajectory, ws.actions)
             )
         self._inpaint(ws.trajectory, initial_observations)
+        first_kept = len(self._steps) - chain_length
         for step, constants in enumerate(self._steps):
-            self._write_denoiser_input(ws, constants)
-            prediction = self._predict(ws, constants.k)
-            normals = noise_source(step)
-            self._guided_step(ws, prediction, initial_observations, constants, *normals)
-            if return_chain:
-                chain[0][step].copy_(ws.trajectory)
-                chain[1][step].copy_(ws.actions)
+            with annotate("denoiser"):
+                self._write_denoiser_input(ws, constants)
+                prediction = self._predict(ws, constants.k)
+            with annotate("noise"):
+                normals = noise_source(step)
+            with annotate("guided_step"):
+                self._guided_step(ws, prediction, initial_observations, constants, *normals)
+            if step >= first_kept:
+                chain[0][step - first_kept].copy_(ws.trajectory)
+                chain[1][step - first_kept].copy_(ws.actions)
         return chain
 
     def _predict(self, ws: Workspace, k: int) -> Tensor:

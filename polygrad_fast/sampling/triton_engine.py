@@ -14,6 +14,7 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
+from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.residual_mlp import fold_input, fold_normalizer
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.graphs import GraphCache
@@ -370,7 +371,7 @@ class TritonEngine:
                 s0 = torch.zeros(1, c.observation_dim, device=self.device)
                 guidance = torch.zeros(1, device=self.device)
                 seed = torch.zeros(2, dtype=torch.int64, device=self.device)
-                self._run(False, s0, guidance, seed, max_steps=1)
+                self._run(0, s0, guidance, seed, max_steps=1)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
         except Exception as error:
@@ -398,10 +399,10 @@ class TritonEngine:
         guidance_scale: float | Tensor,
         generator: torch.Generator | None,
         noise: SampleNoise | None,
-        return_chain: bool,
+        return_chain: bool | int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [K,
-        B, H, .]; none of them shares memory with the engine.
+        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [n,
+        B, H, .] of the last n steps; none of them shares memory with the engine.
 
         Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
         observations [B, S]. Does not synchronize with the device after the first call of a shape.
@@ -420,11 +421,13 @@ class TritonEngine:
             )
             seed = torch.zeros(2, dtype=torch.int64, device=self.device)
         else:
-            seed = self._draw_seed(generator)
+            with annotate("noise"):
+                seed = self._draw_seed(generator)
         given = tuple(t.to(self.device, torch.float32).contiguous() for t in given)
         s0 = initial_observations.to(self.device, torch.float32).contiguous()
         inputs = (s0, guidance, seed, *given)
-        run = functools.partial(self._run, return_chain)
+        chain_length = self.components.chain_length(return_chain)
+        run = functools.partial(self._run, chain_length)
         with torch.no_grad(), self._on_device():
             if self._graphs is None:
                 outputs = run(*inputs)
@@ -433,7 +436,7 @@ class TritonEngine:
                 if addresses != self._addresses:  # a tensor was replaced, not changed in place
                     self._graphs.clear()
                     self._addresses = addresses
-                outputs = self._graphs(return_chain, run, inputs)
+                outputs = self._graphs(chain_length, run, inputs)
         trajectory, actions, *chains = outputs
         return trajectory, actions, tuple(chains) if chains else None
 
@@ -444,7 +447,7 @@ class TritonEngine:
 
     def _run(
         self,
-        return_chain: bool,
+        chain_length: int,
         initial_observations: Tensor,
         guidance_scale: Tensor,
         seed: Tensor,
@@ -456,14 +459,15 @@ class TritonEngine:
         c = self.components
         batch, observation_dim = initial_observations.shape
         num_steps = c.schedule.num_train_timesteps
-        kept = (num_steps,) if return_chain else (1,)
-        shape = (batch, c.horizon)
-        trajectories = torch.empty(*kept, *shape, observation_dim + 2, device=self.device)
-        all_actions = torch.empty(*kept, *shape, c.action_dim, device=self.device)
+        kept = max(1, chain_length)
+        shape = (kept, batch, c.horizon)
+        trajectories = torch.empty(*shape, observation_dim + 2, device=self.device)
+        all_actions = torch.empty(*shape, c.action_dim, device=self.device)
         trajectory, actions = trajectories[0], all_actions[0]
 
-        self.denoiser.refresh()
-        self.policy.refresh()
+        with annotate("refresh"):
+            self.denoiser.refresh()
+            self.policy.refresh()
         workspace = self.denoiser.workspace(batch)
         normalizer = c.normalizer
         space = self.steps.ActionSpace(
@@ -477,25 +481,28 @@ class TritonEngine:
             seed=seed,
             denoiser_input=workspace.input,
         )
-        self.steps.initial_state(
-            noise=given[:2] or None, trajectory_out=trajectory, actions_out=actions, **common
-        )
-        for step, k in enumerate(list(reversed(range(num_steps)))[:max_steps]):
-            prediction = self.denoiser.predict(workspace, k)
-            row = step if return_chain else 0
-            self.steps.guided_step(
-                prediction,
-                trajectory,
-                actions,
-                k=k,
-                policy=self.policy.operands,
-                guidance_scale=guidance_scale,
-                noise=(given[2][step], given[3][step]) if given else None,
-                trajectory_out=trajectories[row],
-                actions_out=all_actions[row],
-                **common,
+        with annotate("noise"):
+            self.steps.initial_state(
+                noise=given[:2] or None, trajectory_out=trajectory, actions_out=actions, **common
             )
+        for step, k in enumerate(list(reversed(range(num_steps)))[:max_steps]):
+            with annotate("denoiser"):
+                prediction = self.denoiser.predict(workspace, k)
+            row = max(0, step - (num_steps - kept))
+            with annotate("guided_step"):
+                self.steps.guided_step(
+                    prediction,
+                    trajectory,
+                    actions,
+                    k=k,
+                    policy=self.policy.operands,
+                    guidance_scale=guidance_scale,
+                    noise=(given[2][step], given[3][step]) if given else None,
+                    trajectory_out=trajectories[row],
+                    actions_out=all_actions[row],
+                    **common,
+                )
             trajectory, actions = trajectories[row], all_actions[row]
-        if return_chain:
+        if chain_length:
             return trajectory.clone(), actions.clone(), trajectories, all_actions
         return trajectory, actions

@@ -12,6 +12,7 @@ from polygrad_fast.config import A2CConfig
 from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction, entropy, log_prob
+from polygrad_fast.profiling import annotate
 from polygrad_fast.training.guidance import spread
 
 
@@ -170,9 +171,10 @@ class ActorCritic:
         for name, weight in self.target_value_function.named_parameters():
             weight.data.copy_(target_weights[name])
         self.critic_optimizer.step()
-        metrics |= self._step_actor(
-            observations[:, :-1], raw_actions, old_log_prob.detach(), target_update
-        )
+        with annotate("line_search"):
+            metrics |= self._step_actor(
+                observations[:, :-1], raw_actions, old_log_prob.detach(), target_update
+            )
         return metrics
 
     @torch.no_grad()
@@ -187,8 +189,9 @@ class ActorCritic:
         direction = [p - b for p, b in zip(parameters, before, strict=True)]
 
         def update_size() -> float:
-            new_log_prob = log_prob(raw_actions, *self.policy.distribution(inputs))
-            return (new_log_prob - old_log_prob).abs().mean().item()
+            with annotate("line_search_trial"):
+                new_log_prob = log_prob(raw_actions, *self.policy.distribution(inputs))
+                return (new_log_prob - old_log_prob).abs().mean().item()
 
         def move(scale: float) -> float:
             for p, b, d in zip(parameters, before, direction, strict=True):

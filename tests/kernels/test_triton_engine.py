@@ -336,6 +336,17 @@ def test_results_are_the_callers(device):
     assert torch.equal(first[2][0], kept[2])
 
 
+def test_the_last_steps_of_the_chain(device):
+    engine = TritonEngine(build(device), "float32")
+    s0, noise = torch.randn(3, S, device=device), draw_noise(device, 3)
+    x, u, whole = sample(engine, s0, noise=noise, return_chain=True)
+    for length in (1, 2):
+        out = sample(engine, s0, noise=noise, return_chain=length)
+        assert torch.equal(out[0], x) and torch.equal(out[1], u)
+        for got, wanted in zip(out[2], whole, strict=True):
+            assert torch.equal(got, wanted[-length:])
+
+
 def test_inputs_are_not_changed(device):
     engine = TritonEngine(build(device), "float32")
     wide, noise = torch.randn(6, 2 * S, device=device), draw_noise(device, 3)

@@ -598,6 +598,20 @@ def test_no_chain_unless_asked_for():
     assert out.chain_trajectories is None and out.chain_actions is None
 
 
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_the_last_steps_of_the_chain(engine):
+    sampler, s0, noise = make_sampler(engine=engine), make_observations(), make_noise()
+    whole = sampler.sample(s0, noise=noise, return_chain=True)
+    for length in (1, 2, K):
+        out = sampler.sample(s0, noise=noise, return_chain=length)
+        assert torch.equal(out.chain_trajectories, whole.chain_trajectories[-length:])
+        assert torch.equal(out.chain_actions, whole.chain_actions[-length:])
+        assert torch.equal(out.actions, whole.actions)
+    for wrong in (K + 1, -1, 1.5, "all"):
+        with pytest.raises(pg.InputError, match="return_chain must be.*got"):
+            sampler.sample(s0, return_chain=wrong)
+
+
 def test_strided_and_float64_observations_give_the_same():
     sampler, noise, s0 = make_sampler(), make_noise(), make_observations()
     wanted = sampler.sample(s0, noise=noise)

@@ -16,7 +16,7 @@ import polygrad_fast as pg
 from polygrad_fast.compat import official
 from polygrad_fast.errors import InputError
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
-from polygrad_fast.sampling import torch_engine
+from polygrad_fast.sampling import linear, torch_engine
 from polygrad_fast.sampling.components import SamplerComponents
 from polygrad_fast.sampling.linear import LinearOps
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
@@ -508,16 +508,26 @@ def test_dtypes_that_cannot_be():
         TorchEngine(make_components(), "tf32")
 
 
-@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("path", ["mkl", "onednn", "packed"])
 @pytest.mark.parametrize("kind", DENOISERS)
-def test_each_path_of_the_linears(kind, onednn, monkeypatch):
-    """oneDNN for none and for all of them, though it pays for large ones only."""
+def test_each_path_of_the_linears(kind, path, monkeypatch):
+    """oneDNN for none and for all of them, packed or not, though it pays for large ones only;
+    changed weights are packed again."""
+    onednn = path != "mkl"
     if onednn and not LinearOps.choose(torch.device("cpu"), torch.float32).onednn:
         pytest.skip("this build of PyTorch has no oneDNN")
     monkeypatch.setattr(LinearOps, "choose", classmethod(lambda cls, *_: cls(onednn)))
+    if path == "packed":
+        monkeypatch.setattr(linear, "PACKING_USES", 1)
+        monkeypatch.setattr(linear, "PACKING_SIZE", 1)
     c = make_components(kind)
-    s0, noise = torch.randn(7, S), make_noise(c, 7)
-    assert_steps_agree(TorchEngine(c), c, s0, noise, 0.05, 1e-5)
+    engine, s0, noise = TorchEngine(c), torch.randn(7, S), make_noise(c, 7)
+    assert_steps_agree(engine, c, s0, noise, 0.05, 1e-5)
+    assert (engine._denoiser.output_weight.packed is not None) == (path == "packed")
+    with torch.no_grad():
+        for weight in (*c.denoiser.parameters(), *c.policy.parameters()):
+            weight.mul_(1.1)
+    assert_steps_agree(engine, c, s0, noise, 0.05, 1e-5)
 
 
 def test_paper_sized_network():

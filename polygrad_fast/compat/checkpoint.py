@@ -1,0 +1,238 @@
+"""Checkpoints of the released agent: `step-N-ac.pt` and `step-N-diffusion.pt`, read and written."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.compat.weights import (
+    check_state_dict,
+    export_actor_critic,
+    export_denoiser,
+    load_denoiser,
+    load_policy,
+    load_value_function,
+    part,
+)
+from polygrad_fast.config import A2CConfig
+from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.policy import GaussianPolicy, ValueFunction
+from polygrad_fast.schedule import NoiseSchedule
+from polygrad_fast.training.a2c import ActorCritic
+from polygrad_fast.training.run_log import write_bytes_atomic
+
+TABLES = tuple(field.name for field in fields(NoiseSchedule))
+_FILE = re.compile(r"step-(\d+)-(ac|diffusion)\.pt")
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """What a checkpoint of the released agent holds, on the CPU.
+
+    It holds no moments of the normalizer, no optimizer states, no guidance scale, no learned actor
+    learning rate, no replay buffer, and of the denoiser only the averaged weights.
+    """
+
+    step: int
+    denoiser: ResidualMLPDenoiser | TransformerDenoiser
+    schedule: NoiseSchedule
+    policy: GaussianPolicy
+    value_function: ValueFunction
+    target_value_function: ValueFunction
+
+    def actor_critic(self, normalizer: Normalizer, config: A2CConfig | None = None) -> ActorCritic:
+        """Return an actor-critic that trains these networks, with fresh optimizers.
+
+        Args:
+            normalizer: moments of the data, which the checkpoint lacks.
+            config: default `A2CConfig()`, the released settings.
+        """
+        if normalizer.observation_dim != self.policy.observation_dim:
+            raise InputError(
+                f"the normalizer is for {normalizer.observation_dim} observations, the actor for "
+                f"{self.policy.observation_dim}"
+            )
+        actor_critic = ActorCritic(self.policy, self.value_function, normalizer, config)
+        actor_critic.target_value_function.load_state_dict(self.target_value_function.state_dict())
+        return actor_critic
+
+
+def load_checkpoint(
+    directory: str | Path,
+    step: int | str = "latest",
+    min_std: float = 0.1,
+    normed_inputs: bool = False,
+    normalizer: Normalizer | None = None,
+    num_heads: int = 4,
+) -> ReleasedCheckpoint:
+    """Load what `DiffusionWMAgent.save` wrote, with `torch.load(weights_only=True)`.
+
+    Networks and their sizes are told from names and shapes. The arguments besides the first two are
+    settings of the released configuration that its weights do not tell.
+
+    Args:
+        directory: holds step-N-ac.pt and step-N-diffusion.pt.
+        step: N, or "latest": the largest N with both files.
+        min_std, normed_inputs: the released options `min_std` and `ac_use_normed_inputs`.
+        normalizer: moments of the data; needed with normed_inputs=True.
+        num_heads: attention heads of a transformer (released: 4).
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds anything but tensors.
+        InputError: the weights are of another network.
+    """
+    directory = Path(directory)
+    step = _find_step(directory, step)
+    actor_critic, diffusion = (
+        _read(directory / f"step-{step}-{kind}.pt") for kind in ("ac", "diffusion")
+    )
+    missing = {"logstd._bias"} - actor_critic.keys() or set(TABLES) - diffusion.keys()
+    if missing:
+        raise CheckpointError(
+            f"{directory} at step {step} is not a checkpoint of the released agent: "
+            f"{min(missing)!r} is missing"
+        )
+    policy = load_policy(
+        part(actor_critic, "actor."),
+        actor_critic["logstd._bias"],
+        min_std,
+        normalizer,
+        normed_inputs,
+    )
+    observation_dim, action_dim = policy.observation_dim, policy.action_dim
+    return ReleasedCheckpoint(
+        step=step,
+        denoiser=load_denoiser(
+            diffusion, observation_dim, action_dim, _horizon(diffusion, observation_dim), num_heads
+        ),
+        schedule=NoiseSchedule(**{name: diffusion[name] for name in TABLES}),
+        policy=policy,
+        value_function=load_value_function(part(actor_critic, "critic.")),
+        target_value_function=load_value_function(part(actor_critic, "critic_target.")),
+    )
+
+
+def export_checkpoint(
+    source: PolyGRAD | ReleasedCheckpoint, directory: str | Path, step: int | None = None
+) -> tuple[Path, Path]:
+    """Write step-N-ac.pt and step-N-diffusion.pt so that `DiffusionWMAgent.load` reads them.
+
+    Each file appears complete or not at all. The released agent must be built with the same sizes,
+    `min_std`, `ac_use_normed_inputs`, `predict_epsilon` and number of diffusion steps.
+
+    Args:
+        source: an agent of this library (its averaged denoiser is written, as in the released
+            code), or the parts of one.
+        directory: is made where there is none; files of the same step are replaced.
+        step: N; None: the source's own.
+
+    Returns:
+        Paths of the actor-critic's and the diffusion model's file.
+
+    Raises:
+        InputError: weights that would mean something else to the released code.
+    """
+    if isinstance(source, ReleasedCheckpoint):
+        parts = source
+    elif isinstance(source, PolyGRAD):
+        _check_agent(source)
+        parts = ReleasedCheckpoint(
+            step=source.num_timesteps,
+            denoiser=source.denoiser,
+            schedule=source.sampler.components.schedule,
+            **source.actor_critic.modules(),
+        )
+    else:
+        raise InputError(
+            f"wanted a PolyGRAD agent or a ReleasedCheckpoint, got {type(source).__name__}"
+        )
+    step = parts.step if step is None else step
+    weights = export_denoiser(parts.denoiser.state_dict(), parts.denoiser)
+    diffusion = {name: getattr(parts.schedule, name) for name in TABLES}
+    noise_variance = 1.0 - parts.schedule.alphas_cumprod
+    diffusion |= {
+        "sqrt_alphas_cumprod": parts.schedule.alphas_cumprod.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": noise_variance.sqrt(),
+        "log_one_minus_alphas_cumprod": noise_variance.log(),
+    }
+    diffusion |= {f"model.{name}": tensor for name, tensor in weights.items()}
+    actor_critic = export_actor_critic(
+        parts.policy, parts.value_function, parts.target_value_function
+    )
+    paths = tuple(Path(directory) / f"step-{step}-{kind}.pt" for kind in ("ac", "diffusion"))
+    for path, state_dict in zip(paths, (actor_critic, diffusion), strict=True):
+        data = io.BytesIO()
+        torch.save({name: tensor.detach().cpu() for name, tensor in state_dict.items()}, data)
+        write_bytes_atomic(path, data.getvalue())
+    return paths
+
+
+def _check_agent(agent: PolyGRAD) -> None:
+    """Raise InputError where the released code would use the agent's weights in another way."""
+    config = agent.config
+    for name, got, wanted in (
+        ("config.sampler.scale_actions", config.sampler.scale_actions, True),
+        ("config.sampler.denoiser_actions", config.sampler.denoiser_actions, "raw"),
+    ):
+        if got != wanted:
+            raise InputError(
+                f"the released code cannot use this agent's weights: its {name} is {got!r}, "
+                f"wanted {wanted!r}"
+            )
+    scaler = agent.action_scaler
+    if scaler.rescaled and not np.array_equal(scaler.to_environment(scaler.high), scaler.high):
+        raise InputError(
+            "the released code cannot use this agent's weights: its policy acts in [-1, 1] and "
+            "the environment's bounds are others, wanted config.rescale_actions=False"
+        )
+
+
+def _find_step(directory: Path, step: int | str) -> int:
+    """Return the step asked for, both of whose files are there."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory, wanted one with step-N-ac.pt")
+    kinds: dict[int, set[str]] = {}
+    for path in directory.iterdir():
+        if match := _FILE.fullmatch(path.name):
+            kinds.setdefault(int(match[1]), set()).add(match[2])
+    complete = sorted(found for found, parts in kinds.items() if len(parts) == 2)
+    if step == "latest" and complete:
+        return complete[-1]
+    if step not in complete:
+        raise CheckpointError(
+            f"{directory} has no step-N-ac.pt and step-N-diffusion.pt with N = {step}, "
+            f"wanted one of {complete}"
+        )
+    return int(step)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        check_state_dict(state_dict, "one of the released agent's networks")
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is damaged or holds more than tensors, which could run code"
+        ) from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read: {reason}") from error
+    return state_dict
+
+
+def _horizon(diffusion: dict[str, Tensor], observation_dim: int) -> int:
+    """Return H as the denoiser's shapes tell it; 1 where they are no released denoiser's."""
+    if "model.transformer.wpe.weight" in diffusion:
+        return diffusion["model.transformer.wpe.weight"].shape[0]
+    output = diffusion.get("model.residual_mlp.final_linear.bias", torch.empty(0))
+    return max(1, len(output) // (observation_dim + 2))

@@ -1,0 +1,273 @@
+"""Checkpoints of the released agent: written by us, read by us, refused where they are broken."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import polygrad_fast as pg
+from polygrad_fast.compat import official
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
+INDEX = json.loads((FIXTURES / "index.json").read_text())
+S, A, H, K = 5, 2, 4, 16
+TABLES = {
+    *(field.name for field in dataclasses.fields(pg.NoiseSchedule)),
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+}
+NETWORKS = {
+    f"{index}.{kind}" for index in (0, 1, 3, 4, 6) for kind in ("weight", "bias")
+}  # two layers of Linear and LayerNorm, and the last Linear
+
+
+def make_parts(kind=pg.ResidualMLPDenoiser, normed_inputs=False, step=7):
+    normalizer = pg.Normalizer(S, A) if normed_inputs else None
+    policy = pg.GaussianPolicy(
+        S, A, 16, min_std=0.2, normed_inputs=normed_inputs, normalizer=normalizer
+    )
+    return official.ReleasedCheckpoint(
+        step=step,
+        denoiser=kind(S, A, H, hidden_dim=16, num_layers=2),
+        schedule=pg.NoiseSchedule.cosine(K, 0.5),
+        policy=policy,
+        value_function=pg.ValueFunction(S, 16),
+        target_value_function=pg.ValueFunction(S, 16),
+    )
+
+
+def modules(parts):
+    names = ("denoiser", "policy", "value_function", "target_value_function")
+    return [getattr(parts, name) for name in names]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", [pg.ResidualMLPDenoiser, pg.TransformerDenoiser])
+def test_what_is_exported_loads_again(kind, tmp_path):
+    parts = make_parts(kind)
+    paths = official.export_checkpoint(parts, tmp_path / "new")
+    assert [path.name for path in paths] == ["step-7-ac.pt", "step-7-diffusion.pt"]
+    loaded = official.load_checkpoint(tmp_path / "new", min_std=0.2)
+    assert loaded.step == 7 and type(loaded.denoiser) is kind
+    assert (loaded.denoiser.horizon, loaded.denoiser.num_layers) == (H, 2)
+    for got, wanted in zip(modules(loaded), modules(parts), strict=True):
+        assert same(got.state_dict(), wanted.state_dict())
+    assert torch.equal(loaded.policy.std, parts.policy.std)
+    assert same(vars(loaded.schedule), vars(parts.schedule))
+
+
+def test_names_are_the_released_ones(tmp_path):
+    paths = official.export_checkpoint(make_parts(), tmp_path)
+    ac, diffusion = map(read, paths)
+    wanted = {f"{n}.model.{k}" for n in ("actor", "critic", "critic_target") for k in NETWORKS}
+    assert ac.keys() == wanted | {"logstd._bias"}
+    assert ac["logstd._bias"].shape == (A,) and ac["critic.model.6.weight"].shape == (1, 16)
+    with np.load(FIXTURES / "denoiser_mlp_x0.npz") as data:
+        recorded = [key for key in data.files if key.startswith("model.")]
+    two_layers = [key for key in recorded if "network.5." not in key]  # of three
+    rename = {"model.residual_mlp.network.7": "model.residual_mlp.network.5"}
+    names = {rename.get(key.rpartition(".")[0], key.rpartition(".")[0]) for key in two_layers}
+    assert {key.rpartition(".")[0] for key in diffusion if key.startswith("model.")} == names
+    assert {key for key in diffusion if not key.startswith("model.")} == TABLES
+    assert all(table.shape == (K,) for name, table in diffusion.items() if name in TABLES)
+    alphas = diffusion["alphas_cumprod"]
+    torch.testing.assert_close(diffusion["sqrt_alphas_cumprod"].square(), alphas)
+    torch.testing.assert_close(diffusion["sqrt_one_minus_alphas_cumprod"].square(), 1 - alphas)
+    torch.testing.assert_close(diffusion["log_one_minus_alphas_cumprod"].exp(), 1 - alphas)
+
+
+@pytest.mark.parametrize("name", ["denoiser_mlp_x0", "denoiser_transformer_x0"])
+def test_recorded_networks_load_from_a_whole_diffusion_model(name, tmp_path):
+    official.export_checkpoint(make_parts(), tmp_path)
+    diffusion = read(tmp_path / "step-7-diffusion.pt")
+    with np.load(FIXTURES / f"{name}.npz") as data:
+        arrays = {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
+    weights = {key: value for key, value in arrays.items() if key.startswith("model.")}
+    tables = {key: value for key, value in diffusion.items() if key in TABLES}
+    torch.save(tables | weights, tmp_path / "step-7-diffusion.pt")
+    loaded = official.load_checkpoint(tmp_path)
+    assert loaded.denoiser.horizon == INDEX[name]["horizon"]
+    y = loaded.denoiser(arrays["x"], arrays["act"], arrays["t"])
+    torch.testing.assert_close(y, arrays["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_latest_complete_step_is_loaded(tmp_path):
+    for step in (9, 100, 20):
+        official.export_checkpoint(make_parts(), tmp_path, step=step)
+    (tmp_path / "step-900-ac.pt").write_bytes(b"")  # its other file was never written
+    (tmp_path / "step-x-ac.pt").write_bytes(b"")
+    assert official.load_checkpoint(tmp_path).step == 100
+    assert official.load_checkpoint(tmp_path, 20).step == 20
+    for missing in (900, 5, "last"):
+        with pytest.raises(
+            pg.CheckpointError, match=rf"N = {missing}, wanted one of \[9, 20, 100\]"
+        ):
+            official.load_checkpoint(tmp_path, missing)
+
+
+def test_an_actor_critic_continues_with_the_stored_target(tmp_path):
+    parts = make_parts(normed_inputs=True)
+    official.export_checkpoint(parts, tmp_path)
+    normalizer = pg.Normalizer(S, A)
+    loaded = official.load_checkpoint(tmp_path, normed_inputs=True, normalizer=normalizer)
+    assert loaded.policy.normed_inputs and loaded.policy.normalizer is normalizer
+    actor_critic = loaded.actor_critic(normalizer)
+    target = actor_critic.target_value_function
+    assert same(target.state_dict(), parts.target_value_function.state_dict())
+    shapes = (8, H, S), (8, H, A), (8, H), (8, H)
+    metrics = actor_critic.update(*map(torch.randn, shapes[:3]), torch.zeros(shapes[3]))
+    assert metrics["critic_loss"] > 0
+    with pytest.raises(pg.InputError, match="normalizer is for 4 observations, the actor for 5"):
+        loaded.actor_critic(pg.Normalizer(4, A))
+    with pytest.raises(pg.InputError, match="needs the normalizer"):
+        official.load_checkpoint(tmp_path, normed_inputs=True)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload_ran",)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_text(path):
+    path.write_text("not a checkpoint")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def hide_code(path):
+    torch.save({"logstd._bias": Payload()}, path)
+
+
+def plain_pickle(path):
+    path.write_bytes(pickle.dumps(Payload(), protocol=2))
+
+
+def trainer_state(path):
+    torch.save({"step": 3, "model": {}, "ema": {}}, path)
+
+
+def save_list(path):
+    torch.save([torch.zeros(2)], path)
+
+
+def no_tables(path):
+    torch.save({"model.weight": torch.zeros(2)}, path)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (cut, "cannot be read"),
+        (write_text, "is refused: it is damaged or holds more than tensors"),
+        (empty, "cannot be read"),
+        (hide_code, "is refused: it is damaged or holds more than tensors"),
+        (plain_pickle, "is refused|cannot be read"),
+        (trainer_state, "wanted the state_dict.*got int under 'step'"),
+        (save_list, "wanted the state_dict.*got list"),
+        (no_tables, "is missing"),
+    ],
+)
+@pytest.mark.parametrize("which", ["ac", "diffusion"])
+def test_broken_files_are_refused_in_one_sentence(which, damage, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    official.export_checkpoint(make_parts(), tmp_path)
+    damage(tmp_path / f"step-7-{which}.pt")
+    with pytest.raises(pg.CheckpointError, match=message) as error:
+        official.load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert not (tmp_path / "payload_ran").exists()
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(pg.CheckpointError, match="is not a directory"):
+        official.load_checkpoint(tmp_path / "nothing")
+    with pytest.raises(pg.CheckpointError, match="no step-N-ac.pt.*latest"):
+        official.load_checkpoint(tmp_path)
+
+
+def test_foreign_networks_are_told(tmp_path):
+    official.export_checkpoint(make_parts(), tmp_path)
+    path = tmp_path / "step-7-diffusion.pt"
+    tables = {key: value for key, value in read(path).items() if key in TABLES}
+    torch.save(tables | {"model.0.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(pg.InputError, match="residual MLP.*transformer.*got names"):
+        official.load_checkpoint(tmp_path)
+
+
+def test_a_failed_export_leaves_the_older_file(tmp_path, monkeypatch):
+    official.export_checkpoint(make_parts(), tmp_path)
+    kept = (tmp_path / "step-7-ac.pt").read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        official.export_checkpoint(make_parts(), tmp_path)
+    assert (tmp_path / "step-7-ac.pt").read_bytes() == kept
+    assert sorted(os.listdir(tmp_path)) == ["step-7-ac.pt", "step-7-diffusion.pt"]
+
+
+def make_agent(preset="default", **changes):
+    config = pg.TrainConfig.from_preset(preset)
+    denoiser = dataclasses.replace(config.denoiser, hidden_dim=16, num_layers=1)
+    changes = {"denoiser": denoiser, "rescale_actions": False, **changes}
+    return pg.PolyGRAD("Pendulum-v1", config=dataclasses.replace(config, **changes))
+
+
+def test_an_agent_is_exported(tmp_path):
+    agent = make_agent()
+    ac_path, _ = official.export_checkpoint(agent, tmp_path)
+    assert ac_path == tmp_path / "step-0-ac.pt"
+    loaded = official.load_checkpoint(tmp_path)
+    assert same(loaded.denoiser.state_dict(), agent.denoiser.state_dict())
+    assert same(loaded.policy.state_dict(), agent.policy.state_dict())
+    assert same(vars(loaded.schedule), vars(agent.sampler.components.schedule))
+
+
+@pytest.mark.parametrize(
+    "preset, changes, message",
+    [
+        ("paper", {}, "scale_actions is False, wanted True"),
+        ("quick", {}, "denoiser_actions is 'clipped', wanted 'raw'"),
+        ("default", {"rescale_actions": True}, "rescale_actions=False"),
+        (
+            "paper",
+            {"sampler": pg.SamplerConfig.official()},
+            "step_conditioning 'input', got 'layer'",
+        ),
+    ],
+)
+def test_agents_whose_weights_mean_something_else_are_not_exported(
+    preset, changes, message, tmp_path
+):
+    with pytest.raises(pg.InputError, match=message):
+        official.export_checkpoint(make_agent(preset, **changes), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_sources_are_told(tmp_path):
+    with pytest.raises(pg.InputError, match="wanted a PolyGRAD agent.*got Linear"):
+        official.export_checkpoint(torch.nn.Linear(2, 2), tmp_path)
+    parts = dataclasses.replace(make_parts(), denoiser=torch.nn.Linear(2, 2))
+    with pytest.raises(pg.InputError, match="wanted a ResidualMLPDenoiser.*got Linear"):
+        official.export_checkpoint(parts, tmp_path)

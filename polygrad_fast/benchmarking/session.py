@@ -20,6 +20,9 @@ from polygrad_fast.benchmarking.work import Ceilings, Work
 from polygrad_fast.errors import InputError
 
 
+TIMES = ("ms", "ms_min", "ms_max", "tflops", "gb_per_s", "share_of_floor")
+
+
 class WrongResult(Exception):
     """A check did not pass, so that there is no time."""
 
@@ -99,13 +102,13 @@ class Session:
         try:
             yield measured
         except WrongResult as error:
-            measured.update(status="wrong", error=str(error))
+            measured.fail("wrong", str(error))
         except InputError as error:
-            measured.update(status="not offered", error=str(error))
+            measured.fail("not offered", str(error))
         except torch.OutOfMemoryError as error:
-            measured.update(status="out of memory", error=str(error).splitlines()[0])
+            measured.fail("out of memory", str(error).splitlines()[0])
         except Exception:  # any failure of one case: the next ones are still worth measuring
-            measured.update(status="error", error=traceback.format_exc()[-4000:])
+            measured.fail("error", traceback.format_exc()[-4000:])
         measured.update(seconds_spent=round(time.monotonic() - start, 1))
         self.rows.add(measured.row)
 
@@ -140,6 +143,11 @@ class Case:
     def update(self, **changes: Any) -> None:
         """Change fields of the row."""
         self.row = dataclasses.replace(self.row, **changes)
+
+    def fail(self, status: str, error: str) -> None:
+        """Note a failure, and that there is no time, should it come after one."""
+        self.times = []
+        self.update(status=status, error=error, **dict.fromkeys(TIMES))
 
     def check(self, name: str, error: float, allowed: float) -> None:
         """Hold an error against the allowed one.

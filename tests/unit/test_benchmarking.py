@@ -176,6 +176,10 @@ def test_a_session_makes_a_row_of_whatever_happens(tmp_path):
         case.time(lambda: None, 1, "thing")
     with session.case("g", "float32"):
         pass
+    with session.case("h", "float32") as case:
+        case.check("error", 0.0, 1.0)
+        case.time(lambda: None, 1, "thing", Work(10, 20))
+        raise RuntimeError("after the time")
     rows = {row.benchmark: row for row in read_rows(tmp_path / "rows.jsonl")}
     first = rows.pop("a")
     assert first.status == "ok" and first.ms > 0 and first.items == 3 and first.error is None
@@ -185,9 +189,9 @@ def test_a_session_makes_a_row_of_whatever_happens(tmp_path):
     assert set(first.values) == {"other_ms", "width"}
     assert {n: row.status for n, row in rows.items()} == {
         "b": "wrong", "c": "wrong", "d": "not offered", "e": "out of memory", "f": "error",
-        "g": "error",
+        "g": "error", "h": "error",
     }  # fmt: skip
-    assert all(row.ms is None and row.error for row in rows.values())
+    assert all(row.ms is row.tflops is None and row.error for row in rows.values())
     assert rows["c"].checks == (Check("error", None, 1.0),)
     assert "before any check" in rows["f"].error and rows["e"].error == "no room"
 

@@ -270,7 +270,7 @@ MEASURED = [
         benchmark="sampler step",
         case={"engine": "torch", "batch": 64, "horizon": 10, "steps": 64},
         ms=6.0,
-        values={"gemms_ms": 5.0, "reference_ms": 12.0},
+        values={"gemms_ms": 5.0, "packed_ms": 4.0, "reference_ms": 12.0},
     ),
     make_row(benchmark="A2C update", case={"batch": 1024}, ms=266.0),
     make_row(benchmark="environment step", case={"env_id": "Hopper-v5"}, ms=0.1,
@@ -287,7 +287,10 @@ def test_tables():
     assert "| residual mlp | 50 | 64 | not measured | not measured | 6,400 ms |" in on_cpu
     assert "| residual mlp | 10 | 64 | 9 ms |" in on_gpu
     assert "NVIDIA H200; driver 580; torch" in on_gpu
-    assert "| float32 | 64 | 6.00 | 5.00 | 12.00 | 1.20 | 2.00x |" in tables["sampler_cpu"]
+    assert (
+        "| float32 | 64 | 6.00 | 12.00 | 2.00x | 5.00 (1.20x) | 4.00 (1.50x) |"
+        in tables["sampler_cpu"]
+    )
     assert "| A2C update | batch 1024 | float32 | 266 ms | - | - |" in tables["updates"]
     assert "| Hopper-v5 | 10,000 | 12,500 | 20,000 |" in tables["environments"]
     assert tables["quick_seeds"] == "On a CPU: not measured."

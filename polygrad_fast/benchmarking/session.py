@@ -19,7 +19,6 @@ from polygrad_fast.benchmarking.timing import Call, clock_of, interleaved
 from polygrad_fast.benchmarking.work import Ceilings, Work
 from polygrad_fast.errors import InputError
 
-
 TIMES = ("ms", "ms_min", "ms_max", "tflops", "gb_per_s", "share_of_floor")
 
 

@@ -67,22 +67,23 @@ class Layer:
         self.bias, self.gamma, self.beta = torch.randn(3, width, device=device)
 
     def fused(self, blocks):
-        """Return a function that launches the kernel with that tile and returns the layer's
-        output."""
+        """Return a function that launches the kernel with that tile and returns the layer's output,
+        its operand for the next layer (None in float32) and its moments."""
         tile = kernel.PRECISIONS[self.precision].moments_tile
         moments = twin.row_moments(self.residual, tile).contiguous()
         out = torch.full_like(self.residual, torch.nan)
-        operand_out = None if self.x.dtype == torch.float32 else torch.empty_like(self.x)
-        moments_out = torch.empty_like(moments)
+        is_float32 = self.x.dtype == torch.float32
+        operand_out = None if is_float32 else torch.full_like(self.x, torch.nan)
+        moments_out = torch.full_like(moments, torch.nan)
 
-        def launch() -> torch.Tensor:
+        def launch():
             kernel.residual_mlp_layer(
                 self.x, self.weight, self.bias, out, self.precision,
                 norm=(moments, self.gamma, self.beta, 1e-5), relu=True, residual=self.residual,
                 operand_out=operand_out, moments_out=moments_out,
                 blocks=blocks,
             )  # fmt: skip
-            return out
+            return out, operand_out, moments_out
 
         return launch
 
@@ -106,11 +107,27 @@ class Layer:
         """Return x W^T alone."""
         return torch.mm(self.x, self.weight.T)
 
-    def work(self) -> Work:
-        """Return the layer's work: operand, weight and residual in, residual stream out."""
+    def work(self, implementation: str) -> Work:
+        """Return the work: operand and weight in, and the result out; of a layer, whose result is
+        the residual stream, the residual in too."""
         rows, width = self.residual.shape
-        moved = tensor_bytes(self.x, self.weight, self.residual, self.residual)
+        moved = tensor_bytes(self.x, self.weight)
+        if implementation == "product":
+            moved += tensor_bytes(self.x)
+        else:
+            moved += 2 * tensor_bytes(self.residual)
         return Work(flops=2 * rows * width**2, bytes=moved)
+
+
+def output_errors(layer: Layer, results) -> dict[str, float]:
+    """Return the errors of what the kernel hands to the next layer, against its own output."""
+    out, operand, moments = results
+    wanted = twin.row_moments(out, kernel.PRECISIONS[layer.precision].moments_tile)
+    scale = wanted.abs().amax(dim=(0, 2), keepdim=True)  # of means and of squared deviations
+    errors = {"moments": ((moments - wanted).abs() / scale).max().item()}
+    if operand is not None:
+        errors["operand"] = (operand - out.to(operand.dtype)).abs().max().item()
+    return errors
 
 
 @pytest.mark.cases(of=list_cases)
@@ -124,16 +141,19 @@ def test_layer(bench, implementation, dtype, rows, width):
         layer = Layer(dtype, rows, width, bench.device)
         if implementation.startswith("tile"):
             call = layer.fused(tiles(dtype)[implementation])
+            out, *_ = results = call()
+            for name, error in output_errors(layer, results).items():
+                case.check(
+                    f"{name} for the next layer", error, {"moments": 1e-4, "operand": 0}[name]
+                )
         else:
             call = getattr(layer, implementation)
-
-        def error() -> float:
-            wanted = layer.exact()
-            if implementation == "product":
-                wanted = layer.x.double() @ layer.weight.double().T
-            return (call() - wanted).abs().max().item()
-
-        case.check("largest error", error(), ALLOWED[dtype])
+            out = call()
+        wanted = layer.exact()
+        if implementation == "product":
+            wanted = layer.x.double() @ layer.weight.double().T
+        case.check("largest error", (out - wanted).abs().max(), ALLOWED[dtype])
         count = 2 if bench.session.small else LAUNCHES if bench.device.type == "cuda" else 1
         several = repeated(call, count, bench.device)
-        case.time(several, rows, "row", layer.work(), repeats=count, seconds=0.2)
+        work = layer.work(implementation)
+        case.time(several, rows, "row", work, repeats=count, seconds=0.2)

@@ -2,15 +2,17 @@
 
     pytest benchmarks/bench_training.py --benchmark-only --rows rows.jsonl
 
-The first two are held against their formulas, written out in float64. The whole update is the
+The first two are held against their formulas, written out in float64: losses, gradients and the
+step of the optimizer, taken from its state on the float64 gradient. The whole update is the
 agent's own code: as many environment steps as fall on one policy update, each with acting, storing
 and its denoiser updates, then a batch imagined and the A2C update; its sampler, denoiser and
-actor-critic pass the checks of the parts first. Its dtype is the sampler's, and its floor takes all
-FLOPs in that dtype, although training computes in float32.
+actor-critic pass the checks of the parts first, and then one update is watched. Its dtype is the
+sampler's, and its floor takes all FLOPs in that dtype, although training computes in float32.
 """
 
 import copy
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -24,6 +26,9 @@ from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.training.denoiser import DenoiserTrainer
 
 SMALL_DENOISER = {"residual_mlp": 32, "transformer": 16}
+MAX_STEP_ERROR = 0.02
+"""Of an optimizer's step, relative: Adam divides each gradient by its size, which makes rounding as
+large as the rest where a gradient is nothing else. A step left out is 1, a reversed one 2."""
 
 
 def denoiser_cases(setting):
@@ -79,13 +84,42 @@ def update_cases(setting):
     ]
 
 
-def denoiser_errors(trainer: DenoiserTrainer, trajectory, actions, generator):
-    """Take one update and return the relative errors of its loss and of its gradient (norm of the
-    difference) from Algorithm 1, line 6, in float64."""
+def step_on(optimizer: torch.optim.Optimizer, fresh, gradients) -> list[torch.Tensor]:
+    """Return the parameters' changes by a step on these gradients from the optimizer's state.
+
+    Args:
+        optimizer: whose state and parameters are copied, but not its options.
+        fresh: makes an optimizer of the parameters, with the options it should have.
+    """
+    copied = copy.deepcopy(optimizer)
+    parameters = [p for group in copied.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in parameters]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = None if gradient is None else gradient.to(p)
+    stepping = fresh(parameters)
+    stepping.state.update(copied.state)
+    stepping.step()
+    return [p.detach() - b for p, b in zip(parameters, before, strict=True)]
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Return copies of a module's parameters."""
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def moved(module: torch.nn.Module, before: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return how far the parameters are from those before."""
+    return [p.detach() - b for p, b in zip(module.parameters(), before, strict=True)]
+
+
+def denoiser_errors(trainer: DenoiserTrainer, trajectory, actions, generator) -> dict[str, float]:
+    """Take one update and return the relative errors of its loss, its gradient and its step (norms
+    of the differences) from Algorithm 1, line 6, in float64."""
     exact, schedule = copy.deepcopy(trainer.model).double(), trainer.schedule
-    config, before = trainer.sampler_config, generator.get_state()
+    optimizer, before = copy.deepcopy(trainer.optimizer), weights(trainer.model)
+    config, state = trainer.sampler_config, generator.get_state()
     loss = trainer.update(trajectory, actions, generator)["loss"].double()
-    generator.set_state(before)
+    generator.set_state(state)
     num_steps, device = schedule.num_train_timesteps, trajectory.device
     k = torch.randint(num_steps, (len(trajectory),), generator=generator, device=device)
     noise = torch.randn(trajectory.shape, generator=generator, device=device).double()
@@ -99,8 +133,14 @@ def denoiser_errors(trainer: DenoiserTrainer, trajectory, actions, generator):
     wanted = (torch.where(given, x, prediction) - target).square().mean()
     wanted.backward()
     got = [p.grad.double() for p in trainer.model.parameters() if p.grad is not None]
-    gradient = [p.grad for p in exact.parameters() if p.grad is not None]
-    return abs(loss / wanted - 1).item(), relative_norm(got, gradient)
+    gradients = [p.grad for p in exact.parameters()]
+    adam = functools.partial(torch.optim.Adam, lr=trainer.config.learning_rate)
+    step = step_on(optimizer, adam, gradients)
+    return {
+        "loss": abs(loss / wanted - 1).item(),
+        "gradient": relative_norm(got, [g for g in gradients if g is not None]),
+        "step": relative_norm(moved(trainer.model, before), step),
+    }
 
 
 def relative_norm(got, wanted) -> float:
@@ -109,14 +149,19 @@ def relative_norm(got, wanted) -> float:
     return math.sqrt(difference / sum(w.square().sum() for w in wanted))
 
 
-def a2c_errors(actor_critic: pg.ActorCritic, batch: dict) -> tuple[float, float, float]:
-    """Take one update and return the errors of actor loss, critic loss and update size, in float64
-    and relative to their terms' sizes, from section 4.3 and appendix A written out."""
+def a2c_errors(actor_critic: pg.ActorCritic, batch: dict) -> dict[str, float]:
+    """Take one update and return the errors of losses and update size, relative to their terms'
+    sizes, of gradients and of steps, from section 4.3 and appendix A written out in float64.
+
+    The actor's step is compared in direction: the line search scales it.
+    """
     ac, config = actor_critic, actor_critic.config
     policy, value, target = (
         copy.deepcopy(module).double()
         for module in (ac.policy, ac.value_function, ac.target_value_function)
     )
+    optimizers = copy.deepcopy(ac.actor_optimizer), copy.deepcopy(ac.critic_optimizer)
+    before = weights(ac.policy), weights(ac.value_function)
     metrics = ac.update(**batch)
     normalizer = copy.deepcopy(ac.normalizer).double()
     batch = {name: tensor.double() for name, tensor in batch.items()}
@@ -148,23 +193,47 @@ def a2c_errors(actor_critic: pg.ActorCritic, batch: dict) -> tuple[float, float,
                 delta = rewards[:, later] + following - values[:, later]
                 advantages[:, t] += weight * delta
                 weight = weight * config.gamma * config.gae_lambda * goes_on
-        value_error = (advantages + values[:, :-1] - value(inputs)[:, :-1]).square()
+        value_targets = advantages + values[:, :-1]
         if config.normalize_advantages:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         alive = (1 - ends[:, :-1]).cumprod(1)
-        before, entropy = log_prob(policy)
-        actor_terms = -alive * (before * advantages + config.entropy_coef * entropy)
-        saturation = policy.network(inputs[:, :-1]).square().mean()
-        actor_loss = actor_terms.mean() + config.saturation_coef * saturation
-        critic_terms = 0.5 * alive * value_error
-        after, _ = log_prob(copy.deepcopy(ac.policy).double())
-        update_size = (after - before).abs().mean()
-    pairs = (
-        (metrics["actor_loss"], actor_loss, actor_terms.abs().mean()),
-        (metrics["critic_loss"], critic_terms.mean(), critic_terms.mean()),
-        (metrics["update_size"], update_size, update_size),
-    )
-    return tuple((abs(got - wanted) / scale).item() for got, wanted, scale in pairs)
+    old, entropy = log_prob(policy)
+    actor_terms = -alive * (old * advantages + config.entropy_coef * entropy)
+    saturation = policy.network(inputs[:, :-1]).square().mean()
+    actor_loss = actor_terms.mean() + config.saturation_coef * saturation
+    critic_loss = (0.5 * alive * (value_targets - value(inputs)[:, :-1]).square()).mean()
+    (actor_loss + critic_loss).backward()
+    for clipped in (policy.network, value):
+        max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        torch.nn.utils.clip_grad_norm_(clipped.parameters(), max_norm)
+    with torch.no_grad():
+        new, _ = log_prob(copy.deepcopy(ac.policy).double())
+        update_size = (new - old).abs().mean()
+    actor_size, critic_size = actor_terms.detach().abs().mean(), critic_loss.detach()
+    gradients = [[p.grad for p in module.parameters()] for module in (policy, value)]
+    got = [
+        [p.grad.double() for p in module.parameters()] for module in (ac.policy, ac.value_function)
+    ]
+    rates = config.actor_learning_rate, config.critic_learning_rate
+    wanted = [
+        step_on(optimizer, functools.partial(torch.optim.AdamW, lr=rate), part)
+        for optimizer, rate, part in zip(optimizers, rates, gradients, strict=True)
+    ]
+    return {
+        "actor loss": (abs(metrics["actor_loss"] - actor_loss) / actor_size).item(),
+        "critic loss": (abs(metrics["critic_loss"] - critic_loss) / critic_size).item(),
+        "update size": (abs(metrics["update_size"] - update_size) / update_size).item(),
+        "actor gradient": relative_norm(got[0], gradients[0]),
+        "critic gradient": relative_norm(got[1], gradients[1]),
+        "actor step": relative_norm(unit(moved(ac.policy, before[0])), unit(wanted[0])),
+        "critic step": relative_norm(moved(ac.value_function, before[1]), wanted[1]),
+    }
+
+
+def unit(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors scaled to norm 1 together; NaN if all are zero."""
+    norm = math.sqrt(sum(t.double().square().sum() for t in tensors))
+    return [t / norm if norm else t * math.nan for t in tensors]
 
 
 def denoiser_work(trainer: DenoiserTrainer, batch: int) -> Work:
@@ -203,9 +272,7 @@ def test_denoiser_update(bench, denoiser, batch, horizon):
         trajectory = torch.randn(batch, horizon, c.observation_dim + 2, device=bench.device)
         actions = torch.randn(batch, horizon, c.action_dim, device=bench.device)
         generator = torch.Generator(bench.device).manual_seed(0)
-        loss, gradient = denoiser_errors(trainer, trajectory, actions, generator)
-        case.check("loss", loss, 1e-5)
-        case.check("gradient", gradient, 1e-3)
+        check_denoiser(case, trainer, trajectory, actions, generator, 1e-5)
         work = denoiser_work(trainer, batch)
         work = dataclasses.replace(work, bytes=work.bytes + tensor_bytes(trajectory, actions))
         case.time(lambda: trainer.update(trajectory, actions, generator), batch, "window", work)
@@ -246,10 +313,65 @@ def test_a2c_update(bench, batch, horizon):
 
 def check_a2c(case, actor_critic, imagined) -> None:
     """Check one update of the actor-critic."""
-    actor, critic, size = a2c_errors(actor_critic, imagined)
-    case.check("actor loss", actor, 1e-4)
-    case.check("critic loss", critic, 1e-4)
-    case.check("update size", size, 1e-2)
+    allowed = {"loss": 1e-4, "size": 1e-2, "gradient": 1e-3, "step": MAX_STEP_ERROR}
+    for name, error in a2c_errors(actor_critic, imagined).items():
+        case.check(name, error, allowed[name.split()[-1]])
+
+
+def check_denoiser(case, trainer, trajectory, actions, generator, max_loss_error: float) -> None:
+    """Check one update of the denoiser."""
+    allowed = {"loss": max_loss_error, "gradient": 1e-3, "step": MAX_STEP_ERROR}
+    for name, error in denoiser_errors(trainer, trajectory, actions, generator).items():
+        case.check(name, error, allowed[name])
+
+
+def check_whole_update(case, agent, env_steps: int, update) -> int:
+    """Take one update; check that it acts by the policy, takes every update that is due, on a whole
+    imagined batch, and changes the networks. Return the number of denoiser updates."""
+    config, trainer, ac = agent.config, agent.denoiser_trainer, agent.actor_critic
+    noise = torch.Generator().set_state(agent._acting_generator.get_state())
+    step, learn = agent.environment.step, ac.update
+    errors, shapes = [], []
+
+    def watched_step(action):
+        observation = torch.from_numpy(agent.environment.observation).to(agent.device)
+        with torch.no_grad():
+            mean, std = (moment.cpu() for moment in agent.policy(observation))
+        wanted = mean + std * torch.randn(mean.shape, generator=noise)
+        wanted = agent.action_scaler.to_environment(wanted.numpy())
+        errors.append(float(abs(wanted - action).max()))
+        return step(action)
+
+    def watched_learn(*imagined, **options):
+        shapes.append({tuple(tensor.shape[:2]) for tensor in imagined})
+        return learn(*imagined, **options)
+
+    networks = {"policy": ac.policy, "value": ac.value_function, "denoiser": trainer.model}
+    before = {name: weights(module) for name, module in networks.items()}
+    counts = trainer.num_updates, agent.num_timesteps, agent.replay.num_steps
+    agent.environment.step, ac.update = watched_step, watched_learn
+    try:
+        update()
+    finally:
+        del agent.environment.step, ac.update
+    case.check("steps missing", abs(agent.num_timesteps - counts[1] - env_steps), 0)
+    case.check("steps missing in the environment", abs(len(errors) - env_steps), 0)
+    missing = min(env_steps, agent.replay.capacity - counts[2])
+    missing -= agent.replay.num_steps - counts[2]
+    case.check("steps missing in the replay buffer", abs(missing), 0)
+    case.check("actions", max(errors), 1e-5)
+    updates = trainer.num_updates - counts[0]
+    expected = env_steps * config.denoiser.updates_per_env_step
+    case.check("denoiser updates missing", abs(updates - expected), 0)
+    wanted = [{(config.imagined_batch_size, config.horizon)}]
+    case.check("A2C updates other than one on [B, H]", shapes != wanted, 0)
+    still = [
+        name
+        for name, module in networks.items()
+        if not any(change.any() for change in moved(module, before[name]))
+    ]
+    case.check("networks left as they were", len(still), 0)
+    return updates
 
 
 def make_agent(preset, env_id, batch, engine, dtype, device) -> pg.PolyGRAD:
@@ -297,21 +419,13 @@ def test_whole_update(bench, preset, env_id, batch, engine, dtype):
             windows.observations, windows.rewards, windows.terminals
         )
         actions = agent.normalizer.normalize(windows.actions, "actions")
-        loss, gradient = denoiser_errors(
-            agent.denoiser_trainer, trajectory, actions, agent.generator
-        )
-        case.check("loss", loss, 1e-4)
-        case.check("gradient", gradient, 1e-3)
+        check_denoiser(case, agent.denoiser_trainer, trajectory, actions, agent.generator, 1e-4)
         imagined = agent.imagine(batch, normalized=True)
         fields = ("observations", "actions", "rewards", "terminals")
         imagined = {name: getattr(imagined, name) for name in fields}
         ends = agent.normalizer.unnormalize(imagined["terminals"], "terminals") > 0.5
         check_a2c(case, agent.actor_critic, imagined | {"terminals": ends.float()})
-        before = agent.denoiser_trainer.num_updates, agent.num_timesteps
-        update()
-        denoiser_updates = agent.denoiser_trainer.num_updates - before[0]
-        expected = env_steps * config.denoiser.updates_per_env_step
-        case.check("missing updates", abs(denoiser_updates - expected), 0)
+        denoiser_updates = check_whole_update(case, agent, env_steps, update)
 
         sampling = sampler_case.sample_work(c, batch, dtype)
         trainer, actor_critic = agent.denoiser_trainer, agent.actor_critic

@@ -69,7 +69,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("polygrad_fast benchmarks")
     add = group.addoption
     add("--rows", type=Path, metavar="FILE", help="store the rows in this file (.jsonl)")
-    add("--resume", action="store_true", help="leave out cases whose row of this commit is stored")
+    add(
+        "--resume",
+        action="store_true",
+        help="leave out cases whose row of this commit is stored; those of a changed tree only "
+        "with --commit, for git cannot tell whether it was changed again",
+    )
     add(
         "--time-budget",
         type=float,
@@ -89,6 +94,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     device = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda given, but torch finds no CUDA GPU")
     budget = config.getoption("time_budget")
     words = shlex.join(["pytest", *map(str, config.invocation_params.args)])
     if "OMP_NUM_THREADS" in os.environ:
@@ -102,6 +109,7 @@ def pytest_configure(config):
             TIME_BUDGET[device] if budget is None else budget,
             config.getoption("resume"),
             config.getoption("smoke"),
+            keep_dirty=commit is not None,
         )
     except InputError as error:
         raise pytest.UsageError(str(error)) from None

@@ -90,6 +90,7 @@ class Row(Provenance):
         floor_ms: the longer of flops and bytes at these peaks. share_of_floor: floor_ms / ms.
         values: other numbers; their names end in their units.
         seconds_spent: on the whole case, checks included.
+        smoke: whether the sizes are the tiny ones that only try the mechanics; no report shows it.
     """
 
     benchmark: str
@@ -116,10 +117,19 @@ class Row(Provenance):
     share_of_floor: float | None = None
     values: dict[str, float | None] = field(default_factory=dict)
     seconds_spent: float | None = None
+    smoke: bool = False
 
     def __post_init__(self):
         if self.status not in STATUSES:
             raise InputError(f"status {self.status!r}, wanted one of {list(STATUSES)}")
+        for key, value in self.case.items():
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise InputError(f"the case's {key} is {value!r:.60}, wanted a number or a string")
+        for key, value in self.values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float, types.NoneType)):
+                raise InputError(f"{self.name} has {key} {value!r:.60}, wanted a number")
+        if self.status == "ok" and self.ms is None and not self.values:
+            raise InputError(f"{self.name} is ok, but has neither a time nor other values")
         if self.ms is not None:
             if self.status != "ok" or not self.checks or not all(c.passed for c in self.checks):
                 raise InputError(f"{self.name} has a time, but not the checks passed before it")
@@ -133,7 +143,7 @@ class Row(Provenance):
     def key(self) -> tuple:
         """What identifies the row: a later one of the same key replaces it."""
         case = tuple(sorted(self.case.items()))
-        return self.benchmark, self.dtype, case, self.machine
+        return self.benchmark, self.dtype, case, self.machine, self.smoke
 
     @property
     def name(self) -> str:
@@ -188,7 +198,11 @@ def _listed(value: Any) -> list:
 def _check_from(entry: Any) -> Check:
     if not isinstance(entry, dict) or set(entry) != {"name", "value", "allowed"}:
         raise InputError(f"the row's check is {entry!r:.60}, wanted name, value and allowed")
-    return Check(**entry)
+    check = Check(**entry)
+    numbers = (int, float)
+    if type(check.allowed) not in numbers or type(check.value) not in (*numbers, types.NoneType):
+        raise InputError(f"the row's check is {entry!r:.60}, wanted numbers")
+    return check
 
 
 def _hints() -> dict[str, tuple[type, ...]]:
@@ -270,8 +284,8 @@ def read_folder(folder: str | Path) -> list[Row]:
     """Read every file of rows (*.jsonl) in a folder, in alphabetical order.
 
     Raises:
-        InputError: there is no such file, one cannot be read, or two hold the same case and
-            machine.
+        InputError: there is no such file, one cannot be read or is empty, or two hold the same
+            case and machine.
     """
     paths = sorted(Path(folder).glob("*.jsonl"))
     if not paths:
@@ -279,7 +293,10 @@ def read_folder(folder: str | Path) -> list[Row]:
                          "benchmarks/results")  # fmt: skip
     rows, origin = [], {}
     for path in paths:
-        for row in read_rows(path):
+        found = read_rows(path)
+        if not found:
+            raise InputError(f"{path} is empty; wanted rows of benchmarks")
+        for row in found:
             if row.key in origin:
                 raise InputError(f"{path} and {origin[row.key]} both hold a row of {row.name}")
             origin[row.key] = path
@@ -314,9 +331,10 @@ class RowFile:
         """All rows, the oldest first."""
         return list(self._rows.values())
 
-    def holds(self, key: tuple, commit: str | None) -> bool:
-        """Whether a row of that key and commit is stored."""
-        return key in self._rows and self._rows[key].commit == commit
+    def holds(self, row: Row) -> bool:
+        """Whether a row of the same key is stored, of the same commit and equally clean a tree."""
+        stored = self._rows.get(row.key)
+        return stored is not None and (stored.commit, stored.dirty) == (row.commit, row.dirty)
 
     def add(self, row: Row) -> None:
         """Add or replace a row, in the file too."""

@@ -1,12 +1,13 @@
 """A sampler of the paper's sizes, its work, and how its engines are checked.
 
-- One step: a shorter chain with given noise; each step from the engine's own states against the
-  float64 reference. float32: at most 1e-4; others: at most twice the error of the plain formula
-  under autocast (tf32: with tf32 matrix products). Errors are |got - wanted| / max(1, |wanted|) on
-  normalized states and actions.
-- An engine's own noise: on a GPU, mean and variance of every entry against the reference's over
-  whole chains; on a CPU, where the same seed gives the same noise, a shorter chain against the
-  reference's.
+- Steps: a chain with given noise; its first, its middle and its last 11 steps, each from the
+  engine's own states against the float64 reference. float32: at most 1e-4; others: at most twice
+  the error of the plain formula under autocast (tf32: with tf32 matrix products). Errors are
+  |got - wanted| / max(1, |wanted|) on normalized states and actions. Checked is the engine that is
+  timed, unless the noise of all its steps is too large; then one with fewer steps.
+- Its own noise, once the times were taken: on a CPU, where the same seed gives the same noise in
+  the reference's order, the end of the same chain; on a GPU, mean and variance of every entry
+  against the reference's over whole chains.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,6 @@ import polygrad_fast as pg
 from polygrad_fast.benchmarking.work import Work, parameter_bytes
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.errors import InputError
-from polygrad_fast.sampling import linear
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.graphs import GraphCache
 from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
@@ -41,7 +41,10 @@ ENGINES = {"triton": DTYPES, "torch": DTYPES, "reference": ("float32",), "compil
 MAX_MOMENT_SCORE = 7.0  # standard errors, over up to 10,000 numbers per case
 MOMENT_BIAS = 0.02  # of a standard deviation; 2 % of a variance: half precision may shift that
 CHAIN_AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
-"""Largest difference of a chain's end from the reference's, on a CPU with the same seed."""
+"""Largest difference between the ends of one chain with given and with drawn noise, on a CPU."""
+SEED = 1
+TOLERANCE_FACTOR = 2.0
+MAX_NOISE_BYTES = 4e9  # kept up to four times: as drawn, given to a graph, and the chain twice
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,13 @@ class Sizes:
     """Sizes of a sampler and of its checks."""
 
     num_steps: int = 128
-    check_steps: int = 12  # more than the 11 in which the state change is clipped
+    short_steps: int = 13  # of the chain that is checked where the noise is too large
     moment_rows: int = 4096
     hidden_dim: int | None = None  # the paper's
     policy_dim: int = 256
 
 
-SMALL = Sizes(num_steps=13, check_steps=13, moment_rows=64, hidden_dim=32, policy_dim=16)
+SMALL = Sizes(num_steps=13, short_steps=13, moment_rows=64, hidden_dim=32, policy_dim=16)
 
 
 def build(
@@ -183,20 +186,39 @@ def make_engine(name: str, components: SamplerComponents, dtype: str):
     return classes[name](components, dtype)
 
 
+def noise_bytes(c: SamplerComponents, batch: int) -> int:
+    """Return the bytes of all normals of one sample."""
+    numbers = c.horizon * (c.observation_dim + 2 + c.action_dim)
+    return 4 * batch * numbers * (c.schedule.num_train_timesteps + 1)
+
+
 def draw_noise(c: SamplerComponents, batch: int) -> SampleNoise:
-    """Return all normals of one sample."""
-    num_steps = c.schedule.num_train_timesteps
+    """Return all normals of one sample, drawn from `SEED` in the reference's order; the last step's
+    actions take none."""
+    generator = torch.Generator(c.device).manual_seed(SEED)
     states, actions = (batch, c.horizon, c.observation_dim + 2), (batch, c.horizon, c.action_dim)
-    shapes = (states, actions, (num_steps, *states), (num_steps, *actions))
-    return SampleNoise(*(torch.randn(shape, device=c.device) for shape in shapes))
+
+    def normals(shape):
+        return torch.randn(shape, generator=generator, device=c.device)
+
+    num_steps = c.schedule.num_train_timesteps
+    first = normals(states), normals(actions)
+    state_noise = torch.empty(num_steps, *states, device=c.device)
+    action_noise = torch.zeros(num_steps, *actions, device=c.device)
+    for step in range(num_steps):
+        state_noise[step] = normals(states)
+        if step < num_steps - 1:
+            action_noise[step] = normals(actions)
+    return SampleNoise(*first, state_noise, action_noise)
 
 
 def largest_error(got, wanted) -> float:
     """Return max |got - wanted| / max(1, |wanted|) over pairs of tensors; NaN where one is NaN."""
-    return max(
-        ((g.double() - w.double()).abs() / w.double().abs().clamp(min=1.0)).max().item()
+    errors = [
+        ((g.double() - w.double()).abs() / w.double().abs().clamp(min=1.0)).max()
         for g, w in zip(got, wanted, strict=True)
-    )
+    ]
+    return torch.stack(errors).max().item()  # Python's max loses a NaN
 
 
 def in_float64(c: SamplerComponents) -> SamplerComponents:
@@ -215,21 +237,14 @@ def shortened(c: SamplerComponents, num_steps: int) -> SamplerComponents:
     return dataclasses.replace(c, schedule=pg.NoiseSchedule.cosine(num_steps).to(c.device))
 
 
-@contextlib.contextmanager
-def packing_as_in(sizes: Sizes) -> Iterator[None]:
-    """Let the shorter chain of a check pack its weights (engine "torch", CPU) if that of
-    `num_steps` does."""
-    before = linear.PACKING_USES
-    linear.PACKING_USES = before * sizes.check_steps / sizes.num_steps
-    try:
-        yield
-    finally:
-        linear.PACKING_USES = before
+def compared_steps(num_steps: int) -> list[int]:
+    """Return the first, the middle and the last 11 steps, in which the state change is clipped."""
+    return sorted({0, num_steps // 2, *range(max(0, num_steps - 11), num_steps)})
 
 
 @torch.no_grad()
 def step_errors(engine, c: SamplerComponents, dtype: str, s0: Tensor) -> tuple[float, float]:
-    """Return the engine's largest one-step error and the allowed one.
+    """Return the largest error of one of the engine's `compared_steps` and the allowed one.
 
     Each step starts at the engine's own states after the step before; wanted is the reference in
     float64.
@@ -238,38 +253,42 @@ def step_errors(engine, c: SamplerComponents, dtype: str, s0: Tensor) -> tuple[f
         engine: whose components are `c`. dtype: its arithmetic.
         s0: initial observations, normalized [B, S].
     """
+    error, allowed, _ = _step_errors(engine, c, dtype, s0)
+    return error, allowed
+
+
+def _step_errors(engine, c, dtype, s0) -> tuple[float, float, tuple[Tensor, Tensor]]:
+    """Return what `step_errors` does, and the chain's end."""
     exact = in_float64(c)
     noise = draw_noise(c, len(s0))
-    states, actions, chain = engine.sample(s0, GUIDANCE_SCALE, None, noise, True)
-    previous = noise.initial_trajectories.clone(), noise.initial_actions
-    previous[0][:, 0, : s0.shape[1]] = s0
+    end, chain = _split(engine.sample(s0, GUIDANCE_SCALE, None, noise, True))
+    num_steps = c.schedule.num_train_timesteps
     errors, plain_errors = [], []
-    for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):
+    for step in compared_steps(num_steps):
+        if step == 0:
+            previous = noise.initial_trajectories.clone(), noise.initial_actions
+            previous[0][:, 0, : s0.shape[1]] = s0
+        else:
+            previous = chain[0][step - 1], chain[1][step - 1]
+        k = num_steps - 1 - step
         normals = noise.trajectories[step], noise.actions[step]
         inputs = (*previous, s0, k, GUIDANCE_SCALE, *normals)
         wanted = diffusion_step(exact, *(x.double() if torch.is_tensor(x) else x for x in inputs))
-        got = chain[0][step], chain[1][step]
-        errors.append(largest_error(got, wanted))
+        errors.append(largest_error((chain[0][step], chain[1][step]), wanted))
         if dtype != "float32":
             half = HALF.get(dtype)
             autocast = torch.autocast(c.device.type, dtype=half, enabled=half is not None)
             with matmul_precision(dtype), autocast:
                 plain_errors.append(largest_error(diffusion_step(c, *inputs), wanted))
-        previous = got
-    errors.append(largest_error((states, actions), previous))  # the result is the chain's end
-    allowed = 1e-4 if dtype == "float32" else 2 * max(plain_errors) + 1e-5
+    errors.append(largest_error(end, (chain[0][-1], chain[1][-1])))  # the result is the chain's end
+    allowed = 1e-4 if dtype == "float32" else TOLERANCE_FACTOR * max(plain_errors) + 1e-5
     error = math.nan if any(map(math.isnan, errors)) else max(errors)
-    return error, allowed
+    return error, allowed, end
 
 
-@torch.no_grad()
-def chain_error(engine, c: SamplerComponents, s0: Tensor) -> float:
-    """Return how far the chain's end is from the reference's after the same seed (on a CPU)."""
-    ends = [
-        which.sample(s0, GUIDANCE_SCALE, torch.Generator().manual_seed(1), None, False)[:2]
-        for which in (engine, ReferenceEngine(c))
-    ]
-    return largest_error(*ends)
+def _split(sampled):
+    states, actions, chain = sampled
+    return (states, actions), chain
 
 
 @dataclass(frozen=True)
@@ -303,3 +322,46 @@ class Moments:
             excess = (difference - MOMENT_BIAS * unit).clamp(min=0)
             scores.append((excess / (squared_error.sqrt() + 1e-12)).max())
         return torch.stack(scores).max().item()
+
+
+_moments: dict[tuple, Moments] = {}
+
+
+def check_engine(
+    case, engine, c: SamplerComponents, name: str, dtype: str, s0: Tensor, sizes: Sizes
+) -> Callable[[], None]:
+    """Check an engine's steps, and return what checks its own noise after it was timed.
+
+    Args:
+        case: receives the checks.
+        engine: whose components are `c`, made by `make_engine(name, c, dtype)`.
+        s0: initial observations, normalized [B, S].
+        sizes: those that `c` was built of.
+    """
+    checked, parts, device = engine, c, c.device
+    if device.type == "cuda" and noise_bytes(c, len(s0)) > MAX_NOISE_BYTES:
+        parts = shortened(c, sizes.short_steps)
+        checked = make_engine(name, parts, dtype)
+    error, allowed, end = _step_errors(checked, parts, dtype, s0)
+    case.check("one step", error, allowed)
+
+    @torch.no_grad()
+    def own_noise() -> None:
+        if name == "reference":  # what it is compared with
+            return
+        if device.type == "cpu":
+            generator = torch.Generator().manual_seed(SEED)
+            again, _ = _split(engine.sample(s0, GUIDANCE_SCALE, generator, None, False))
+            case.check("own noise, after", largest_error(again, end), CHAIN_AGREEMENT[dtype])
+            return
+        key = len(s0), c.horizon, type(c.denoiser), sizes
+        if key not in _moments:
+            torch.manual_seed(2)
+            _moments[key] = Moments.of(
+                make_engine("reference", c, "float32"), s0, sizes.moment_rows
+            )
+        torch.manual_seed(3)
+        score = Moments.of(engine, s0, sizes.moment_rows).score(_moments[key])
+        case.check("moments, after", score, MAX_MOMENT_SCORE)
+
+    return own_noise

@@ -20,6 +20,9 @@ from polygrad_fast.benchmarking.work import Ceilings, Work
 from polygrad_fast.errors import InputError
 
 TIMES = ("ms", "ms_min", "ms_max", "tflops", "gb_per_s", "share_of_floor")
+MAX_RATES = {"products": 1.05, "copy": 1.5}
+"""Largest rates that are believed, against the measured ceilings; reading alone may be faster than
+copying."""
 
 
 class WrongResult(Exception):
@@ -39,6 +42,8 @@ class Session:
         provenance: of code and machine, for a device.
         time_budget: seconds until no further case is begun.
         resume: leave out cases whose row of this commit is stored.
+        keep_dirty: leave out those of a changed tree too; nothing says that the changes are the
+            same.
         small: seconds and ceilings for a try of the mechanics.
     """
 
@@ -50,10 +55,11 @@ class Session:
         time_budget: float = math.inf,
         resume: bool = False,
         small: bool = False,
+        keep_dirty: bool = False,
     ):
         self.device, self.rows, self.small = device, rows, small
         self.time_budget, self._begin = time_budget, time.monotonic()
-        self.resume = resume
+        self.resume, self.keep_dirty = resume, keep_dirty
         self._provenance_of = provenance
         self._provenances: dict[str, Provenance] = {}
         self._ceilings: dict[str, Ceilings] = {}
@@ -91,8 +97,10 @@ class Session:
             case=case,
             status="error",
             error="the case ended without a time",
+            smoke=self.small,
         )
-        if self.resume and self.rows.holds(row.key, row.commit):
+        clean = self.keep_dirty or not row.dirty
+        if self.resume and clean and self.rows.holds(row):
             raise NotMeasured("its row is stored")
         if time.monotonic() - self._begin > self.time_budget:
             raise NotMeasured(f"the time budget of {self.time_budget:.0f} s is spent")
@@ -181,6 +189,7 @@ class Case:
         repeats: int = 1,
         beside: Mapping[str, Call] | None = None,
         seconds: float = 1.0,
+        after: Callable[[], None] | None = None,
         **values: float,
     ) -> None:
         """Time a call and complete the row.
@@ -192,10 +201,13 @@ class Case:
             beside: calls to compare with, timed in turns with `call`; their medians become the
                 row's values NAME_ms, per operation like `ms`.
             seconds: for the measurement, roughly.
+            after: makes checks once the times are taken.
             values: other numbers for the row.
 
         Raises:
             RuntimeError: no check was made before.
+            WrongResult: the work took less time than the machine needs for it (see `MAX_RATES`), or
+                a check of `after` did not pass.
         """
         session, work = self.session, work or Work()
         if not self.row.checks:
@@ -204,11 +216,15 @@ class Case:
         calls = {"": call, **(beside or {})}
         times = interleaved(calls, clock, 0.0 if session.small else seconds)
         per_operation = {k: [ms / repeats for ms in v] for k, v in times.items()}
+        if after is not None:
+            after()
         self.times = per_operation.pop("")
         compared = {f"{k}_ms": statistics.median(v) for k, v in per_operation.items()}
         ms = statistics.median(self.times)
         ceilings, dtype = session.ceilings(self.device), self.row.dtype
         floor_ms = ceilings.floor_ms(work, dtype)
+        if not session.small:
+            self._check_rates(ceilings, work, ms)
         self.update(
             status="ok",
             error=None,
@@ -230,3 +246,18 @@ class Case:
             share_of_floor=floor_ms and floor_ms / ms,
             values=self.row.values | compared | values,
         )
+
+    def _check_rates(self, ceilings: Ceilings, work: Work, ms: float) -> None:
+        """Refuse a time in which the work cannot have been done."""
+        dtype = self.row.dtype
+        for kind, largest in MAX_RATES.items():
+            floor = ceilings.floors_ms(work, dtype)[kind]
+            if floor is not None and floor / ms > largest:  # measured when the machine was slow?
+                ceilings.forget()
+                floor = ceilings.floors_ms(work, dtype)[kind]
+            if floor is not None and floor / ms > largest:
+                raise WrongResult(
+                    f"{ms:.3g} ms is {floor / ms:.0%} of what the {kind} counted as its work take "
+                    f"at this machine's measured rate, {floor:.3g} ms; at most {largest:.0%} is "
+                    "believed: the call left work out, or the work is counted wrongly"
+                )

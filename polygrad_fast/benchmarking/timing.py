@@ -58,8 +58,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Time several calls in turns, so that a change of the machine's speed meets all of them.
 
-    The first round warms up and does not count, unless it takes longer than `seconds`: then it is
-    the only one.
+    The first round warms up and does not count, unless it takes longer than three times `seconds`:
+    then it is the only one.
 
     Args:
         calls: by name.
@@ -75,7 +75,7 @@ def interleaved(
 
     first = round_of_calls()
     total = sum(first.values())
-    if total > 1e3 * seconds:
+    if total > 3e3 * seconds:
         return {name: [ms] for name, ms in first.items()}
     wanted = int(1e3 * seconds / max(total, 1e-6))
     rounds = [round_of_calls() for _ in range(min(max(min_rounds, wanted), max_rounds))]

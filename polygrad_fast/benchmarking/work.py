@@ -19,6 +19,7 @@ DTYPES = {
 }
 MIB = 2**20
 MIN_BYTES, MAX_BYTES = MIB, 256 * MIB
+GPU_COPIES_BYTES, CPU_COPIES_BYTES = 4096 * MIB, 64 * MIB  # of the copies timed together
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,32 @@ class Ceilings:
         if size not in self._gb_per_s:
             source = torch.ones(size // 2, dtype=torch.uint8, device=self._device)
             target = torch.empty_like(source)
-            ms = self._fastest({"copy": lambda: target.copy_(source)}, max(1, 64 * MIB // size))
+            on_gpu = self._device.type == "cuda"  # else a graph's start would be most of its time
+            count = (
+                max(16, GPU_COPIES_BYTES // size) if on_gpu else max(1, CPU_COPIES_BYTES // size)
+            )
+            ms = self._fastest({"copy": lambda: target.copy_(source)}, count)
             self._gb_per_s[size] = size / ms / 1e6
         return self._gb_per_s[size]
 
     def floor_ms(self, work: Work, dtype: str) -> float | None:
         """Return the least milliseconds for that work; None if it is not counted."""
-        parts = []
+        return max((ms for ms in self.floors_ms(work, dtype).values() if ms), default=None)
+
+    def floors_ms(self, work: Work, dtype: str) -> dict[str, float | None]:
+        """Return the least milliseconds for the "products" and for the "copy" of that work's bytes;
+        None where not counted."""
+        floors = dict.fromkeys(("products", "copy"))
         if work.flops and self.tflops(dtype):
-            parts.append(work.flops / self.tflops(dtype) / 1e9)
+            floors["products"] = work.flops / self.tflops(dtype) / 1e9
         if work.bytes:
-            parts.append(work.bytes / self.gb_per_s(work.bytes) / 1e6)
-        return max(parts, default=None)
+            floors["copy"] = work.bytes / self.gb_per_s(work.bytes) / 1e6
+        return floors
+
+    def forget(self) -> None:
+        """Measure anew when next asked."""
+        self._tflops.clear()
+        self._gb_per_s.clear()
 
     def _measure_products(self, dtype: str) -> float | None:
         torch_dtype = DTYPES.get(dtype)

@@ -1,5 +1,6 @@
 """Rows, sessions, reports: what stands around the benchmarks, without measuring anything."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -24,6 +25,7 @@ from polygrad_fast.benchmarking.session import NotMeasured, Session
 from polygrad_fast.benchmarking.timing import interleaved, repeated
 from polygrad_fast.benchmarking.work import Ceilings, Work
 from polygrad_fast.errors import InputError
+from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
 
 CPU = torch.device("cpu")
 FACTS = dataclasses.asdict(provenance(CPU, "pytest benchmarks/", commit="a" * 40))
@@ -51,10 +53,10 @@ def sampled(engine="torch", dtype="float32", batch=64, horizon=10, **changes) ->
     return make_row(dtype=dtype, case=case | changes.pop("case", {}), **changes)
 
 
-def make_session(tmp_path, **options) -> Session:
+def make_session(tmp_path, commit="a" * 40, small=True, **options) -> Session:
     file = RowFile(tmp_path / "rows.jsonl")
-    made = lambda device: provenance(device, None, commit="a" * 40)  # noqa: E731
-    return Session(CPU, file, made, small=True, **options)
+    made = lambda device: provenance(device, None, commit)  # noqa: E731
+    return Session(CPU, file, made, small=small, **options)
 
 
 def test_rows_come_back_as_they_were(tmp_path):
@@ -76,6 +78,10 @@ def test_rows_come_back_as_they_were(tmp_path):
         ({"ms": 0.0}, "wanted a positive time"),
         ({"tflops": math.nan}, "tflops nan"),
         ({"values": {"gemms_ms": math.inf}}, "gemms_ms inf"),
+        ({"values": {"gemms_ms": "x"}}, "gemms_ms 'x', wanted a number"),
+        ({"case": {"batch": [1]}}, r"batch is \[1\], wanted a number or a string"),
+        ({"case": {"batch": None}}, "batch is None"),
+        ({"ms": None}, "neither a time nor other values"),
     ],
 )
 def test_a_row_that_cannot_be_right_is_refused(changes, message):
@@ -91,7 +97,11 @@ def without(name):
     "damage, message",
     [
         (without("commit"), "lacks commit"),
-        (without("ms"), None),
+        (without("ms"), "neither a time nor other values"),
+        (without("ms_min"), None),
+        (lambda data: data.update(values={"x_ms": True}), "x_ms True"),
+        (lambda data: data.update(checks=[{"name": "x", "value": "0", "allowed": 1}]), "check is"),
+        (lambda data: data.update(ms=math.nan), "wanted a positive time"),
         (lambda data: data.update(speed=1), "unknown speed"),
         (lambda data: data.update(threads="one"), "threads is 'one'"),
         (lambda data: data.update(threads=True), "threads is True"),
@@ -124,6 +134,9 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"date": "20')
     with pytest.raises(InputError, match="a.jsonl, line 1"):
         read_folder(tmp_path)
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(InputError, match="a.jsonl is empty"):
+        read_folder(tmp_path)
     write_rows(tmp_path / "a.jsonl", [sampled()])
     write_rows(tmp_path / "b.jsonl", [sampled(ms=3.0)])
     with pytest.raises(InputError, match="both hold a row of sample engine=torch"):
@@ -143,7 +156,8 @@ def test_a_new_row_takes_the_place_of_the_old_one(tmp_path):
     again = RowFile(path)
     again.add(sampled(ms=500.0, threads=7))  # another machine
     assert [row.ms for row in read_rows(path)] == [900.0, 640.0, 500.0]
-    assert again.holds(sampled().key, "a" * 40) and not again.holds(sampled().key, "b" * 40)
+    assert again.holds(sampled()) and not again.holds(sampled(commit="b" * 40))
+    assert not again.holds(sampled(dirty=True)) and not again.holds(sampled(smoke=True))
     assert [row.ms for row in again.added] == [500.0]
 
 
@@ -204,10 +218,89 @@ def test_a_session_leaves_out_what_is_stored_or_too_late(tmp_path):
     with pytest.raises(NotMeasured, match="stored"):
         with make_session(tmp_path, resume=True).case("a", "float32"):
             raise AssertionError
+    for keep_dirty in (False, True):
+        session = make_session(
+            tmp_path, resume=True, keep_dirty=keep_dirty, commit=f"{'a' * 40}-dirty"
+        )
+        for _ in range(2):
+            with contextlib.suppress(NotMeasured), session.case("dirty", "float32") as case:
+                case.check("error", 0.0, 0.0)
+                case.time(lambda: None, 1, "thing")
+        assert len(session.rows.added) == (0 if keep_dirty else 2)
     with pytest.raises(NotMeasured, match="time budget of 0 s"):
         with make_session(tmp_path, time_budget=0.0).case("b", "float32"):
             raise AssertionError
-    assert len(read_rows(tmp_path / "rows.jsonl")) == 1
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 2
+
+
+class FakeClock:
+    """10 ms per call, 20 ms for the others beside it."""
+
+    name = "fake"
+
+    def __call__(self, call):
+        call()
+        return 20.0 if call is other else 10.0
+
+
+def other():
+    pass
+
+
+def test_what_a_time_becomes(tmp_path, monkeypatch):
+    """Work and milliseconds are those of one of the four operations of a call."""
+    monkeypatch.setattr("polygrad_fast.benchmarking.session.clock_of", lambda device: FakeClock())
+    session = make_session(tmp_path, small=False)
+    monkeypatch.setattr(session.ceilings(CPU), "_fastest", lambda calls, count: 1.0)
+    with session.case("a", "float32") as case:
+        case.check("error", 0.5, 1.0)
+        case.time(lambda: None, 5, "thing", Work(1e6, 2e6), 4, {"other": other}, seconds=0.12)
+    (row,) = session.rows.added
+    assert (row.status, row.error, row.clock, row.calls, row.repeats) == ("ok", None, "fake", 4, 4)
+    assert row.ms == row.ms_min == row.ms_max == 2.5 and row.values == {"other_ms": 5.0}
+    assert row.tflops == 1e6 / 2.5e-3 / 1e12 and row.gb_per_s == 2e6 / 2.5e-3 / 1e9
+    assert row.us_per_item == 500.0
+    assert row.peak_tflops == pytest.approx(2 * 1024**3 / 1e-3 / 1e12)
+    assert row.peak_gb_per_s == pytest.approx(2**21 / 1e-3 / 1e9)
+    assert row.floor_ms == pytest.approx(2e6 / 2**21) and case.times == [2.5] * 4
+    assert row.share_of_floor == pytest.approx(row.floor_ms / 2.5)
+
+
+def test_medians(tmp_path, monkeypatch):
+    calls = iter([9.0, 4.0, 8.0, 7.0])  # the first warms up
+    clock = lambda call: next(calls)  # noqa: E731
+    clock.name = "fake"
+    monkeypatch.setattr("polygrad_fast.benchmarking.session.clock_of", lambda device: clock)
+    session = make_session(tmp_path, small=False)
+    with session.case("a", "float32") as case:
+        case.check("error", 0.0, 0.0)
+        case.time(lambda: None, 1, "thing", seconds=0.01)
+    (row,) = session.rows.added
+    assert (row.ms, row.ms_min, row.ms_max, row.calls) == (7.0, 4.0, 8.0, 3)
+
+
+@pytest.mark.parametrize("work, kind", [(Work(2.2e12), "products"), (Work(bytes=2e10), "copy")])
+def test_a_time_too_short_for_the_work_is_refused(tmp_path, monkeypatch, work, kind):
+    monkeypatch.setattr("polygrad_fast.benchmarking.session.clock_of", lambda device: FakeClock())
+    session, measured = make_session(tmp_path, small=False), []
+    monkeypatch.setattr(
+        session.ceilings(CPU), "_fastest", lambda *_: measured.append(1) or 10 * 2**20 / 1e6
+    )
+    with session.case("a", "float32") as case:
+        case.check("error", 0.0, 0.0)
+        case.time(lambda: None, 1, "thing", work, seconds=0.01)
+    (row,) = session.rows.added
+    assert row.status == "wrong" and row.ms is None and len(measured) == 2
+    assert f"of what the {kind} counted as its work take" in row.error
+
+
+def test_what_is_wrong_after_the_times_has_none(tmp_path):
+    session = make_session(tmp_path)
+    with session.case("a", "float32") as case:
+        case.check("error", 0.0, 0.0)
+        case.time(lambda: None, 1, "thing", after=lambda: case.check("later", 1.0, 0.5))
+    (row,) = session.rows.added
+    assert row.status == "wrong" and row.ms is None and case.times == [] and row.smoke
 
 
 def test_calls_are_timed_in_turns():
@@ -221,10 +314,24 @@ def test_calls_are_timed_in_turns():
     times = interleaved(calls, clock, seconds=0.02)
     assert times == {"a": [2.0] * 4, "b": [3.0] * 4}
     assert order == ["a", "b"] * 5  # the first round does not count
-    assert interleaved(calls, clock, seconds=0.001) == {"a": [2.0], "b": [3.0]}
+    for seconds in (0.0049, 0.0017):  # a round takes 5 ms: up to three times as long as asked
+        assert interleaved(calls, clock, seconds=seconds) == {"a": [2.0] * 3, "b": [3.0] * 3}
+    assert interleaved(calls, clock, seconds=0.0016) == {"a": [2.0], "b": [3.0]}
     count = []
     repeated(lambda: count.append(1) or torch.zeros(1), 4, CPU)()
     assert len(count) == 4
+
+
+def test_ceilings_are_those_of_the_fastest_call(monkeypatch):
+    counts = []
+    monkeypatch.setattr(Ceilings, "_fastest", lambda self, calls, count: counts.append(count) or 2)
+    ceilings = Ceilings(CPU)
+    assert ceilings.tflops("float32") == 2 * 1024**3 / 2 / 1e9
+    assert ceilings.gb_per_s(3 * 2**20) == 4 * 2**20 / 2 / 1e6  # the nearest power of two
+    assert ceilings.gb_per_s(1) == 2**20 / 2 / 1e6 and ceilings.gb_per_s(1e12) == 2**28 / 2 / 1e6
+    assert counts == [1, 16, 64, 1]
+    assert ceilings.floors_ms(Work(bytes=2**20), "float32") == {"products": None, "copy": 2.0}
+    assert ceilings.floor_ms(Work(3 * 1024**3, 2**20), "float32") == 3.0
 
 
 def test_floors():
@@ -257,6 +364,45 @@ def test_flops_of_the_transformer():
     )
     attention = 7 * 8 // 2 * 2 * 6 * 312  # pairs, scores and sums, layers, width
     assert sampler_case.denoiser_flops(denoiser) == 2 * (7 * linears + attention)
+
+
+class FlawedEngine:
+    """The reference, each step's actions off by what plain bfloat16 is off, times a factor."""
+
+    def __init__(self, c, factor):
+        self.reference, self.c, self.factor = ReferenceEngine(c), c, factor
+
+    def sample(self, s0, guidance_scale, generator, noise, return_chain):
+        x, u = noise.initial_trajectories.clone(), noise.initial_actions
+        x[:, 0, : s0.shape[1]] = s0
+        chain, num_steps = [], self.c.schedule.num_train_timesteps
+        for step in range(num_steps):
+            inputs = x, u, s0, num_steps - 1 - step, guidance_scale
+            noises = noise.trajectories[step], noise.actions[step]
+            exact = diffusion_step(self.c, *inputs, *noises)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                rough = diffusion_step(self.c, *inputs, *noises)
+            x, u = (e + self.factor * (r - e) for e, r in zip(exact, rough, strict=True))
+            chain.append((x, u))
+        return x, u, tuple(map(torch.stack, zip(*chain, strict=True)))
+
+
+@torch.no_grad()
+def test_half_precision_may_err_twice_as_much_as_the_plain_formula():
+    c = sampler_case.build(sampler_case.SMALL, 3, CPU)
+    s0 = torch.randn(5, c.observation_dim)
+    for factor, passes in ((0.0, True), (1.9, True), (2.2, False)):
+        engine = FlawedEngine(c, factor)
+        error, allowed = sampler_case.step_errors(engine, c, "bfloat16", s0)
+        assert (error <= allowed) == passes, (factor, error, allowed)
+    assert sampler_case.step_errors(FlawedEngine(c, 0.0), c, "float32", s0)[1] == 1e-4
+    nan = torch.tensor([math.nan])
+    assert math.isnan(sampler_case.largest_error((s0, nan), (s0, nan)))
+
+
+def test_compared_steps():
+    assert sampler_case.compared_steps(128) == [0, 64, *range(117, 128)]
+    assert sampler_case.compared_steps(4) == [0, 1, 2, 3]
 
 
 MEASURED = [

@@ -8,11 +8,19 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from polygrad_fast.benchmarking.rows import read_rows
+from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.benchmarking.rows import Row, RowFile, provenance, read_rows
+from polygrad_fast.benchmarking.session import Session
+from polygrad_fast.data import ReplayBuffer, ResumableEnvironment
+from polygrad_fast.sampling.torch_engine import TorchEngine
+from polygrad_fast.training.a2c import ActorCritic
+from polygrad_fast.training.denoiser import DenoiserTrainer
 
 ROOT = Path(__file__).parents[2]
 GPU_CHECK = ROOT / "benchmarks" / "gpu_check.sh"
@@ -65,7 +73,7 @@ def test_all_benchmarks_in_tiny_sizes(tmp_path):
         assert row.status == "ok" and row.checks and all(check.passed for check in row.checks)
         assert 0 < row.ms_min <= row.ms <= row.ms_max and row.us_per_item > 0
         assert (row.commit, row.dirty, row.device, row.threads) == ("abc", True, "cpu", 1)
-        assert row.clock == "processor time" and row.torch and row.processor
+        assert row.clock == "processor time" and row.torch and row.processor and row.smoke
         assert "--smoke" in row.command and row.command.startswith("OMP_NUM_THREADS=1 pytest ")
     for row in rows:
         if row.benchmark not in ("environment step", "dynamics replay", "replay windows"):
@@ -121,9 +129,155 @@ def test_a_wrong_result_carries_no_time_and_stops_nothing(tmp_path):
     assert nan.status == "wrong" and nan.checks[0].value is None
     noise = found["torch", "transformer", "float32"]
     assert noise.status == "wrong" and noise.checks[0].passed and not noise.checks[1].passed
+    assert noise.checks[1].name == "own noise, after" and noise.ms_min is None
     raised = found["reference", "transformer", "float32"]
     assert raised.status == "error" and "launch failed" in raised.error
     assert result.stdout.count("FAILED") == 6
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(test, *listed) -> Row:
+    """Run one tiny case of a benchmark in this process and return its row."""
+    made = lambda device: provenance(device, None, commit="a" * 40)  # noqa: E731
+    session = Session(torch.device("cpu"), RowFile(None), made, small=True)
+
+    def case(benchmark, dtype, control=False, **names):
+        return session.case(benchmark, dtype, **names)
+
+    bench = SimpleNamespace(session=session, device=session.device, case=case)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        test(bench, *listed)
+    finally:
+        torch.set_num_threads(threads)
+    (row,) = session.rows.added
+    return row
+
+
+def changed(owner, name, change):
+    """Return what replaces a method by `change(method, *its arguments)`."""
+
+    def apply(monkeypatch):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: change(method, *a, **k))
+
+    return apply
+
+
+def sign_of_the_actor(step, self, *arguments):
+    for p in self.policy.parameters():
+        p.grad.neg_()
+    return step(self, *arguments)
+
+
+def random_gradient_of_the_actor(step, self, *arguments):
+    for p in self.policy.parameters():
+        p.grad.copy_(torch.randn_like(p))
+    return step(self, *arguments)
+
+
+def without_steps(optimizer):
+    def init(make, self, *arguments, **options):
+        make(self, *arguments, **options)
+        getattr(self, optimizer).step = lambda *_: None
+
+    return init
+
+
+def reversed_steps(optimizer):
+    """The gradient is right, the step goes the other way."""
+
+    def init(make, self, *arguments, **options):
+        make(self, *arguments, **options)
+        for group in getattr(self, optimizer).param_groups:
+            group["maximize"] = True
+
+    return init
+
+
+def few_steps_of_long_chains(sample, self, *arguments):
+    steps = self._steps
+    self._steps = steps[:3] if len(steps) > 12 else steps
+    try:
+        return sample(self, *arguments)
+    finally:
+        self._steps = steps
+
+
+def wrong_later(sample, self, *arguments):
+    self.samples = getattr(self, "samples", 0) + 1
+    states, actions, chain = sample(self, *arguments)
+    return states, actions * (2 if self.samples > 2 else 1), chain
+
+
+def until_step_203(add, self, *arguments):
+    if self.num_steps < 203:
+        add(self, *arguments)
+
+
+def other_end_of_the_episode(step, self, action):
+    observation, reward, terminated, truncated = step(self, action)
+    return observation, reward, not terminated, truncated
+
+
+def one_window_repeated(sample, self, *arguments):
+    windows = sample(self, *arguments)
+    for tensor in vars(windows).values():
+        tensor.copy_(tensor[:1].clone().expand_as(tensor))
+    return windows
+
+
+WHOLE = ("bench_training", "whole_update", "quick", "Pendulum-v1", 8, "torch", "float32")
+A2C = ("bench_training", "a2c_update", 8, 4)
+DENOISER = ("bench_training", "denoiser_update", "residual_mlp", 4, 3)
+SAMPLE = ("bench_sampler", "sample", "torch", "float32", 5, 3, "residual_mlp")
+MUTATIONS = {
+    "no policy update": (WHOLE, changed(PolyGRAD, "_update_policy", lambda *_: None)),
+    "four trajectories": (
+        WHOLE, changed(PolyGRAD, "imagine", lambda imagine, self, n, *a, **k: imagine(self, 4, **k))
+    ),
+    "zero actions": (WHOLE, changed(PolyGRAD, "_act", lambda act, *a: np.zeros_like(act(*a)))),
+    "no denoiser update": (WHOLE, changed(PolyGRAD, "_update_denoiser", lambda *_: None)),
+    "steps not stored": (WHOLE, changed(ReplayBuffer, "add", until_step_203)),
+    "actor's sign": (A2C, changed(ActorCritic, "_step_actor", sign_of_the_actor)),
+    "actor's gradient": (A2C, changed(ActorCritic, "_step_actor", random_gradient_of_the_actor)),
+    "actor uphill": (A2C, changed(ActorCritic, "__init__", reversed_steps("actor_optimizer"))),
+    "no actor step": (A2C, changed(ActorCritic, "__init__", without_steps("actor_optimizer"))),
+    "no critic step": (A2C, changed(ActorCritic, "__init__", without_steps("critic_optimizer"))),
+    "no denoiser step": (
+        DENOISER, changed(DenoiserTrainer, "__init__", without_steps("optimizer"))
+    ),
+    "short chain": (SAMPLE, changed(TorchEngine, "sample", few_steps_of_long_chains)),
+    "wrong later": (SAMPLE, changed(TorchEngine, "sample", wrong_later)),
+    "no guidance": (
+        SAMPLE,
+        changed(TorchEngine, "sample", lambda sample, self, s0, _, *a: sample(self, s0, 0.0, *a)),
+    ),
+    "terminals": (
+        ("bench_data", "environment_steps", "Pendulum-v1", 20),
+        changed(ResumableEnvironment, "step", other_end_of_the_episode),
+    ),
+    "repeated windows": (
+        ("bench_data", "replay_windows", 5, 3), changed(ReplayBuffer, "sample", one_window_repeated)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_wrong_library_is_not_timed(mutation, monkeypatch):
+    (module, test, *case), apply = MUTATIONS[mutation]
+    test = getattr(load(module), f"test_{test}")
+    apply(monkeypatch)
+    row = measure(test, *case)
+    assert row.status in ("wrong", "error") and row.ms is None, (row.status, row.checks)
+    assert row.status == "wrong" or mutation == "short chain", row.error
 
 
 LOST = '''
@@ -182,24 +336,26 @@ def test_rows_that_cannot_be_read(tmp_path):
     assert re.fullmatch(r"ERROR: .*rows.jsonl, line 1: the row lacks .*\s*", result.stderr)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+def test_a_device_that_is_not_there():
+    words = [word if word != "cpu" else "cuda" for word in command(SAMPLER)]
+    result = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 4
+    assert result.stderr.strip() == "ERROR: --device cuda given, but torch finds no CUDA GPU"
+
+
 @dataclass(frozen=True)
 class OnGPU:
     device = torch.device("cuda")
     smoke = False
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_order_of_cases_on_a_gpu():
     bench = load("bench_sampler")
     cases = sorted(bench.list_cases(OnGPU()), key=lambda pair: pair[0])
     words = ["{engine} {dtype} {denoiser} B={batch} H={horizon}".format(**c) for _, c in cases]
-    assert len(words) == len(set(words)) == 12 * (13 + 9)
+    too_long = 2 * 9  # transformer, 16384 trajectories, H = 50 and 200
+    assert len(words) == len(set(words)) == 12 * (13 + 9) - too_long
     assert words[:3] == [
         "triton float16 residual_mlp B=1024 H=10",
         "torch float16 residual_mlp B=1024 H=10",

@@ -18,7 +18,7 @@ import tyro
 
 from polygrad_fast._version import __version__
 from polygrad_fast.agent import PolyGRAD
-from polygrad_fast.benchmarking.figures import draw_all
+from polygrad_fast.benchmarking.figures import draw_all, stale_plots
 from polygrad_fast.benchmarking.report import all_tables, update_readme
 from polygrad_fast.benchmarking.rows import read_folder
 from polygrad_fast.config import TrainConfig, from_dict
@@ -98,7 +98,8 @@ class Bench:
     readme: Path | None = None
     """Write the tables between the markers of this file, e.g. README.md."""
     check: bool = False
-    """Write nothing; exit with 2 if a table in --readme differs from the rows."""
+    """Write nothing; exit with 2 if a table in --readme or a plot in --plots differs from the
+    rows."""
     plots: Path | None = None
     """Draw the plots into this folder; needs the extra "plots"."""
 
@@ -352,8 +353,10 @@ def _sample(command: Sample) -> None:
 
 
 def _bench(command: Bench) -> None:
-    if command.check and command.readme is None:
-        raise InputError("--check needs --readme, the file whose tables are to be checked")
+    if command.check and command.readme is None and command.plots is None:
+        raise InputError(
+            "--check needs --readme or --plots, the file or the folder that is to be checked"
+        )
     rows = read_folder(command.results)
     if command.readme is None and command.plots is None:
         print(all_tables(rows))
@@ -366,7 +369,16 @@ def _bench(command: Bench) -> None:
             )
         done = "checked" if command.check else f"{len(stale)} tables changed"
         print(f"{command.readme}: {done}, {len(rows)} rows in {command.results}")
-    if command.plots is not None:
+    if command.plots is not None and command.check:
+        stale = stale_plots(rows, command.plots)
+        if stale:
+            raise InputError(
+                f"{command.plots}: {', '.join(stale)} missing or not of the rows in "
+                f"{command.results}; `polygrad-fast bench report --plots {command.plots}` draws "
+                "them anew"
+            )
+        print(f"{command.plots}: checked")
+    elif command.plots is not None:
         for path in draw_all(rows, command.plots):
             print(path)
 

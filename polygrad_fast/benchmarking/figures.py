@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +14,34 @@ from polygrad_fast.benchmarking.rows import Row
 from polygrad_fast.errors import InputError
 
 MODELS = {"residual_mlp": "residual MLP", "transformer": "transformer"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Milliseconds per trajectory over batch sizes or horizons."""
+
+    machine: str
+    denoiser: str
+    engine: str
+    dtype: str
+    fixed: str  # what is the same at every point, in words
+    points: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one picture shows."""
+
+    name: str
+    lines: list[Line]
+    x_label: str
+    y_label: str
+
+    @property
+    def digest(self) -> str:
+        """Of everything shown; stored in the picture."""
+        shown = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(shown.encode()).hexdigest()
 
 
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
@@ -24,7 +56,8 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     two points where there are any.
 
     Raises:
-        InputError: matplotlib is missing, or no row holds the time of a whole sample.
+        InputError: matplotlib is missing, `folder` is a file, or no row holds the time of a whole
+            sample.
     """
     try:
         import matplotlib  # noqa: F401
@@ -32,19 +65,52 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
         raise InputError(
             "plots need the extra 'plots': pip install 'polygrad-fast[plots]'"
         ) from error
-    samples = [row for row in rows if row.benchmark == "sample" and row.ms is not None]
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, wanted a folder for the plots")
+    return [_draw(folder, figure) for figure in _figures(rows)]
+
+
+def stale_plots(rows: Iterable[Row], folder: Path) -> list[str]:
+    """Return the names of the pictures in a folder that are missing or of other rows.
+
+    Raises:
+        InputError: no row holds the time of a whole sample.
+    """
+
+    def digest(path: Path) -> str | None:
+        found = re.search(rb"tEXtrows\0([0-9a-f]{64})", path.read_bytes())
+        return found and found[1].decode()
+
+    stale = []
+    for figure in _figures(rows):
+        path = folder / figure.name
+        if not path.is_file() or digest(path) != figure.digest:
+            stale.append(figure.name)
+    return stale
+
+
+def _figures(rows: Iterable[Row]) -> list[Figure]:
+    """Return what is to be drawn."""
+    samples = [
+        row for row in rows if row.benchmark == "sample" and row.ms is not None and not row.smoke
+    ]
     if not samples:
         raise InputError("no row holds the time of a whole sample (benchmark 'sample') to plot")
-    steps = ", ".join(sorted({f"K = {row.case['steps']}" for row in samples}))
-    by_batch = _lines(samples, "horizon", min, "batch")
+    try:
+        steps = ", ".join(sorted({f"K = {row.case['steps']}" for row in samples}))
+        by_batch = _lines(samples, "horizon", min, "batch")
+        by_horizon = _lines(samples, "batch", _most_frequent, "horizon")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the plots cannot be made of these rows: {type(error).__name__} {error}"
+        ) from error
     if any(len(line.points) > 1 for line in by_batch):
         by_batch = [line for line in by_batch if len(line.points) > 1]
-    by_horizon = _lines(samples, "batch", _most_frequent, "horizon")
     time = f"ms per trajectory ({steps})"
     return [
-        _draw(folder / "batch.png", by_batch, "batch size B", time),
-        _draw(
-            folder / "figure_4.png",
+        Figure("batch.png", by_batch, "batch size B", time),
+        Figure(
+            "figure_4.png",
             by_horizon,
             "trajectory length H",
             f"seconds per 1000 trajectories\n= {time}",
@@ -55,18 +121,6 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
 def _most_frequent(values: list[int]) -> int:
     """Return the most frequent value, of several the largest."""
     return max(values, key=lambda value: (values.count(value), value))
-
-
-@dataclass(frozen=True)
-class Line:
-    """Milliseconds per trajectory over batch sizes or horizons."""
-
-    machine: str
-    denoiser: str
-    engine: str
-    dtype: str
-    fixed: str  # what is the same at every point, in words
-    points: dict[int, float]
 
 
 def _lines(
@@ -93,20 +147,21 @@ def _lines(
     return [line for line in lines if line.dtype == "float32" or line in fastest.values()]
 
 
-def _draw(path: Path, lines: list[Line], x_label: str, y_label: str) -> Path:
+def _draw(folder: Path, shown: Figure) -> Path:
     """Draw one panel per machine, both axes logarithmic; a colour for each engine and dtype."""
+    from matplotlib import figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
+    lines, path = shown.lines, folder / shown.name
     machines = list(dict.fromkeys(line.machine for line in lines))
     kinds = list(dict.fromkeys((line.engine, line.dtype) for line in lines))
-    figure = Figure(figsize=(6.4 * len(machines), 4.4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(machines), squeeze=False)[0]
+    picture = figure.Figure(figsize=(6.4 * len(machines), 4.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(picture)
+    panels = picture.subplots(1, len(machines), squeeze=False)[0]
     for axes, machine in zip(panels, machines, strict=True):
-        shown = [line for line in lines if line.machine == machine]
-        for line in shown:
+        own = [line for line in lines if line.machine == machine]
+        for line in own:
             axes.plot(
                 list(line.points),
                 list(line.points.values()),
@@ -117,14 +172,16 @@ def _draw(path: Path, lines: list[Line], x_label: str, y_label: str) -> Path:
                 label=f"{MODELS.get(line.denoiser, line.denoiser)}, {line.engine} {line.dtype}, "
                 f"{line.fixed}",
             )
-        axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label, title=machine)
-        ticks = sorted({x for line in shown for x in line.points})
+        axes.set(xscale="log", yscale="log", title=machine)
+        axes.set(xlabel=shown.x_label, ylabel=shown.y_label)
+        ticks = sorted({x for line in own for x in line.points})
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize="x-small", framealpha=0.85, edgecolor="none")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    picture.savefig(path, format="png", metadata={"rows": shown.digest})
     return path

@@ -406,12 +406,12 @@ def test_compared_steps():
 
 
 MEASURED = [
-    sampled("reference", ms=1280.0),
+    sampled("reference", ms=1280.0, values={"hidden_dim": 1024}),
     sampled("torch", ms=640.0, share_of_floor=0.5),
-    sampled("torch", "bfloat16", ms=0.32),
-    sampled("torch", horizon=50, ms=6400.0),
+    sampled("torch", "bfloat16", ms=0.32, calls=1),
+    sampled("torch", horizon=50, ms=6400.0, values={"hidden_dim": 2048}),
     sampled("triton", "float16", device="cuda", gpu="NVIDIA H200", driver="580", ms=9.0),
-    sampled("torch", "float16", status="wrong", ms=None),
+    sampled("torch", "float16", status="wrong", ms=None, checks=(Check("one step", 0.02, 0.01),)),
     make_row(
         benchmark="sampler step",
         case={"engine": "torch", "batch": 64, "horizon": 10, "steps": 64},
@@ -419,6 +419,9 @@ MEASURED = [
         values={"gemms_ms": 5.0, "packed_ms": 4.0, "reference_ms": 12.0},
     ),
     make_row(benchmark="A2C update", case={"batch": 1024}, ms=266.0),
+    sampled("torch", "bfloat16", horizon=50, status="out of memory", ms=None),
+    make_row(benchmark="whole update", case={"env_id": "Hopper-v5"}, ms=5.0,
+             values={"env_steps": 4, "denoiser_updates": 3}),
     make_row(benchmark="environment step", case={"env_id": "Hopper-v5"}, ms=0.1,
              values={"bare_ms": 0.08}),
     make_row(benchmark="dynamics replay", case={"env_id": "Hopper-v5", "trajectories": 5,
@@ -427,39 +430,97 @@ MEASURED = [
 
 
 def test_tables():
-    tables = {name: build(MEASURED) for name, build in report.TABLES.items()}
-    on_cpu, on_gpu = tables["samples"].split("`pytest benchmarks/`", 1)
-    assert "| residual mlp | 10 | 64 | 1,280 ms | 320 us | 640 ms (50%) |" in on_cpu
-    assert "| residual mlp | 50 | 64 | not measured | not measured | 6,400 ms |" in on_cpu
-    assert "| residual mlp | 10 | 64 | 9 ms |" in on_gpu
-    assert "NVIDIA H200; driver 580; torch" in on_gpu
+    tables = {name: report.build(name, MEASURED) for name in report.TABLES}
+    on_cpu, on_gpu = tables["samples"].split(f"On {MEASURED[0].machine}", 1)
+    assert "| denoiser | H | B | reference float32 | torch bfloat16 | torch float32 |" in on_cpu
+    assert "| residual mlp | 10 | 64 | 1,280 ms | 320 us* | 640 ms (50%) |" in on_cpu
+    assert "| residual mlp | 50 | 64 | not measured | out of memory | 6,400 ms |" in on_cpu
+    assert "Hidden widths: residual mlp 1024 (H = 10), 2048 (H = 50)." in on_cpu
+    assert "; `*`: of one call, not a median." in on_gpu
+    assert "| residual mlp | 10 | 64 | 9 ms |" in on_gpu and "On NVIDIA H200." in on_gpu
+    steps = tables["sampler_cpu"]
+    assert "| float32 | 64 | 64 | 6.00 | 12.00 | 2.00x | 5.00 (1.20x) | 4.00 (1.50x) |" in steps
+    assert "at most 1.15 (float32) and 1.25 (bfloat16)" in steps
+    assert steps.count("missed at float32 B = 64.") == 1
+    assert "| A2C update | batch 1024 | float32 | 266 ms |" in tables["updates"]
     assert (
-        "| float32 | 64 | 6.00 | 12.00 | 2.00x | 5.00 (1.20x) | 4.00 (1.50x) |"
-        in tables["sampler_cpu"]
+        "on Hopper-v5, environment steps 4, denoiser updates 3 | float32 | 5 ms"
+        in (tables["updates"])
     )
-    assert "| A2C update | batch 1024 | float32 | 266 ms | - | - |" in tables["updates"]
     assert "| Hopper-v5 | 10,000 | 12,500 | 20,000 |" in tables["environments"]
     assert tables["quick_seeds"] == "On a CPU: not measured."
     assert tables["kernels"] == "On a CPU: not measured.\n\nOn a GPU: not measured."
     assert tables["updates"].endswith("\n\nOn a GPU: not measured.")
-    assert "commit aaaaaaa" in tables["updates"] and "`pytest benchmarks/`" in tables["updates"]
-    assert all("| --- |" not in build([]) for build in report.TABLES.values())
+    assert "commit aaaaaaa" in tables["provenance"] and "driver 580" in tables["provenance"]
+    assert "- sampler_cpu, samples, updates, environments: `pytest" in tables["provenance"]
+    assert all("| --- |" not in report.build(name, []) for name in report.TABLES)
+    smoke = [dataclasses.replace(row, smoke=True) for row in MEASURED]
+    assert all(report.build(n, smoke) == report.build(n, []) for n in report.TABLES)
+
+
+def test_of_a_gpu_the_best_dtype_of_each_engine_is_shown():
+    gpu = {"device": "cuda", "gpu": "NVIDIA H200"}
+    rows = [
+        sampled("torch", dtype, batch, ms=ms, **gpu)
+        for batch, times in ((64, (9.0, 3.0, 4.0, 8.0)), (256, (20.0, 6.0, 5.0, 16.0)),
+                             (1024, (90.0, 31.0, 30.0, 80.0)))
+        for dtype, ms in zip(("float32", "bfloat16", "float16", "tf32"), times, strict=True)
+    ]  # fmt: skip
+    table = report.build("samples", rows)
+    assert "| denoiser | H | B | torch float16 | torch float32 |" in table
+    assert "| residual mlp | 10 | 64 | 4 ms | 9 ms |" in table
+
+
+def test_kernels_of_the_papers_sizes_only_on_a_gpu():
+    def row(benchmark, device="cuda", **case):
+        return make_row(benchmark=benchmark, case=case, ms=1.0, device=device, gpu="NVIDIA H200")
+
+    wide = row("residual_mlp layer", rows=4096, width=1024)
+    rows = [
+        row("residual_mlp layer", rows=1024, width=1024),
+        row("guided_step", batch=1024, horizon=10),
+        wide,
+        row("residual_mlp layer", rows=1024, width=2048),
+        row("guided_step", batch=1024, horizon=50),
+        row("guided_step", batch=256, horizon=10),
+        row("guided_step", device="cpu", batch=64, horizon=10),
+    ]
+    table = report.build("kernels", rows)
+    assert table.count("residual_mlp layer |") == 1 and table.count("guided_step |") == 2
+    assert "rows 1024, width 1024" in table and "batch 64, horizon 10" in table
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("samples", lambda row: {"case": {"engine": "torch", "denoiser": "residual_mlp"}}),
+        ("sampler_cpu", lambda row: {"values": {"packed_ms": 4.0}}),
+        ("sampler_cpu", lambda row: {"values": row.values | {"gemms_ms": 0.0}}),
+        ("sampler_cpu", lambda row: {"dtype": "float16"}),
+        ("environments", lambda row: {"values": {}}),
+    ],
+)
+def test_rows_without_what_a_table_shows_are_one_error(name, damage):
+    rows = [row for row in MEASURED if row.benchmark in report.TABLES[name].benchmarks]
+    damaged = dataclasses.replace(rows[0], **damage(rows[0]))
+    with pytest.raises(InputError, match=f"the table '{name}' cannot be made"):
+        report.build(name, [damaged])
 
 
 def test_machines_do_not_mix():
     """What a GPU machine's processor measured stands in a table of its own."""
     row = make_row(benchmark="environment step", case={"env_id": "Hopper-v5"}, ms=0.05,
                    values={"bare_ms": 0.04}, processor="Xeon", threads=16)  # fmt: skip
-    table = report.TABLES["environments"]([*MEASURED, row])
+    table = report.build("environments", [*MEASURED, row])
     assert "| Hopper-v5 | 10,000 |" in table and "| Hopper-v5 | 20,000 |" in table
-    assert "Xeon, 16 threads; torch" in table
+    assert "On Xeon, 16 threads." in table
 
 
 def test_listing():
     lines = report.listing(MEASURED).splitlines()
     assert len(lines) == 1 + len(MEASURED) and lines[0].startswith("case")
     assert "2.00" in lines[2] and lines[2].endswith("ok")  # against the reference
-    assert lines[6].endswith("wrong")
+    assert lines[6].endswith("wrong, one step: 2.0e-02 > 1.0e-02") and "checks" not in lines[0]
 
 
 README = "before\n<!-- table: updates -->\nold\n<!-- end of table -->\nafter\n"
@@ -515,7 +576,12 @@ def test_the_command_line_prints_writes_and_checks(results, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--check"], "--check needs --readme"),
+        (["--check"], "--check needs --readme or --plots"),
+        (["--plots", "{}/README.md"], "README.md is a file, wanted a folder"),
+        (["--plots", "{}/none", "--check"], "batch.png, figure_4.png missing or not of the rows"),
+        (["--results", "{}/empty"], "rows.jsonl is empty"),
+        (["--results", "{}/lacking"], "the table 'samples' cannot be made"),
+        (["--results", "{}/lacking", "--plots", "{}/p"], "the plots cannot be made"),
         (["--readme", "{}/none.md"], "cannot read"),
         (["--readme", "{}/plain.md"], "plain.md: 0 tables begin"),
         (["--results", "{}/none"], "holds no rows"),
@@ -525,8 +591,10 @@ def test_the_command_line_prints_writes_and_checks(results, capsys):
 )
 def test_bad_input_is_one_line_and_exit_code_2(results, capsys, options, message):
     (results / "plain.md").write_text("no tables")
-    (results / "damaged").mkdir()
-    (results / "damaged" / "rows.jsonl").write_text("{}\n")
+    for folder, text in (("damaged", "{}\n"), ("empty", "")):
+        (results / folder).mkdir()
+        (results / folder / "rows.jsonl").write_text(text)
+    write_rows(results / "lacking" / "rows.jsonl", [sampled(case={"batch": "x"}), sampled()])
     assert bench_report(results, *options) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and message in captured.err and captured.out == ""
@@ -550,6 +618,14 @@ def test_plots(results, capsys, monkeypatch):
     assert names == {"batch.png", "figure_4.png"}
     for path in (results / "plots").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000
+    drawn = {path: path.stat().st_mtime_ns for path in (results / "plots").iterdir()}
+    assert bench_report(results, "--plots", "{}/plots", "--check") == 0
+    other = [dataclasses.replace(MEASURED[0], ms=1279.0), *MEASURED[1:]]
+    assert figures.stale_plots(other, results / "plots") == ["batch.png", "figure_4.png"]
+    assert figures.stale_plots(MEASURED, results) == ["batch.png", "figure_4.png"]
+    write_rows(results / "results" / "rows.jsonl", other)
+    assert bench_report(results, "--plots", "{}/plots", "--check") == 2
+    assert drawn == {path: path.stat().st_mtime_ns for path in (results / "plots").iterdir()}
     with pytest.raises(InputError, match="no row holds the time of a whole sample"):
         figures.draw_all([MEASURED[7]], results)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -567,4 +643,8 @@ def test_what_is_drawn(tmp_path, monkeypatch):
     line = lines["residual MLP, torch float32, B = 64"]
     assert list(line.get_xdata()) == [10, 50] and list(line.get_ydata()) == [10.0, 100.0]
     assert "seconds per 1000 trajectories" in drawn[1].axes[0].get_ylabel()
+    for axes in drawn[0].axes + drawn[1].axes:
+        low, high = axes.get_ylim()
+        ticks = [y for y in axes.yaxis.get_major_locator().tick_values(low, high) if low < y < high]
+        assert len(ticks) >= 2
     assert [axes.get_title() for axes in drawn[0].axes] == [MEASURED[0].machine, "NVIDIA H200"]

@@ -130,6 +130,9 @@ def _lines(
     rows'."""
     lines, seen = [], {}
     for row in samples:
+        for size in (row.case[fixed], row.case[along]):
+            if not isinstance(size, int):
+                raise TypeError(f"{row.name} has the size {size!r}")
         key = (row.machine, row.case["denoiser"], row.case["engine"], row.dtype)
         seen.setdefault(key, []).append(row)
     for key, found in sorted(seen.items()):
@@ -177,7 +180,7 @@ def _draw(folder: Path, shown: Figure) -> Path:
         ticks = sorted({x for line in own for x in line.points})
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -104,6 +104,7 @@ class Session:
             raise NotMeasured("its row is stored")
         if time.monotonic() - self._begin > self.time_budget:
             raise NotMeasured(f"the time budget of {self.time_budget:.0f} s is spent")
+
         self.free()
         measured, start = Case(self, row, device), time.monotonic()
         try:
@@ -116,6 +117,7 @@ class Session:
             measured.fail("out of memory", str(error).splitlines()[0])
         except Exception:  # any failure of one case: the next ones are still worth measuring
             measured.fail("error", traceback.format_exc()[-4000:])
+
         measured.update(seconds_spent=round(time.monotonic() - start, 1))
         self.rows.add(measured.row)
 
@@ -212,19 +214,22 @@ class Case:
         session, work = self.session, work or Work()
         if not self.row.checks:
             raise RuntimeError(f"{self.row.name}: a time was asked for before any check")
+
         clock = clock_of(self.device)
         calls = {"": call, **(beside or {})}
         times = interleaved(calls, clock, 0.0 if session.small else seconds)
         per_operation = {k: [ms / repeats for ms in v] for k, v in times.items()}
         if after is not None:
             after()
+
         self.times = per_operation.pop("")
         compared = {f"{k}_ms": statistics.median(v) for k, v in per_operation.items()}
         ms = statistics.median(self.times)
         ceilings, dtype = session.ceilings(self.device), self.row.dtype
-        floor_ms = ceilings.floor_ms(work, dtype)
         if not session.small:
             self._check_rates(ceilings, work, ms)
+        floor_ms = ceilings.floor_ms(work, dtype)
+
         self.update(
             status="ok",
             error=None,

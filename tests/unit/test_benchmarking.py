@@ -498,6 +498,7 @@ def test_kernels_of_the_papers_sizes_only_on_a_gpu():
         ("sampler_cpu", lambda row: {"values": row.values | {"gemms_ms": 0.0}}),
         ("sampler_cpu", lambda row: {"dtype": "float16"}),
         ("environments", lambda row: {"values": {}}),
+        ("environments", lambda row: {"ms": None}),
     ],
 )
 def test_rows_without_what_a_table_shows_are_one_error(name, damage):

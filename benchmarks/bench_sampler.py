@@ -9,13 +9,14 @@ torch.compile(max-autotune), K steps in one CUDA graph. The checks are those of
 results copied out.
 """
 
+import functools
 import itertools
 
 import pytest
 import torch
 
 from polygrad_fast.benchmarking import sampler_case
-from polygrad_fast.benchmarking.sampler_case import DTYPES, ENGINES, GUIDANCE_SCALE
+from polygrad_fast.benchmarking.sampler_case import DTYPES, ENGINES
 
 BATCHES, HORIZONS = (1024, 4096, 256, 16384), (10, 50, 200)  # most important first
 CPU_CASES = [  # importance; denoiser, batch, horizon; engine-dtype
@@ -111,14 +112,11 @@ def test_sample(bench, engine, dtype, batch, horizon, denoiser):
         torch.manual_seed(1)
         s0 = torch.randn(batch, c.observation_dim, device=bench.device)
 
-        sampler = sampler_case.make_engine(engine, c, dtype)
-
-        def sample():
-            sampler.sample(s0, GUIDANCE_SCALE, None, None, False)
-
+        sample = sampler_case.TimedSampler(engine, c, dtype, s0, sizes)
         if bench.device.type == "cuda":
             case.warm_up(sample)  # before the checks, whose chains take memory
-        after = sampler_case.check_engine(case, sampler, c, engine, dtype, s0, sizes)
+        sample.check(case)
         work = sampler_case.sample_work(c, batch, dtype)
         width = c.denoiser.hidden_dim
+        after = functools.partial(sample.check_result, case)
         case.time(sample, batch, "trajectory", work, after=after, hidden_dim=width)

@@ -14,6 +14,7 @@ once per sample.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import pytest
@@ -76,13 +77,10 @@ def test_step(bench, dtype, batch):
     with bench.case("sampler step", dtype, **names) as case, torch.no_grad():
         c = sampler_case.shortened(sampler_case.build(sizes, 10, bench.device), num_steps)
         reference = sampler_case.make_engine("reference", c, "float32")
-        engine = sampler_case.make_engine("torch", c, dtype)
         s0 = torch.randn(batch, c.observation_dim)
-        after = sampler_case.check_engine(case, engine, c, "torch", dtype, s0, sizes)
-        calls = linears_of_one_step(engine, s0)
-
-        def sample(which):
-            return lambda: which.sample(s0, GUIDANCE_SCALE, None, None, False)
+        sample = sampler_case.TimedSampler("torch", c, dtype, s0, sizes)
+        sample.check(case)
+        calls = linears_of_one_step(sample.engine, s0)
 
         def gemms(linear):
             def run():
@@ -95,9 +93,8 @@ def test_step(bench, dtype, batch):
         beside = {
             "gemms": gemms(lambda ops, x, weight, bias: ops.linear(x, Weight(weight.plain), bias)),
             "packed": gemms(LinearOps.linear),
-            "reference": sample(reference),
+            "reference": lambda: reference.sample(s0, GUIDANCE_SCALE, None, None, False),
         }
         work = sampler_case.sample_work(sampler_case.shortened(c, 1), batch, dtype)
-        case.time(
-            sample(engine), batch, "trajectory", work, num_steps, beside, seconds=10.0, after=after
-        )
+        after = functools.partial(sample.check_result, case)
+        case.time(sample, batch, "trajectory", work, num_steps, beside, seconds=10.0, after=after)

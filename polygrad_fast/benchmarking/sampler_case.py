@@ -1,13 +1,13 @@
 """A sampler of the paper's sizes, its work, and how its engines are checked.
 
 - Steps: a chain with given noise; its first, its middle and its last 11 steps, each from the
-  engine's own states against the float64 reference. float32: at most 1e-4; others: at most twice
-  the error of the plain formula under autocast (tf32: with tf32 matrix products). Errors are
-  |got - wanted| / max(1, |wanted|) on normalized states and actions. Checked is the engine that is
-  timed, unless the noise of all its steps is too large; then one with fewer steps.
-- Its own noise, once the times were taken: on a CPU, where the same seed gives the same noise in
-  the reference's order, the end of the same chain; on a GPU, mean and variance of every entry
-  against the reference's over whole chains.
+  engine's own states against the float64 reference. float32: at most 1e-4; others: states at most
+  twice the error of the plain formula under autocast (tf32: with tf32 matrix products), actions at
+  most twice its actions' error. Errors are |got - wanted| / max(1, |wanted|), normalized. Checked
+  is the engine that is timed, unless the noise of all its steps is too large; then one with fewer.
+- Its own noise, in what was timed: on a CPU, where the same seed gives the same noise in the
+  reference's order, the last timed result is the end of that chain; on a GPU it is finite, and then
+  mean and variance of every entry are held against the reference's over whole chains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ MOMENT_BIAS = 0.02  # of a standard deviation; 2 % of a variance: half precision
 CHAIN_AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 """Largest difference between the ends of one chain with given and with drawn noise, on a CPU."""
 SEED = 1
-TOLERANCE_FACTOR = 2.0
+TOLERANCE_FACTOR, FLOOR = 2.0, 1e-5
 MAX_NOISE_BYTES = 4e9  # kept up to four times: as drawn, given to a graph, and the chain twice
 
 
@@ -214,11 +214,16 @@ def draw_noise(c: SamplerComponents, batch: int) -> SampleNoise:
 
 def largest_error(got, wanted) -> float:
     """Return max |got - wanted| / max(1, |wanted|) over pairs of tensors; NaN where one is NaN."""
+    return _errors(got, wanted).max().item()
+
+
+def _errors(got, wanted) -> Tensor:
+    """Return the error of each pair, [n]."""
     errors = [
         ((g.double() - w.double()).abs() / w.double().abs().clamp(min=1.0)).max()
         for g, w in zip(got, wanted, strict=True)
     ]
-    return torch.stack(errors).max().item()  # Python's max loses a NaN
+    return torch.stack(errors)  # torch's max keeps a NaN, Python's may lose it
 
 
 def in_float64(c: SamplerComponents) -> SamplerComponents:
@@ -244,7 +249,8 @@ def compared_steps(num_steps: int) -> list[int]:
 
 @torch.no_grad()
 def step_errors(engine, c: SamplerComponents, dtype: str, s0: Tensor) -> tuple[float, float]:
-    """Return the largest error of one of the engine's `compared_steps` and the allowed one.
+    """Return the error of the engine's `compared_steps` and the allowed one: of states or actions,
+    whichever is the worse in proportion.
 
     Each step starts at the engine's own states after the step before; wanted is the reference in
     float64.
@@ -263,7 +269,7 @@ def _step_errors(engine, c, dtype, s0) -> tuple[float, float, tuple[Tensor, Tens
     noise = draw_noise(c, len(s0))
     end, chain = _split(engine.sample(s0, GUIDANCE_SCALE, None, noise, True))
     num_steps = c.schedule.num_train_timesteps
-    errors, plain_errors = [], []
+    errors, plain_errors = [], []  # per step, of states and actions
     for step in compared_steps(num_steps):
         if step == 0:
             previous = noise.initial_trajectories.clone(), noise.initial_actions
@@ -274,16 +280,21 @@ def _step_errors(engine, c, dtype, s0) -> tuple[float, float, tuple[Tensor, Tens
         normals = noise.trajectories[step], noise.actions[step]
         inputs = (*previous, s0, k, GUIDANCE_SCALE, *normals)
         wanted = diffusion_step(exact, *(x.double() if torch.is_tensor(x) else x for x in inputs))
-        errors.append(largest_error((chain[0][step], chain[1][step]), wanted))
-        if dtype != "float32":
-            half = HALF.get(dtype)
-            autocast = torch.autocast(c.device.type, dtype=half, enabled=half is not None)
-            with matmul_precision(dtype), autocast:
-                plain_errors.append(largest_error(diffusion_step(c, *inputs), wanted))
-    errors.append(largest_error(end, (chain[0][-1], chain[1][-1])))  # the result is the chain's end
-    allowed = 1e-4 if dtype == "float32" else TOLERANCE_FACTOR * max(plain_errors) + 1e-5
-    error = math.nan if any(map(math.isnan, errors)) else max(errors)
-    return error, allowed, end
+        errors.append(_errors((chain[0][step], chain[1][step]), wanted))
+        if dtype == "float32":
+            continue
+        half = HALF.get(dtype)
+        autocast = torch.autocast(c.device.type, dtype=half, enabled=half is not None)
+        with matmul_precision(dtype), autocast:
+            plain_errors.append(_errors(diffusion_step(c, *inputs), wanted))
+    errors.append(_errors(end, (chain[0][-1], chain[1][-1])))  # the result is the chain's end
+    largest, allowed = torch.stack(errors).amax(0), torch.full((2,), 1e-4, dtype=torch.float64)
+    if dtype != "float32":
+        plain = torch.stack(plain_errors).amax(0)
+        allowed = TOLERANCE_FACTOR * torch.stack([plain.max(), plain[1]]) + FLOOR
+    shares = (largest / allowed.to(largest)).nan_to_num(math.inf)
+    worst = int(shares.argmax())
+    return largest[worst].item(), allowed[worst].item(), end
 
 
 def _split(sampled):
@@ -327,41 +338,49 @@ class Moments:
 _moments: dict[tuple, Moments] = {}
 
 
-def check_engine(
-    case, engine, c: SamplerComponents, name: str, dtype: str, s0: Tensor, sizes: Sizes
-) -> Callable[[], None]:
-    """Check an engine's steps, and return what checks its own noise after it was timed.
+class TimedSampler:
+    """What is timed, a whole sample by one engine, and its checks.
 
     Args:
-        case: receives the checks.
-        engine: whose components are `c`, made by `make_engine(name, c, dtype)`.
+        name, c, dtype: see `make_engine`.
         s0: initial observations, normalized [B, S].
         sizes: those that `c` was built of.
     """
-    checked, parts, device = engine, c, c.device
-    if device.type == "cuda" and noise_bytes(c, len(s0)) > MAX_NOISE_BYTES:
-        parts = shortened(c, sizes.short_steps)
-        checked = make_engine(name, parts, dtype)
-    error, allowed, end = _step_errors(checked, parts, dtype, s0)
-    case.check("one step", error, allowed)
+
+    def __init__(self, name: str, c: SamplerComponents, dtype: str, s0: Tensor, sizes: Sizes):
+        self.engine = make_engine(name, c, dtype)
+        self._name, self._c, self._dtype, self._s0, self._sizes = name, c, dtype, s0, sizes
+
+    def __call__(self) -> None:
+        on_cpu = self._c.device.type == "cpu"
+        generator = torch.Generator().manual_seed(SEED) if on_cpu else None
+        sampled = self.engine.sample(self._s0, GUIDANCE_SCALE, generator, None, False)
+        self._result, _ = _split(sampled)
+
+    def check(self, case) -> None:
+        """Check single steps."""
+        engine, c, s0 = self.engine, self._c, self._s0
+        if c.device.type == "cuda" and noise_bytes(c, len(s0)) > MAX_NOISE_BYTES:
+            c = shortened(c, self._sizes.short_steps)
+            engine = make_engine(self._name, c, self._dtype)
+        error, allowed, self._end = _step_errors(engine, c, self._dtype, s0)
+        case.check("one step", error, allowed)
 
     @torch.no_grad()
-    def own_noise() -> None:
-        if name == "reference":  # what it is compared with
+    def check_result(self, case) -> None:
+        """Check what the last call sampled."""
+        c, sizes = self._c, self._sizes
+        if c.device.type == "cpu":
+            difference = largest_error(self._result, self._end)
+            case.check("timed result", difference, CHAIN_AGREEMENT[self._dtype])
             return
-        if device.type == "cpu":
-            generator = torch.Generator().manual_seed(SEED)
-            again, _ = _split(engine.sample(s0, GUIDANCE_SCALE, generator, None, False))
-            case.check("own noise, after", largest_error(again, end), CHAIN_AGREEMENT[dtype])
-            return
-        key = len(s0), c.horizon, type(c.denoiser), sizes
+        not_finite = sum((~torch.isfinite(part)).sum() for part in self._result)
+        case.check("numbers not finite in the timed result", not_finite, 0)
+        key = len(self._s0), c.horizon, type(c.denoiser), sizes
         if key not in _moments:
             torch.manual_seed(2)
-            _moments[key] = Moments.of(
-                make_engine("reference", c, "float32"), s0, sizes.moment_rows
-            )
+            reference = make_engine("reference", c, "float32")
+            _moments[key] = Moments.of(reference, self._s0, sizes.moment_rows)
         torch.manual_seed(3)
-        score = Moments.of(engine, s0, sizes.moment_rows).score(_moments[key])
-        case.check("moments, after", score, MAX_MOMENT_SCORE)
-
-    return own_noise
+        score = Moments.of(self.engine, self._s0, sizes.moment_rows).score(_moments[key])
+        case.check("moments", score, MAX_MOMENT_SCORE)

@@ -162,10 +162,11 @@ class Case:
         """Hold an error against the allowed one.
 
         Raises:
-            WrongResult: it is larger, or not a number.
+            WrongResult: it is larger, or one of them is not a number.
         """
-        error = float(error)
-        check = Check(name, error if math.isfinite(error) else None, float(allowed))
+        error, allowed = float(error), float(allowed)
+        finite = math.isfinite(error) and math.isfinite(allowed)
+        check = Check(name, error if finite else None, allowed if math.isfinite(allowed) else 0.0)
         self.update(checks=(*self.row.checks, check))
         if not check.passed:
             raise WrongResult(f"{name}: {error:.3g}, allowed {allowed:.3g}")

@@ -182,6 +182,8 @@ def test_a_session_makes_a_row_of_whatever_happens(tmp_path):
         raise AssertionError("not reached")
     with session.case("c", "float32") as case:
         case.check("error", math.nan, 1.0)
+    with session.case("i", "float32") as case:
+        case.check("error", 0.5, math.nan)
     with session.case("d", "float32"):
         raise InputError("no such engine")
     with session.case("e", "float32"):
@@ -203,7 +205,7 @@ def test_a_session_makes_a_row_of_whatever_happens(tmp_path):
     assert set(first.values) == {"other_ms", "width"}
     assert {n: row.status for n, row in rows.items()} == {
         "b": "wrong", "c": "wrong", "d": "not offered", "e": "out of memory", "f": "error",
-        "g": "error", "h": "error",
+        "g": "error", "h": "error", "i": "wrong",
     }  # fmt: skip
     assert all(row.ms is row.tflops is None and row.error for row in rows.values())
     assert rows["c"].checks == (Check("error", None, 1.0),)

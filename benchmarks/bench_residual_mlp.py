@@ -67,8 +67,8 @@ class Layer:
         self.bias, self.gamma, self.beta = torch.randn(3, width, device=device)
 
     def fused(self, blocks):
-        """Return a function that launches the kernel with that tile and returns the layer's output,
-        its operand for the next layer (None in float32) and its moments."""
+        """Return a function that launches the kernel with that tile and returns the layer's output
+        and, for the next layer, its moments and (in half precision) operand."""
         tile = kernel.PRECISIONS[self.precision].moments_tile
         moments = twin.row_moments(self.residual, tile).contiguous()
         out = torch.full_like(self.residual, torch.nan)
@@ -83,7 +83,7 @@ class Layer:
                 operand_out=operand_out, moments_out=moments_out,
                 blocks=blocks,
             )  # fmt: skip
-            return out, operand_out, moments_out
+            return (out, moments_out) if operand_out is None else (out, moments_out, operand_out)
 
         return launch
 
@@ -121,11 +121,11 @@ class Layer:
 
 def output_errors(layer: Layer, results) -> dict[str, float]:
     """Return the errors of what the kernel hands to the next layer, against its own output."""
-    out, operand, moments = results
+    out, moments, *operands = results
     wanted = twin.row_moments(out, kernel.PRECISIONS[layer.precision].moments_tile)
     scale = wanted.abs().amax(dim=(0, 2), keepdim=True)  # of means and of squared deviations
     errors = {"moments": ((moments - wanted).abs() / scale).max().item()}
-    if operand is not None:
+    for operand in operands:
         errors["operand"] = (operand - out.to(operand.dtype)).abs().max().item()
     return errors
 

@@ -249,8 +249,8 @@ def compared_steps(num_steps: int) -> list[int]:
 
 @torch.no_grad()
 def step_errors(engine, c: SamplerComponents, dtype: str, s0: Tensor) -> tuple[float, float]:
-    """Return the error of the engine's `compared_steps` and the allowed one: of states or actions,
-    whichever is the worse in proportion.
+    """Return the error of the engine's `compared_steps` and the allowed one; an error of actions
+    counts as many times as much as less is allowed there.
 
     Each step starts at the engine's own states after the step before; wanted is the reference in
     float64.
@@ -288,13 +288,15 @@ def _step_errors(engine, c, dtype, s0) -> tuple[float, float, tuple[Tensor, Tens
         with matmul_precision(dtype), autocast:
             plain_errors.append(_errors(diffusion_step(c, *inputs), wanted))
     errors.append(_errors(end, (chain[0][-1], chain[1][-1])))  # the result is the chain's end
-    largest, allowed = torch.stack(errors).amax(0), torch.full((2,), 1e-4, dtype=torch.float64)
+    states_error, actions_error = torch.stack(errors).amax(0).tolist()
+    allowed = actions_allowed = 1e-4
     if dtype != "float32":
         plain = torch.stack(plain_errors).amax(0)
-        allowed = TOLERANCE_FACTOR * torch.stack([plain.max(), plain[1]]) + FLOOR
-    shares = (largest / allowed.to(largest)).nan_to_num(math.inf)
-    worst = int(shares.argmax())
-    return largest[worst].item(), allowed[worst].item(), end
+        allowed = TOLERANCE_FACTOR * plain.max().item() + FLOOR
+        actions_allowed = TOLERANCE_FACTOR * plain[1].item() + FLOOR
+    shares = states_error / allowed, actions_error / actions_allowed
+    worst = math.nan if any(map(math.isnan, shares)) else max(shares)
+    return worst * allowed, allowed, end
 
 
 def _split(sampled):

@@ -217,6 +217,10 @@ def wrong_later(sample, self, *arguments):
     return states, actions * (2 if self.samples > 1 else 1), chain
 
 
+def without_guidance(sample, self, s0, guidance_scale, *arguments):
+    return sample(self, s0, 0.0, *arguments)
+
+
 def until_step_203(add, self, *arguments):
     if self.num_steps < 203:
         add(self, *arguments)
@@ -256,9 +260,9 @@ MUTATIONS = {
     ),
     "short chain": (SAMPLE, changed(TorchEngine, "sample", few_steps_of_long_chains)),
     "wrong later": (SAMPLE, changed(TorchEngine, "sample", wrong_later)),
-    "no guidance": (
-        SAMPLE,
-        changed(TorchEngine, "sample", lambda sample, self, s0, _, *a: sample(self, s0, 0.0, *a)),
+    "no guidance": (SAMPLE, changed(TorchEngine, "sample", without_guidance)),
+    "no guidance, bfloat16": (
+        (*SAMPLE[:3], "bfloat16", *SAMPLE[4:]), changed(TorchEngine, "sample", without_guidance)
     ),
     "terminals": (
         ("bench_data", "environment_steps", "Pendulum-v1", 20),

@@ -359,7 +359,7 @@ def check_whole_update(case, agent, env_steps: int, update) -> int:
     missing = min(env_steps, agent.replay.capacity - counts[2])
     missing -= agent.replay.num_steps - counts[2]
     case.check("steps missing in the replay buffer", abs(missing), 0)
-    case.check("actions", max(errors), 1e-5)
+    case.check("actions", torch.tensor(errors).max(), 1e-5)
     updates = trainer.num_updates - counts[0]
     expected = env_steps * config.denoiser.updates_per_env_step
     case.check("denoiser updates missing", abs(updates - expected), 0)

@@ -249,8 +249,8 @@ def compared_steps(num_steps: int) -> list[int]:
 
 @torch.no_grad()
 def step_errors(engine, c: SamplerComponents, dtype: str, s0: Tensor) -> tuple[float, float]:
-    """Return the largest error of the engine's `compared_steps` and the allowed one, both of states;
-    errors of actions are scaled up by the two tolerances' ratio.
+    """Return the largest error of the engine's `compared_steps` and the allowed one, of states;
+    errors of actions are scaled by the ratio of the two tolerances.
 
     Each step starts at the engine's own states after the step before; wanted is the reference in
     float64.

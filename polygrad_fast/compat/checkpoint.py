@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,10 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
-from polygrad_fast.schedule import NoiseSchedule
+from polygrad_fast.schedule import TABLES, NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
 from polygrad_fast.training.run_log import write_bytes_atomic
 
-TABLES = tuple(field.name for field in fields(NoiseSchedule))
 _FILE = re.compile(r"step-(\d+)-(ac|diffusion)\.pt")
 
 

@@ -39,6 +39,18 @@ MAX_SAMPLERS = 8
 _OWN_ATTRIBUTES = ("diffusion_model", "engine", "dtype")
 
 
+@contextlib.contextmanager
+def _own_modes() -> Iterator[None]:
+    """Leave the caller's inference mode, gradients and autocast."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
 class AcceleratedDiffusion:
     """A live `GaussianDiffusion` of the released code, sampled by this library's engines.
 
@@ -77,7 +89,7 @@ class AcceleratedDiffusion:
         self._reasons_told: set[str] = set()
         self._lock = threading.RLock()
         self._replaced_forward: Callable | None = None  # by `install`
-        with self._own_modes():
+        with _own_modes():
             self._link()
             self._sampler(self._world_model_config(), None)  # so that errors come now
 
@@ -142,7 +154,7 @@ class AcceleratedDiffusion:
         options = GuidanceOptions.from_call(guidance_options)
         self._check_call(cond, policy, guidance_options)
         needs_graph = torch.is_grad_enabled()
-        with self._lock, self._own_modes():
+        with self._lock, _own_modes():
             self._refresh()
             reason = self._released_only(cond, policy, horizon)
             if reason is None and policy is None:
@@ -181,17 +193,6 @@ class AcceleratedDiffusion:
         if not torch.is_tensor(cond[0]) or cond[0].ndim != 2:
             shape = tuple(cond[0].shape) if torch.is_tensor(cond[0]) else type(cond[0]).__name__
             raise InputError(f"cond[0] must be a tensor [B, S] of observations, got {shape}")
-
-    @contextlib.contextmanager
-    def _own_modes(self) -> Iterator[None]:
-        """Leave inference mode, gradients and autocast of the caller."""
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast(self.diffusion_model.betas.device.type, enabled=False),
-        ):
-            yield
 
     def _released_only(self, cond, policy, horizon) -> str | None:
         """Return why the engines cannot run a call, or None."""

@@ -31,7 +31,7 @@ PROBE_SCALES = (1.0, 10.0, 100.0, 1000.0)
 NORMALIZER_PROBES = (0.0, 1024.0, 1.0, -2.0, -100.0)
 """Normalized values at which a map's offset and slope are read (the first two, far apart because
 their difference is rounded) and its form is checked."""
-NORMALIZER_TOLERANCE = 1e-5
+NORMALIZER_TOLERANCE = 1e-4
 """Largest difference from an affine map and its inverse, in normalized units per unit."""
 ACTOR_SETTINGS = (
     "action_dim",

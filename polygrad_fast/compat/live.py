@@ -119,7 +119,7 @@ def _compare_denoisers(live: nn.Module, module: nn.Module, num_steps: int) -> No
         raise InputError(
             f"diffusion_model.model has the names and shapes of a released network, but this "
             f"{type(live).__name__} computes something else with them, for instance by another "
-            f"activation; wanted the released forward pass"
+            f"activation or a forward set on the object; wanted the released forward pass"
         )
 
 

@@ -4,6 +4,7 @@ Every `refresh` copies the current numbers to fixed addresses: however the live 
 (an optimizer, `.data =`, `load_state_dict`, new moments), the copies are right and captured graphs
 stay valid. What a live object computes with its numbers is compared once with our copy, on a twin
 with random weights (a layer of zeros would hide the others), and again where its structure changes.
+All of it is to be called under `torch.no_grad()`.
 """
 
 from __future__ import annotations

@@ -119,17 +119,27 @@ def check_trace_path(path: str | Path) -> None:
         raise InputError(f"{path} is a directory, wanted a file name")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path.absolute().parent} does not exist, wanted an existing directory")
+    temporary = _temporary(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}")
 
 
 def write_trace(profiler: torch.profiler.profile, path: str | Path) -> None:
     """Write a Chrome trace, whole or not at all; compressed where the name ends in ".gz".
 
     Raises:
-        InputError: `path` is a directory or in none.
+        InputError: `path` cannot be written.
     """
     check_trace_path(path)
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = _temporary(path)
     try:
         profiler.export_chrome_trace(str(temporary))
         os.replace(temporary, path)

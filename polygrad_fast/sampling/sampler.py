@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import threading
 import warnings
 from dataclasses import dataclass
 
@@ -39,7 +40,8 @@ class PolicyGuidedSampler:
     """Diffuse random trajectories into on-policy ones (Algorithm 2).
 
     The sampler holds the modules it is given and reads their current weights and moments at every
-    call.
+    call. Threads may share it: their calls wait for each other. A copy or an unpickled sampler is
+    built anew, with its own graphs and buffers.
 
     Args:
         denoiser: eps_theta, called as denoiser(trajectory, actions, timesteps).
@@ -104,8 +106,15 @@ class PolicyGuidedSampler:
             device,
             action_bounds,
         )
-        dtype = _resolve_dtype(dtype, engine, self.components)
-        self.engine, self._engine = _build_engine(engine, self.components, dtype)
+        self._dtype = _resolve_dtype(dtype, engine, self.components)
+        self.engine, self._engine = _build_engine(engine, self.components, self._dtype)
+        self._lock = threading.Lock()  # the engines' buffers serve one call at a time
+
+    def __reduce__(self):
+        c = self.components
+        modules = c.denoiser, c.policy, c.schedule, c.normalizer
+        options = self.config, self.engine, self._dtype, c.device, c.action_bounds
+        return PolicyGuidedSampler, (*modules, *options)
 
     def sample(
         self,
@@ -155,7 +164,7 @@ class PolicyGuidedSampler:
                     noise = self._check_noise(noise, s0.shape[0])
             s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
             autocast_off = torch.autocast(self.components.device.type, enabled=False)
-            with torch.inference_mode(False), torch.no_grad(), autocast_off:
+            with self._lock, torch.inference_mode(False), torch.no_grad(), autocast_off:
                 trajectory, actions, chain = self._engine.sample(
                     s0_norm, guidance_scale, generator, noise, return_chain
                 )

@@ -294,6 +294,8 @@ def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         profiling.write_trace(profiler, tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         profiling.write_trace(profiler, tmp_path / "nowhere" / "trace.json")
+    with pytest.raises(InputError, match="cannot write .*too long"):
+        profiling.check_trace_path(tmp_path / ("x" * 252))
 
     def full(path):
         Path(path).write_text("{")

@@ -1,6 +1,8 @@
 import copy
 import itertools
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import polygrad_fast as pg
 from polygrad_fast.reference.guided_step import guided_step
+from polygrad_fast.sampling import linear
 
 S, A, H, K, B = 3, 2, 4, 6, 5
 D = S + 2
@@ -744,3 +747,39 @@ def test_results_do_not_alias_the_callers_noise():
     batch = make_sampler(config).sample(make_observations(), noise=noise, normalized=True)
     batch.actions.zero_()
     assert noise.initial_actions.abs().sum() > 0
+
+
+def pickled(sampler):
+    return pickle.loads(pickle.dumps(sampler))
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled])
+def test_a_used_sampler_can_be_copied_and_pickled(engine, duplicate, monkeypatch):
+    monkeypatch.setattr(linear, "PACKING_USES", 1)
+    monkeypatch.setattr(linear, "PACKING_SIZE", 1)
+    bounds = (torch.full((A,), -1.0), 1.0)
+    config = pg.SamplerConfig.official(denoiser_actions="clipped")
+    sampler, s0 = make_sampler(config, engine=engine, action_bounds=bounds), make_observations()
+    wanted = sampler.sample(s0, noise=make_noise())
+    twin = duplicate(sampler)
+    assert twin.engine == engine and twin.config == config
+    assert_same(twin.sample(s0, noise=make_noise()), wanted)
+    with torch.no_grad():
+        sampler.components.denoiser.output.weight.mul_(2.0)
+    changed = sampler.sample(s0, noise=make_noise())
+    assert differs(changed, wanted)
+    shares_modules = duplicate is copy.copy
+    assert_same(twin.sample(s0, noise=make_noise()), changed if shares_modules else wanted)
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_threads_may_share_a_sampler(engine):
+    sampler = make_sampler(engine=engine, num_steps=20)
+    cases = [(make_observations(i), make_noise(i, num_steps=20)) for i in range(4)]
+    wanted = [sampler.sample(s0, noise=noise) for s0, noise in cases]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for _ in range(5):
+            results = pool.map(lambda case: sampler.sample(case[0], noise=case[1]), cases)
+            for got, expected in zip(results, wanted, strict=True):
+                assert_same(got, expected)

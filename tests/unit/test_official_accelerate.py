@@ -787,7 +787,7 @@ def three_actions(observations, normed_input):
         (dict(cond={0: torch.zeros(2, 3)}), r"shape \(2, 3\) given, wanted \[B, 5\]"),
         (dict(cond={0: torch.full((2, S), torch.nan)}), r"\[0, 0\] is nan"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_wrong_calls_are_told_in_one_sentence(options, message):
     diffusion, ac, s0 = released()

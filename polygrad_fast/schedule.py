@@ -111,3 +111,7 @@ class NoiseSchedule:
         return replace(
             self, **{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)}
         )
+
+
+TABLES = tuple(field.name for field in fields(NoiseSchedule))
+"""Names of a schedule's tables, the released diffusion model's buffers."""

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import math
-import numbers
+import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polygrad_fast.compat.live import LiveDenoiser, LivePolicy, moments
+from polygrad_fast.compat.guidance_options import GuidanceOptions, sampler_config
+from polygrad_fast.compat.live import LiveDenoiser, LivePolicy, dropout_is_active, moments
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.sampling import PolicyGuidedSampler, SampleNoise
-from polygrad_fast.schedule import NoiseSchedule
+from polygrad_fast.schedule import TABLES, NoiseSchedule
 
-TABLES = tuple(field.name for field in fields(NoiseSchedule))
 DIFFUSION_ATTRIBUTES = (
     "model",
     "horizon",
@@ -37,71 +36,19 @@ DIFFUSION_ATTRIBUTES = (
 )
 MAX_SAMPLERS = 8
 """Samplers kept, one for each combination of options."""
-ACTION_UPDATES = {"grad": "score", "sample": "sample", "none": "none"}
-POLICY_INPUTS = {"recon": "denoised", "posterior_mean": "posterior_mean"}
+_OWN_ATTRIBUTES = ("diffusion_model", "engine", "dtype")
 
 
-@dataclass(frozen=True)
-class GuidanceOptions:
-    """Options of a guided call, with the released code's defaults."""
-
-    guidance_scale: float | Tensor = 1.0
-    action_noise_scale: float = 1.0
-    clip_std: float | None = None
-    states_for_guidance: str = "recon"
-    update_states: bool = False
-    guidance_type: str = "grad"
-    clip_state_change: float = 1.0
-
-    @classmethod
-    def from_call(cls, options: dict[str, Any]) -> GuidanceOptions:
-        """Check names and values of a call's keyword arguments."""
-        known = {field.name for field in fields(cls)}
-        for name in options:
-            if name not in known:
-                raise InputError(f"unknown option {name!r}, wanted one of {sorted(known)}")
-        result = cls(**options)
-        for name, allowed in (
-            ("guidance_type", ACTION_UPDATES),
-            ("states_for_guidance", POLICY_INPUTS),
-        ):
-            got = getattr(result, name)
-            if got not in list(allowed):
-                raise InputError(f"{name} must be one of {list(allowed)}, got {got!r}")
-        scale = result.action_noise_scale
-        if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-            raise InputError(f"action_noise_scale must be a finite number, got {scale!r}")
-        return result
-
-    def sampler_config(self, prediction_type: str) -> SamplerConfig:
-        """Return our options for the same mathematics."""
-        return _sampler_config(
-            prediction_type,
-            ACTION_UPDATES[self.guidance_type],
-            _limit("clip_std", self.clip_std),
-            POLICY_INPUTS[self.states_for_guidance],
-            self.guidance_type == "grad" and bool(self.update_states),
-            _limit("clip_state_change", self.clip_state_change),
-        )
-
-
-@functools.lru_cache  # building a configuration takes a millisecond
-def _sampler_config(
-    prediction_type: str,
-    action_update: str,
-    clip_std: float | None,
-    policy_input: str,
-    update_states: bool,
-    clip_state_change: float | None,
-) -> SamplerConfig:
-    return SamplerConfig.official(
-        prediction_type=prediction_type,
-        action_update=action_update,
-        clip_std=clip_std,
-        policy_input=policy_input,
-        update_states=update_states,
-        clip_state_change=clip_state_change,
-    )
+@contextlib.contextmanager
+def _own_modes() -> Iterator[None]:
+    """Leave the caller's inference mode, gradients and autocast."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
 
 
 class AcceleratedDiffusion:
@@ -109,12 +56,14 @@ class AcceleratedDiffusion:
 
     Called as the diffusion model is, it returns what that returns: x [B, H, D] and actions
     [B, H, A], normalized, the list `seq`, and the metrics. Every other attribute is the diffusion
-    model's own. Weights, moments and guidance scale are read anew at every call; samplers, and
-    with them CUDA graphs, are kept as long as options and shapes stay.
+    model's own, read and set there. Weights, moments, guidance scale and schedule are read anew at
+    every call; samplers, and with them CUDA graphs, are kept as long as options, shapes and the
+    networks' structure stay. Calls from several threads run one after the other.
 
     What the engines lack runs in the released code's own sampler, with one warning per reason:
-    conditions at other times than 0, another `horizon` than the model's, active dropout, a single
-    diffusion step, and, without a policy, `clip_denoised` or an `action_condition_noise_scale`.
+    conditions at other times than 0, another `horizon` than the network's, `n_timesteps` other than
+    the tables' length, active dropout, a single diffusion step, and, without a policy,
+    `clip_denoised` or an `action_condition_noise_scale`.
 
     With gradients enabled, the actions carry the autograd graph of the last step's clip to the
     policy's parameters, as in the released code: in a loss, clipped actions move with the bounds.
@@ -138,13 +87,13 @@ class AcceleratedDiffusion:
                 )
         self.diffusion_model, self.engine, self.dtype = diffusion_model, engine, dtype
         self._reasons_told: set[str] = set()
-        with torch.inference_mode(False):
+        self._lock = threading.RLock()
+        self._replaced_forward: Callable | None = None  # by `install`
+        with _own_modes():
             self._link()
             self._sampler(self._world_model_config(), None)  # so that errors come now
 
     def __getattr__(self, name: str) -> Any:
-        if name == "diffusion_model":  # not set yet: a copy is being made
-            raise AttributeError(name)
         value = getattr(self.diffusion_model, name)
         if not inspect.ismethod(value):
             return value
@@ -156,10 +105,19 @@ class AcceleratedDiffusion:
 
         return method
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN_ATTRIBUTES or name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.diffusion_model, name, value)
+
     def __reduce__(self):
-        # Copies and pickles of a diffusion model that carries this object get their class's own
-        # method: their attributes are not there yet when this is looked up.
-        return getattr, (self.diffusion_model, "forward")
+        """Copies and pickles accelerate a copy of the diffusion model."""
+        return accelerate, (self.diffusion_model, self.engine, self.dtype)
+
+    def forward(self, *args, **kwargs):
+        """Return what a call returns."""
+        return self(*args, **kwargs)
 
     def __call__(
         self,
@@ -194,6 +152,34 @@ class AcceleratedDiffusion:
             InputError: an option, object or shape that is not the released code's.
         """
         options = GuidanceOptions.from_call(guidance_options)
+        self._check_call(cond, policy, guidance_options)
+        needs_graph = torch.is_grad_enabled()
+        with self._lock, _own_modes():
+            self._refresh()
+            reason = self._released_only(cond, policy, horizon)
+            if reason is None and policy is None:
+                return self._sample_world_model(cond[0], act, return_sequence)
+            if reason is None:
+                return self._sample_guided(
+                    cond[0], normalizer, policy, options, return_sequence, needs_graph
+                )
+        if reason not in self._reasons_told:
+            self._reasons_told.add(reason)
+            warnings.warn(f"not accelerated, run by the released code: {reason}", stacklevel=2)
+        model = self.diffusion_model
+        forward = self._replaced_forward or functools.partial(type(model).forward, model)
+        return forward(
+            cond,
+            act,
+            normalizer,
+            policy,
+            horizon,
+            return_sequence=return_sequence,
+            **guidance_options,
+        )
+
+    def _check_call(self, cond: Any, policy: Any, guidance_options: dict[str, Any]) -> None:
+        """Raise InputError for arguments that the released code does not take either."""
         if policy is None and guidance_options:
             raise InputError(
                 f"{sorted(guidance_options)} need a policy, got policy=None (the released code "
@@ -207,39 +193,21 @@ class AcceleratedDiffusion:
         if not torch.is_tensor(cond[0]) or cond[0].ndim != 2:
             shape = tuple(cond[0].shape) if torch.is_tensor(cond[0]) else type(cond[0]).__name__
             raise InputError(f"cond[0] must be a tensor [B, S] of observations, got {shape}")
-        reason = self._released_only(cond, policy, horizon)
-        if reason is not None:
-            if reason not in self._reasons_told:
-                self._reasons_told.add(reason)
-                message = f"not accelerated, run by the released code: {reason}"
-                warnings.warn(message, stacklevel=2)
-            return type(self.diffusion_model).forward(
-                self.diffusion_model,
-                cond,
-                act,
-                normalizer,
-                policy,
-                horizon,
-                return_sequence=return_sequence,
-                **guidance_options,
-            )
-        needs_graph = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.no_grad():
-            self._refresh()
-            if policy is None:
-                return self._sample_world_model(cond[0], act, return_sequence)
-            return self._sample_guided(
-                cond[0], normalizer, policy, options, return_sequence, needs_graph
-            )
 
     def _released_only(self, cond, policy, horizon) -> str | None:
         """Return why the engines cannot run a call, or None."""
         model = self.diffusion_model
+        horizon, own_horizon = horizon or model.horizon, self._denoiser.module.horizon
         if len(cond) > 1:
             return f"conditions at other times than 0, got {sorted(cond)}"
-        if horizon and horizon != model.horizon:
-            return f"horizon {horizon}, the model's is {model.horizon}"
-        if any(module.p > 0 and module.training for module in self._dropouts):
+        if horizon != own_horizon:
+            return f"horizon {horizon}, the network's is {own_horizon}"
+        if model.n_timesteps != self._schedule.num_train_timesteps:
+            return (
+                f"n_timesteps {model.n_timesteps}, the schedule's tables have "
+                f"{self._schedule.num_train_timesteps} rows"
+            )
+        if dropout_is_active(model):
             return "dropout is active (the model is in training mode)"
         if model.n_timesteps == 1:
             return "n_timesteps 1"
@@ -258,22 +226,19 @@ class AcceleratedDiffusion:
             raise InputError("a policy needs the normalizer, got None")
         pair = moments(normalizer, "actions", model.action_dim, self._device)
         self._normalizer.update({"actions": pair})
-        if self._policy is None or not self._policy.fits(policy):
+        if self._policy is None or not self._policy.refresh(policy):
             self._policy = LivePolicy(
                 policy, model.observation_dim, model.action_dim, self._normalizer
             )
+            self._policy.refresh(policy)
             self._samplers.clear()
-        self._policy.refresh()
         config = options.sampler_config(self._prediction_type)
         noise = None
         if config.action_update == "score" and options.action_noise_scale != 1.0:
             noise = self._draw_noise(len(s0), options.action_noise_scale)
-        guidance_scale = options.guidance_scale
-        if torch.is_tensor(guidance_scale):
-            guidance_scale = guidance_scale.detach()
         batch = self._sampler(config, self._policy.module).sample(
             s0,
-            guidance_scale,
+            options.checked_guidance_scale(),
             noise=noise,
             normalized=True,
             return_chain=True if return_sequence else 2,
@@ -377,34 +342,39 @@ class AcceleratedDiffusion:
         return "epsilon" if self.diffusion_model.predict_epsilon else "sample"
 
     def _world_model_config(self) -> SamplerConfig:
-        return _sampler_config(self._prediction_type, "none", None, "denoised", False, None)
+        return sampler_config(self._prediction_type, "none", None, "denoised", False, None)
 
     def _link(self) -> None:
-        """Build our copies of the live denoiser and schedule, on the live model's device."""
+        """Build our copies of the live denoiser and schedule, on the live model's device; an error
+        leaves those there are."""
         model = self.diffusion_model
-        self._device = model.betas.device
-        self._denoiser = LiveDenoiser(model, self._device)
-        self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-        self._normalizer = Normalizer(model.observation_dim, model.action_dim).to(self._device)
+        device = model.betas.device
+        denoiser, schedule = LiveDenoiser(model, device), self._read_schedule()
+        normalizer = Normalizer(model.observation_dim, model.action_dim).to(device)
         with torch.random.fork_rng(devices=[]):
-            unused = GaussianPolicy(model.observation_dim, model.action_dim, hidden_dim=32)
-        self._unused_policy = unused.to(self._device).requires_grad_(False)
+            unused_policy = GaussianPolicy(model.observation_dim, model.action_dim, hidden_dim=32)
+        self._unused_policy = unused_policy.to(device).requires_grad_(False)
+        self._device, self._denoiser, self._schedule = device, denoiser, schedule
+        self._normalizer = normalizer
         self._policy: LivePolicy | None = None
         self._samplers: dict[tuple, PolicyGuidedSampler] = {}
-        self._read_tables()
 
-    def _read_tables(self) -> None:
-        live = [getattr(self.diffusion_model, name) for name in TABLES]
-        self._tables_read = [(table, table._version) for table in live]
-        tables = {name: table.detach().clone() for name, table in zip(TABLES, live, strict=True)}
-        self._schedule = NoiseSchedule(**tables)
+    def _read_schedule(self) -> NoiseSchedule:
+        """Return a copy of the live tables."""
+        live = {name: getattr(self.diffusion_model, name) for name in TABLES}
+        for name, table in live.items():
+            if table.shape != live["betas"].shape or table.ndim != 1:
+                raise InputError(
+                    f"diffusion_model.{name} has the shape {tuple(table.shape)}, wanted as many "
+                    f"rows as betas, of shape {tuple(live['betas'].shape)}"
+                )
+        return NoiseSchedule(**{name: table.detach().clone() for name, table in live.items()})
 
     def _tables_changed(self) -> bool:
-        """Whether a table may have changed, which the engines keep as constants."""
-        live = [getattr(self.diffusion_model, name) for name in TABLES]
-        return any(
-            table is not read or table._version != version
-            for table, (read, version) in zip(live, self._tables_read, strict=True)
+        """Whether a table has changed, which the engines keep as constants."""
+        return not all(
+            torch.equal(getattr(self.diffusion_model, name), getattr(self._schedule, name))
+            for name in TABLES
         )
 
     def _refresh(self) -> None:
@@ -412,12 +382,12 @@ class AcceleratedDiffusion:
         if model.betas.device != self._device or not self._denoiser.refresh(model):
             self._link()
         elif self._tables_changed():
-            self._read_tables()
+            self._schedule = self._read_schedule()
             self._samplers.clear()
 
     def _sampler(self, config: SamplerConfig, policy: nn.Module | None) -> PolicyGuidedSampler:
         """Return the sampler with these options, built where there is none yet."""
-        key = config, policy is None
+        key = config, policy is None, self.engine, self.dtype
         sampler = self._samplers.pop(key, None)
         if sampler is None:
             while len(self._samplers) >= MAX_SAMPLERS:
@@ -466,15 +436,36 @@ def install(agent: nn.Module, engine: str = "auto", dtype: str = "auto") -> Acce
         InputError: as `AcceleratedDiffusion`, or another object; nothing was changed.
     """
     accelerated = accelerate(_diffusion_model(agent), engine, dtype)
-    accelerated.diffusion_model.forward = accelerated
+    model = accelerated.diffusion_model
+    accelerated._replaced_forward = _own_forward(model)
+    model.forward = accelerated
+    model.__getstate__ = functools.partial(_state, model)  # read by copy and pickle
     return accelerated
 
 
 def uninstall(agent: nn.Module) -> None:
     """Undo `install`; without effect where nothing is installed."""
-    diffusion_model = _diffusion_model(agent)
-    if isinstance(vars(diffusion_model).get("forward"), AcceleratedDiffusion):
-        del diffusion_model.forward
+    model = _diffusion_model(agent)
+    installed = vars(model).get("forward")
+    if isinstance(installed, AcceleratedDiffusion):
+        del model.forward, model.__getstate__
+        if installed._replaced_forward is not None:
+            model.forward = installed._replaced_forward
+
+
+def _own_forward(model: nn.Module) -> Callable | None:
+    """Return the `forward` that a diffusion model carries besides its class's, ours aside."""
+    forward = vars(model).get("forward")
+    return forward._replaced_forward if isinstance(forward, AcceleratedDiffusion) else forward
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Return the state of a diffusion model for copies and pickles, without what `install` set."""
+    state, forward = type(model).__getstate__(model), _own_forward(model)
+    state = {
+        name: value for name, value in state.items() if name not in ("forward", "__getstate__")
+    }
+    return state if forward is None else {**state, "forward": forward}
 
 
 def _diffusion_model(agent: nn.Module) -> nn.Module:
@@ -485,12 +476,3 @@ def _diffusion_model(agent: nn.Module) -> nn.Module:
             f"wanted a DiffusionWMAgent of the released code, got a {type(agent).__name__}, which "
             f"has no attribute 'diffusion_model'"
         ) from None
-
-
-def _limit(name: str, value: float | None) -> float | None:
-    """Return a bound as our options take it: infinity is no bound."""
-    if value is None or value == math.inf:
-        return None
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not value > 0:
-        raise InputError(f"{name} must be a positive number or None, got {value!r}")
-    return float(value)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import numbers
 import pickle
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.compat.weights import (
+    build_actor_critic,
     check_state_dict,
     export_actor_critic,
     export_denoiser,
@@ -27,11 +30,10 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
-from polygrad_fast.schedule import NoiseSchedule
+from polygrad_fast.schedule import TABLES, NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
 from polygrad_fast.training.run_log import write_bytes_atomic
 
-TABLES = tuple(field.name for field in fields(NoiseSchedule))
 _FILE = re.compile(r"step-(\d+)-(ac|diffusion)\.pt")
 
 
@@ -51,18 +53,13 @@ class ReleasedCheckpoint:
     target_value_function: ValueFunction
 
     def actor_critic(self, normalizer: Normalizer, config: A2CConfig | None = None) -> ActorCritic:
-        """Return an actor-critic that trains these networks, with fresh optimizers.
+        """Return an actor-critic that trains these networks in place, with fresh optimizers.
 
         Args:
             normalizer: moments of the data, which the checkpoint lacks.
             config: default `A2CConfig()`, the released settings.
         """
-        if normalizer.observation_dim != self.policy.observation_dim:
-            raise InputError(
-                f"the normalizer is for {normalizer.observation_dim} observations, the actor for "
-                f"{self.policy.observation_dim}"
-            )
-        actor_critic = ActorCritic(self.policy, self.value_function, normalizer, config)
+        actor_critic = build_actor_critic(self.policy, self.value_function, normalizer, config)
         actor_critic.target_value_function.load_state_dict(self.target_value_function.state_dict())
         return actor_critic
 
@@ -82,14 +79,15 @@ def load_checkpoint(
 
     Args:
         directory: holds step-N-ac.pt and step-N-diffusion.pt.
-        step: N, or "latest": the largest N with both files.
+        step: N, also as digits, or "latest": the largest N with both files.
         min_std, normed_inputs: the released options `min_std` and `ac_use_normed_inputs`.
         normalizer: moments of the data; needed with normed_inputs=True.
         num_heads: attention heads of a transformer (released: 4).
 
     Raises:
-        CheckpointError: a file is missing or damaged, or holds anything but tensors.
-        InputError: the weights are of another network.
+        CheckpointError: a file is missing or damaged, or holds anything but tensors of finite
+            floating point numbers, or tables that are not K numbers each.
+        InputError: the weights are of another network, or an argument is of another type.
     """
     directory = Path(directory)
     step = _find_step(directory, step)
@@ -102,6 +100,7 @@ def load_checkpoint(
             f"{directory} at step {step} is not a checkpoint of the released agent: "
             f"{min(missing)!r} is missing"
         )
+    _check_tables(directory / f"step-{step}-diffusion.pt", diffusion)
     policy = load_policy(
         part(actor_critic, "actor."),
         actor_critic["logstd._bias"],
@@ -115,7 +114,7 @@ def load_checkpoint(
         denoiser=load_denoiser(
             diffusion, observation_dim, action_dim, _horizon(diffusion, observation_dim), num_heads
         ),
-        schedule=NoiseSchedule(**{name: diffusion[name] for name in TABLES}),
+        schedule=NoiseSchedule(**{name: diffusion[name].float() for name in TABLES}),
         policy=policy,
         value_function=load_value_function(part(actor_critic, "critic.")),
         target_value_function=load_value_function(part(actor_critic, "critic_target.")),
@@ -134,13 +133,14 @@ def export_checkpoint(
         source: an agent of this library (its averaged denoiser is written, as in the released
             code), or the parts of one.
         directory: is made where there is none; files of the same step are replaced.
-        step: N; None: the source's own.
+        step: N >= 0; None: the source's own.
 
     Returns:
         Paths of the actor-critic's and the diffusion model's file.
 
     Raises:
-        InputError: weights that would mean something else to the released code.
+        InputError: weights that would mean something else to the released code, or a step that is
+            no number of steps.
     """
     if isinstance(source, ReleasedCheckpoint):
         parts = source
@@ -157,6 +157,8 @@ def export_checkpoint(
             f"wanted a PolyGRAD agent or a ReleasedCheckpoint, got {type(source).__name__}"
         )
     step = parts.step if step is None else step
+    if not _is_integer(step) or step < 0:
+        raise InputError(f"step must be an integer of at least 0, got {step!r}")
     weights = export_denoiser(parts.denoiser.state_dict(), parts.denoiser)
     diffusion = {name: getattr(parts.schedule, name) for name in TABLES}
     noise_variance = 1.0 - parts.schedule.alphas_cumprod
@@ -199,6 +201,10 @@ def _check_agent(agent: PolyGRAD) -> None:
 
 def _find_step(directory: Path, step: int | str) -> int:
     """Return the step asked for, both of whose files are there."""
+    if not (_is_integer(step) or isinstance(step, str)):
+        raise InputError(f"step must be an integer or 'latest', got {step!r}")
+    if isinstance(step, str) and step.isdecimal():
+        step = int(step)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory, wanted one with step-N-ac.pt")
     kinds: dict[int, set[str]] = {}
@@ -216,18 +222,49 @@ def _find_step(directory: Path, step: int | str) -> int:
     return int(step)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, finite floating point numbers all of them."""
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        check_state_dict(state_dict, "one of the released agent's networks")
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        state_dict = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is damaged or holds more than tensors, which could run code"
         ) from error
     except Exception as error:
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read, it is damaged: {reason}") from error
+    try:
+        check_state_dict(state_dict, "one of the released agent's networks")
+    except InputError as error:
+        raise CheckpointError(f"{path} is no checkpoint of the released agent: {error}") from error
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name!r} holds {tensor.dtype}, wanted floating point numbers"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name!r} holds NaN or infinity, wanted finite numbers")
     return state_dict
+
+
+def _check_tables(path: Path, diffusion: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless every table has one number per diffusion step."""
+    wanted = (diffusion["betas"].numel(),)
+    for name in TABLES:
+        shape = tuple(diffusion[name].shape)
+        if shape != wanted or wanted == (0,):
+            raise CheckpointError(
+                f"{path}: {name!r} has the shape {shape}, wanted one number for each of the "
+                f"{wanted[0]} diffusion steps of 'betas'"
+            )
 
 
 def _horizon(diffusion: dict[str, Tensor], observation_dim: int) -> int:

@@ -2,30 +2,63 @@
 
 Every `refresh` copies the current numbers to fixed addresses: however the live tensors were changed
 (an optimizer, `.data =`, `load_state_dict`, new moments), the copies are right and captured graphs
-stay valid.
+stay valid. What a live object computes with its numbers is compared once with our copy, on a twin
+with random weights (a layer of zeros would hide the others), and again where its structure changes.
+All of it is to be called under `torch.no_grad()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from polygrad_fast.compat.weights import export_denoiser, load_denoiser, load_policy
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import EPSILON, Normalizer
 from polygrad_fast.policy import GaussianPolicy
 
-PROBE_TOLERANCE = 1e-3
-"""Largest relative difference between a live module's output and our copy's; another activation or
-layer order makes a far larger one."""
+PROBE_TOLERANCE = 5e-6
+"""Largest relative difference between a live module's output and our copy's: mostly they are equal
+to the bit, and the tanh approximation of GELU makes 2e-5."""
+PROBE_SCALES = (1.0, 10.0, 100.0, 1000.0)
+"""Scales of the inputs compared, so that limits on large inputs are seen too."""
+NORMALIZER_PROBES = (0.0, 1024.0, 1.0, -2.0, -100.0)
+"""Normalized values at which a map's offset and slope are read (the first two, far apart because
+their difference is rounded) and its form is checked."""
+NORMALIZER_TOLERANCE = 1e-4
+"""Largest difference from an affine map and its inverse, in normalized units per unit."""
+ACTOR_SETTINGS = (
+    "action_dim",
+    "actor_dist",
+    "init_std",
+    "learned_std",
+    "min_std",
+    "use_normed_inputs",
+)
+"""What the released `forward_actor` reads besides weights and normalizer."""
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def released_network(diffusion_model: Any) -> nn.Module:
     """Return a diffusion model's network, out of `torch.compile`'s wrapper."""
     return getattr(diffusion_model.model, "_orig_mod", diffusion_model.model)
+
+
+def dropout_is_active(module: nn.Module) -> bool:
+    """Whether a part of a module drops values now: a dropout layer, or an attention that carries
+    its rate as the attribute `dropout`."""
+    for part in module.modules():
+        rate = part.p if isinstance(part, _DropoutNd) else getattr(part, "dropout", 0.0)
+        if part.training and isinstance(rate, numbers.Real) and rate > 0:
+            return True
+    return False
 
 
 class LiveDenoiser:
@@ -39,55 +72,56 @@ class LiveDenoiser:
     """
 
     def __init__(self, diffusion_model: Any, device: torch.device):
-        self.device = device
         live = released_network(diffusion_model)
-        weights = live.state_dict()
-        dims = (
-            diffusion_model.observation_dim,
-            diffusion_model.action_dim,
-            diffusion_model.horizon,
-        )
-        self._signature = _signature(weights)
+        self._signature = _denoiser_signature(diffusion_model)
         with torch.random.fork_rng(devices=[]):  # new weights are drawn, only to be overwritten
-            module = load_denoiser(weights, *dims, num_heads=_num_heads(live))
-        self.module = module.to(device).requires_grad_(False)
+            module = load_denoiser(
+                live.state_dict(),
+                diffusion_model.observation_dim,
+                diffusion_model.action_dim,
+                diffusion_model.horizon,
+                num_heads=_num_heads(live),
+            )
+        module.requires_grad_(False)
+        _compare_denoisers(live, module, diffusion_model.n_timesteps)
+        self.module = module.to(device)
         self._copies = export_denoiser(module.state_dict(), module)
-        self._compare(live, diffusion_model.n_timesteps)
+        self.refresh(diffusion_model)
 
     def refresh(self, diffusion_model: Any) -> bool:
-        """Copy the live network's weights, or return False where its names or shapes are others;
-        no host synchronization."""
-        weights = released_network(diffusion_model).state_dict()
-        if self._signature != _signature(weights):
+        """Copy the live network's weights, or return False where its structure, names, shapes or
+        dimensions are others; no host synchronization."""
+        if self._signature != _denoiser_signature(diffusion_model):
             return False
+        weights = released_network(diffusion_model).state_dict()
         torch._foreach_copy_(list(self._copies.values()), [weights[n] for n in self._copies])
         return True
 
-    @torch.no_grad()
-    def _compare(self, live: nn.Module, num_steps: int) -> None:
-        m, generator = self.module, torch.Generator().manual_seed(0)
-        inputs = (
-            torch.randn(2, m.horizon, m.state_dim, generator=generator).to(self.device),
-            torch.randn(2, m.horizon, m.action_dim, generator=generator).to(self.device),
-            torch.tensor([0, num_steps - 1], device=self.device),
+
+def _compare_denoisers(live: nn.Module, module: nn.Module, num_steps: int) -> None:
+    """Raise InputError unless both compute the same with random weights, which `module` is left
+    with; on the CPU, whose float32 products are not TF32."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor(PROBE_SCALES)[:, None, None]
+    inputs = (
+        scales * torch.randn(len(scales), module.horizon, module.state_dim, generator=generator),
+        scales * torch.randn(len(scales), module.horizon, module.action_dim, generator=generator),
+        torch.tensor([0, min(1, num_steps - 1), num_steps // 2, num_steps - 1]),
+    )
+    try:
+        twin = copy.deepcopy(live).float().cpu().eval()
+        weights = _randomize(twin)
+        wanted = twin(*inputs)
+    except Exception as error:
+        raise InputError(f"diffusion_model.model cannot be called: {_first_line(error)}") from error
+    for name, tensor in export_denoiser(module.state_dict(), module).items():
+        tensor.copy_(weights[name])
+    if not _same(module(*inputs).flatten(1), wanted.flatten(1)):
+        raise InputError(
+            f"diffusion_model.model has the names and shapes of a released network, but this "
+            f"{type(live).__name__} computes something else with them, for instance by another "
+            f"activation or a forward set on the object; wanted the released forward pass"
         )
-        modes = [(module, module.training) for module in live.modules()]
-        live.eval()  # dropout
-        try:
-            wanted = live(*inputs)
-        except Exception as error:
-            raise InputError(
-                f"diffusion_model.model cannot be called: {_first_line(error)}"
-            ) from error
-        finally:
-            for module, training in modes:
-                module.training = training
-        if not _same(m(*inputs), wanted):
-            raise InputError(
-                f"diffusion_model.model has the weights of a released network, but this "
-                f"{type(live).__name__} computes something else with them, for "
-                f"instance by another activation; wanted the released forward pass"
-            )
 
 
 class LivePolicy:
@@ -96,13 +130,14 @@ class LivePolicy:
     Args:
         policy: called as policy(observations, normed_input=True), returning a Gaussian
             distribution of raw actions. The bound method `forward_actor` of a released actor-critic
-            is copied.
+            is copied, unless a subclass or the object overrides it or it computes something else.
         observation_dim, action_dim: S and A.
         normalizer: ours, whose observation moments `refresh` sets to those the live actor-critic
             uses.
 
     Attributes:
         module: what our samplers evaluate.
+        is_copy: whether that is a copy.
 
     Raises:
         InputError: the policy cannot be called so, or returns another distribution.
@@ -117,84 +152,101 @@ class LivePolicy:
     ):
         self.normalizer = normalizer
         self.device = normalizer.observations_mean.device
-        generator = torch.Generator().manual_seed(0)
-        self._probe = torch.randn(3, observation_dim, generator=generator).to(self.device)
-        mean, std = self._evaluate(policy, action_dim)
-        self.policy, self.signature = policy, _policy_signature(policy)
-        self.module = _CalledPolicy(policy, observation_dim, action_dim)
-        if self.signature is not None:
-            try:
-                copy = self._copy(policy.__self__)
-            except InputError:  # an actor of another kind, to be called as it is
-                copy = None
-            if copy is not None and self._same_as_copy(copy, mean, std):
-                self.module = copy
-        self.is_copy = isinstance(self.module, GaussianPolicy)
+        _check_policy(policy, observation_dim, action_dim, self.device)
+        self.policy, self._signature = policy, _policy_signature(policy)
+        copied = None if self._signature is None else self._copy()
+        self.is_copy = copied is not None
+        self.module = copied or _CalledPolicy(policy, observation_dim, action_dim)
 
-    def fits(self, policy: Callable) -> bool:
-        """Whether `refresh` suffices."""
-        return policy == self.policy and _policy_signature(policy) == self.signature
-
-    def refresh(self) -> None:
-        """Copy the live actor's weights and the moments of the observations it reads."""
+    def refresh(self, policy: Callable) -> bool:
+        """Copy the live actor's weights and the moments of the observations it reads, or return
+        False where a new copy is needed."""
+        if policy != self.policy or _policy_signature(policy) != self._signature:
+            return False
         if not self.is_copy:
-            return
-        owner = self.policy.__self__
+            return True
+        owner = policy.__self__
+        if not owner.use_normed_inputs:
+            try:
+                self._read_observation_moments(owner)
+            except InputError:  # a map that only the live policy can apply
+                return False
         weights = owner.actor.state_dict()
         for name, tensor in self.module.network.state_dict().items():
             tensor.copy_(weights[f"model.{name}"])
-        with torch.no_grad():
-            self.module.log_std.copy_(owner.logstd._bias)
-        if not owner.use_normed_inputs:
-            self._read_observation_moments(owner)
+        self.module.log_std.copy_(owner.logstd._bias)
+        return True
 
     def _read_observation_moments(self, owner: Any) -> None:
         dim = self.normalizer.observation_dim
         pair = moments(owner.normalizer, "observations", dim, self.device)
         self.normalizer.update({"observations": pair})
 
-    def _copy(self, owner: Any) -> GaussianPolicy:
-        with torch.random.fork_rng(devices=[]):
-            copy = load_policy(
-                owner.actor.state_dict(),
-                owner.logstd._bias.detach(),
-                owner.min_std,
-                self.normalizer,
-                bool(owner.use_normed_inputs),
-            )
-        if not copy.normed_inputs:
-            self._read_observation_moments(owner)
-        return copy.to(self.device).requires_grad_(False)
+    def _copy(self) -> GaussianPolicy | None:
+        """Return a copy of the live actor, None where it computes something else.
 
-    @torch.no_grad()
-    def _same_as_copy(self, copy: GaussianPolicy, mean: Tensor, std: Tensor) -> bool:
-        inputs = self._probe
-        if not copy.normed_inputs:
-            inputs = self.normalizer.unnormalize(inputs, "observations")
-        return all(map(_same, copy.distribution(inputs), (mean, std)))
-
-    @torch.no_grad()
-    def _evaluate(self, policy: Callable, action_dim: int) -> tuple[Tensor, Tensor]:
-        """Return mean and std [3, A] at the probe."""
-        what = "policy, called as policy(observations, normed_input=True),"
+        They are compared in float64, which a GPU does not round to TF32.
+        """
+        owner, generator = self.policy.__self__, torch.Generator().manual_seed(0)
+        scales = torch.tensor(PROBE_SCALES, dtype=torch.float64).repeat(4)[:, None]
+        probe = torch.randn(len(scales), self.normalizer.observation_dim, generator=generator)
+        probe = (scales * probe).to(self.device)
+        twin = copy.copy(owner)
+        parts = {name: copy.deepcopy(getattr(owner, name)) for name in ("actor", "logstd")}
+        twin.__dict__["_modules"] = {**owner._modules, **parts}
+        for part in parts.values():
+            _randomize(part.float())
+            part.double()
         try:
-            distribution = policy(self._probe, normed_input=True)
-        except Exception as error:
-            raise InputError(f"{what} failed: {_first_line(error)}") from error
-        base = distribution
-        if isinstance(base, torch.distributions.Independent):
-            base = base.base_dist
-        if not isinstance(base, torch.distributions.Normal):
-            raise InputError(
-                f"{what} returned a {type(base).__name__}, wanted a Gaussian "
-                f"(torch.distributions.Normal or an Independent of one)"
-            )
-        if tuple(base.mean.shape) != (len(self._probe), action_dim):
-            raise InputError(
-                f"{what} returned actions of shape {tuple(base.mean.shape)} for observations of "
-                f"shape {tuple(self._probe.shape)}, wanted {(len(self._probe), action_dim)}"
-            )
-        return base.mean, base.stddev
+            distribution = self.policy.__func__(twin, probe, normed_input=True)
+            wanted = distribution.mean, distribution.stddev
+        except Exception:  # the live policy itself can be called
+            return None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                copied = load_policy(
+                    twin.actor.state_dict(),
+                    twin.logstd._bias.detach(),
+                    owner.min_std,
+                    self.normalizer,
+                    bool(owner.use_normed_inputs),
+                )
+            if not copied.normed_inputs:
+                self._read_observation_moments(owner)
+        except InputError:  # another network, or a map that only the live policy can apply
+            return None
+        copied.to(self.device).requires_grad_(False).double()
+        inputs = probe
+        if not copied.normed_inputs:
+            inputs = self.normalizer.unnormalize(probe, "observations")
+        same = all(map(_same, copied.distribution(inputs), wanted))
+        return copied.float() if same else None
+
+
+def _check_policy(
+    policy: Callable, observation_dim: int, action_dim: int, device: torch.device
+) -> None:
+    """Raise InputError unless a policy returns Gaussian distributions of raw actions."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(3, observation_dim, generator=generator).to(device)
+    what = "policy, called as policy(observations, normed_input=True),"
+    try:
+        distribution = policy(probe, normed_input=True)
+    except Exception as error:
+        raise InputError(f"{what} failed: {_first_line(error)}") from error
+    base = distribution
+    if isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    if not isinstance(base, torch.distributions.Normal):
+        raise InputError(
+            f"{what} returned a {type(base).__name__}, wanted a Gaussian "
+            f"(torch.distributions.Normal or an Independent of one)"
+        )
+    if tuple(base.mean.shape) != (len(probe), action_dim):
+        raise InputError(
+            f"{what} returned actions of shape {tuple(base.mean.shape)} for observations of "
+            f"shape {tuple(probe.shape)}, wanted {(len(probe), action_dim)}"
+        )
 
 
 class _CalledPolicy(nn.Module):
@@ -218,13 +270,15 @@ def moments(normalizer: Any, field: str, dim: int, device: torch.device) -> tupl
     whose `normalize(x, field)` and `unnormalize(x, field)` are affine and inverse to each other.
 
     Raises:
-        InputError: they are not.
+        InputError: they are not, or a slope is below the 1e-6 that our normalizer adds to every
+            standard deviation.
     """
-    part = getattr(normalizer, "normalizers", {}).get(field)
+    parts = getattr(normalizer, "normalizers", None)
+    part = parts.get(field) if isinstance(parts, Mapping) else None
     if type(part).__name__ == "GaussianNormalizer":
         return part.means_torch, part.stds_torch
     what = f"normalizer ({type(normalizer).__name__}), field {field!r}"
-    points = torch.tensor([[0.0], [1.0], [-2.0]], device=device).expand(3, dim).contiguous()
+    points = torch.tensor(NORMALIZER_PROBES, device=device)[:, None].expand(-1, dim).contiguous()
     try:
         raw = normalizer.unnormalize(points, field)
         back = normalizer.normalize(raw, field)
@@ -233,26 +287,75 @@ def moments(normalizer: Any, field: str, dim: int, device: torch.device) -> tupl
             f"{what}: wanted normalize(x, field) and unnormalize(x, field) as in the released "
             f"DatasetNormalizer, but the call failed: {_first_line(error)}"
         ) from error
-    offset, scale = raw[0], raw[1] - raw[0]
-    if not (_same(raw[2], offset - 2.0 * scale) and _same(back, points)):
-        raise InputError(f"{what}: wanted an affine map and its inverse, got another")
+    offset, scale = raw[0], (raw[1] - raw[0]) / points[1]
+    if not (scale >= 0.99 * EPSILON).all():  # a slope of 1e-6 comes out rounded
+        raise InputError(
+            f"{what}: unnormalize has the slopes {scale.tolist()}, wanted at least {EPSILON} in "
+            f"every dimension (0 is a dimension that is constant in the data)"
+        )
+    line = offset + scale * points
+    rounding = offset.abs() / scale  # of raw values, in normalized units
+    limit = NORMALIZER_TOLERANCE * (1.0 + points.abs() + 0.1 * rounding)
+    if not ((raw - line).abs() <= scale * limit).all():
+        raise InputError(f"{what}: wanted an affine map, but unnormalize is none")
+    if not ((back - points).abs() <= limit).all():
+        raise InputError(
+            f"{what}: wanted normalize to be the inverse of unnormalize, but it maps "
+            f"{raw[2].tolist()}, the raw values at 1, to {back[2].tolist()}"
+        )
     return offset, (scale - EPSILON).clamp(min=0.0)
 
 
-def _signature(weights: dict[str, Tensor]) -> tuple:
-    return tuple((name, tensor.shape) for name, tensor in weights.items())
+def _structure(module: nn.Module) -> tuple:
+    """Return what a module computes with its weights as far as one can see it: name, type, forward
+    pass, hooks and plain attributes of its parts, and the shapes of its weights."""
+    parts = tuple(
+        (
+            name,
+            type(part).forward,
+            *part._forward_pre_hooks,
+            *part._forward_hooks,
+            *((key, value) for key, value in vars(part).items() if _is_setting(key, value)),
+        )
+        for name, part in module.named_modules()
+    )
+    return parts, tuple((name, tensor.shape) for name, tensor in module.state_dict().items())
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    """Whether a module's attribute is a setting of its forward pass: a number, a name, a function
+    or a tuple of these."""
+    if isinstance(value, tuple):
+        return all(_is_setting(key, element) for element in value)
+    return key not in _MODULE_ATTRIBUTES and (
+        value is None or isinstance(value, (str, numbers.Number)) or callable(value)
+    )
+
+
+def _denoiser_signature(diffusion_model: Any) -> tuple:
+    """Return what must stay as it is for a copy of the network to stay right."""
+    dims = diffusion_model.observation_dim, diffusion_model.action_dim
+    return *dims, _structure(released_network(diffusion_model))
 
 
 def _policy_signature(policy: Callable) -> tuple | None:
-    """Return what must stay as it is for a copy to stay right; None where the policy is not a
-    released actor-critic's `forward_actor`."""
+    """Return what must stay as it is for a copy to stay right; None where the policy is not the
+    `forward_actor` that a released actor-critic's class defines, but a subclass or the object
+    overrides it: no comparison shows where an override differs."""
     owner = getattr(policy, "__self__", None)
-    names = ("actor", "logstd", "min_std", "use_normed_inputs", "normalizer")
-    if getattr(policy, "__name__", "") != "forward_actor" or not all(
-        hasattr(owner, name) for name in names
+    defined = [base for base in type(owner).__mro__ if "forward_actor" in vars(base)]
+    if not (
+        isinstance(owner, nn.Module)
+        and inspect.ismethod(policy)
+        and len(defined) == 1
+        and policy.__func__ is type(owner).forward_actor
+        and all(hasattr(owner, name) for name in ("actor", "logstd", "normalizer"))
     ):
         return None
-    return _signature(owner.actor.state_dict()), owner.min_std, owner.use_normed_inputs
+    settings = tuple(getattr(owner, name, None) for name in ACTOR_SETTINGS)
+    if not all(map(_is_setting, ACTOR_SETTINGS, settings)):
+        return None
+    return settings, _structure(owner.actor), _structure(owner.logstd)
 
 
 def _num_heads(live: nn.Module) -> int:
@@ -261,9 +364,21 @@ def _num_heads(live: nn.Module) -> int:
     return heads.pop() if heads else 4
 
 
+def _randomize(module: nn.Module) -> dict[str, Tensor]:
+    """Draw a module's weights anew, at a scale that lets every layer be seen in its output, and
+    return its `state_dict`."""
+    generator = torch.Generator().manual_seed(0)
+    weights = module.state_dict()
+    for tensor in weights.values():
+        draw = torch.randn(tensor.shape, generator=generator)
+        tensor.copy_(draw / tensor.shape[-1] ** 0.5 if tensor.ndim > 1 else 3.0 * draw)
+    return weights
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
-    limit = PROBE_TOLERANCE * max(1e-6, b.abs().max().item())
-    return torch.allclose(a, b, rtol=0.0, atol=limit, equal_nan=True)
+    """Whether two tensors [rows, values] agree up to PROBE_TOLERANCE of each row's largest."""
+    limit = PROBE_TOLERANCE * b.abs().amax(-1, keepdim=True).clamp(min=1e-6)
+    return a.shape == b.shape and bool(((a - b).abs() <= limit).all())
 
 
 def _first_line(error: Exception) -> str:

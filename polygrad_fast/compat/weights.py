@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping
 
@@ -114,6 +115,8 @@ def load_denoiser(
         InputError: the names or shapes are those of neither network.
     """
     weights = denoiser_weights(state_dict)
+    if isinstance(num_heads, bool) or not isinstance(num_heads, numbers.Integral):
+        raise InputError(f"num_heads must be an integer of at least 1, got {num_heads!r}")
     if "residual_mlp.final_linear.weight" in weights:
         what = "a released residual MLP"
         num_layers = sum(bool(re.search(r"\.linear\.weight$", name)) for name in weights)
@@ -145,9 +148,8 @@ def load_denoiser(
         what = "a released transformer"
     else:
         raise InputError(
-            "wanted the state_dict of a released residual MLP "
-            "('residual_mlp.final_linear.weight') or transformer "
-            f"('transformer.wte.weight'), got names {sorted(weights)[:4]}"
+            f"wanted the state_dict of a released residual MLP ('residual_mlp.final_linear.weight')"
+            f" or transformer ('transformer.wte.weight'), got names {sorted(weights)[:4]}"
         )
     what += f" of observation_dim {observation_dim}, action_dim {action_dim}, horizon {horizon}"
     return _load(denoiser, renamed, what)
@@ -216,8 +218,7 @@ def _trunk(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int, in
     if len(matrices) < 2:
         raise InputError(
             f"wanted the state_dict of a released actor or critic ('model.0.weight', ..), got "
-            f"names "
-            f"{sorted(state_dict)[:4]}"
+            f"names {sorted(state_dict)[:4]}"
         )
     renamed = {f"network.{n}": v for n, v in weights.items()}
     in_dim, hidden_dim, out_dim = (
@@ -238,7 +239,16 @@ def load_policy(
     """Build a policy from the released actor's `state_dict` and its log-std [A]: std =
     exp(log_std) + min_std."""
     weights, in_dim, hidden_dim, out_dim, num_layers = _trunk(actor_state_dict)
-    log_std = torch.as_tensor(log_std, dtype=torch.float32).reshape(-1)
+    if isinstance(min_std, bool) or not isinstance(min_std, numbers.Real):
+        raise InputError(f"min_std must be a number of at least 0, got {min_std!r}")
+    if normalizer is not None:
+        _check_normalizer(normalizer, in_dim)
+    try:
+        log_std = torch.as_tensor(log_std, dtype=torch.float32).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"log_std must be a tensor of shape ({out_dim},), got {log_std!r}"
+        ) from None
     policy = GaussianPolicy(
         in_dim,
         out_dim,
@@ -270,11 +280,36 @@ def load_actor_critic(
     """Build an actor-critic from released weights; the target critic starts as a copy of the
     critic."""
     policy = load_policy(actor_state_dict, log_std, min_std, normalizer, normed_inputs)
-    value_function = load_value_function(critic_state_dict)
+    return build_actor_critic(policy, load_value_function(critic_state_dict), normalizer, config)
+
+
+def build_actor_critic(
+    policy: GaussianPolicy,
+    value_function: ValueFunction,
+    normalizer: Normalizer,
+    config: A2CConfig | None,
+) -> ActorCritic:
+    """Return an actor-critic of networks for the same observations, which it trains in place."""
+    _check_normalizer(normalizer, policy.observation_dim)
     in_dim = value_function.network[0].in_features
-    for name, other in (("critic", in_dim), ("normalizer", normalizer.observation_dim)):
-        if other != policy.observation_dim:
-            raise InputError(
-                f"the {name} is for {other} observations, the actor for {policy.observation_dim}"
-            )
+    if in_dim != policy.observation_dim:
+        raise InputError(
+            f"the critic is for {in_dim} observations, the actor for {policy.observation_dim}"
+        )
+    if not (config is None or isinstance(config, A2CConfig)):
+        raise InputError(f"config must be an A2CConfig or None, got {config!r}")
     return ActorCritic(policy, value_function, normalizer, config)
+
+
+def _check_normalizer(normalizer: Normalizer, observation_dim: int) -> None:
+    """Raise InputError unless this is our normalizer of as many observations as the actor's."""
+    if not isinstance(normalizer, Normalizer):
+        raise InputError(
+            f"normalizer must be a polygrad_fast.Normalizer (Normalizer.from_moments makes one of "
+            f"means and standard deviations), got {type(normalizer).__name__}"
+        )
+    if normalizer.observation_dim != observation_dim:
+        raise InputError(
+            f"the normalizer is for {normalizer.observation_dim} observations, the actor for "
+            f"{observation_dim}"
+        )

@@ -25,7 +25,8 @@ from polygrad_fast.training.denoiser import DenoiserTrainer
 ROOT = Path(__file__).parents[2]
 GPU_CHECK = ROOT / "benchmarks" / "gpu_check.sh"
 ENVIRONMENT = {
-    **os.environ,
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, which these processes are not
+    **{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")},
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(sys.path),
     "TRITON_INTERPRET": "1",  # the kernels too, where there is triton

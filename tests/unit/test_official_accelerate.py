@@ -2,19 +2,26 @@
 recorded from it."""
 
 import copy
+import functools
 import io
 import json
+import pickle
+import threading
+import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import polygrad_fast as pg
 import polygrad_fast.compat.accelerate
+import polygrad_fast.denoisers.transformer
 from polygrad_fast.compat import official
 from polygrad_fast.compat.live import moments
 
@@ -39,9 +46,10 @@ class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.linear, self.ln = nn.Linear(width, width), nn.LayerNorm(width)
+        self.activation = F.relu
 
     def forward(self, x):
-        return x + self.linear(torch.relu(self.ln(x)))
+        return x + self.linear(self.activation(self.ln(x)))
 
 
 class Trunk(nn.Module):
@@ -49,10 +57,10 @@ class Trunk(nn.Module):
         super().__init__()
         blocks = [part for _ in range(depth) for part in (Block(width), nn.Dropout(dropout))]
         self.network = nn.Sequential(nn.Linear(in_dim, width), *blocks, nn.LayerNorm(width))
-        self.final_linear = nn.Linear(width, out_dim)
+        self.activation, self.final_linear = F.relu, nn.Linear(width, out_dim)
 
     def forward(self, x):
-        return self.final_linear(torch.relu(self.network(x)))
+        return self.final_linear(self.activation(self.network(x)))
 
 
 class MLPDenoiser(nn.Module):
@@ -80,12 +88,14 @@ class Renamed(nn.Module):
     def __init__(self, denoiser):
         super().__init__()
         self.denoiser, self.n_head = denoiser, denoiser.num_heads
+        self.activation = F.gelu
 
     def state_dict(self, *args, **kwargs):
         return official.export_denoiser(self.denoiser.state_dict(), self.denoiser)
 
     def forward(self, *inputs):
-        return self.denoiser(*inputs)
+        with patch.object(polygrad_fast.denoisers.transformer.F, "gelu", self.activation):
+            return self.denoiser(*inputs)
 
 
 class Diffusion(nn.Module):
@@ -132,13 +142,14 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.actor, self.logstd = ActorNetwork(*dims), Bias(torch.full((dims[1],), -0.3))
         self.normalizer, self.min_std = normalizer, min_std
-        self.use_normed_inputs = False
+        self.use_normed_inputs, self.learned_std, self.init_std = False, True, 0.3
 
     def forward_actor(self, features, normed_input=True):
         if normed_input and not self.use_normed_inputs:
             features = self.normalizer.unnormalize(features, "observations")
-        mean = torch.tanh(self.actor(features))
-        std = (self.logstd._bias.exp() + self.min_std).expand_as(mean)
+        mean = torch.tanh(self.actor(features).float())
+        std = self.logstd._bias.exp() + self.min_std if self.learned_std else self.init_std
+        std = std * torch.ones_like(mean)
         return torch.distributions.Independent(torch.distributions.Normal(mean, std), 1)
 
 
@@ -760,6 +771,9 @@ def three_actions(observations, normed_input):
         (dict(clip_state_change=0), "clip_state_change must be.*got 0"),
         (dict(guidance_scale=-0.1), "guidance_scale must be.*got -0.1"),
         (dict(guidance_scale=torch.ones(2)), r"guidance_scale of shape \(2,\)"),
+        (dict(guidance_scale=torch.ones(1, 1, 1, 1)), r"guidance_scale of shape \(1, 1, 1, 1\)"),
+        (dict(guidance_scale=torch.tensor(torch.nan)), r"guidance_scale must be.*tensor\(nan\)"),
+        (dict(guidance_scale=torch.tensor(-0.1)), r"guidance_scale must be.*tensor\(-0.1"),
         (dict(action_noise_scale=None), "action_noise_scale must be.*got None"),
         (dict(normalizer=None), "a policy needs the normalizer, got None"),
         (dict(normalizer=3), "normalizer.*int.*'actions'"),
@@ -773,7 +787,7 @@ def three_actions(observations, normed_input):
         (dict(cond={0: torch.zeros(2, 3)}), r"shape \(2, 3\) given, wanted \[B, 5\]"),
         (dict(cond={0: torch.full((2, S), torch.nan)}), r"\[0, 0\] is nan"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_wrong_calls_are_told_in_one_sentence(options, message):
     diffusion, ac, s0 = released()
@@ -795,3 +809,403 @@ def test_calls_without_policy_need_actions():
         fast({0: s0})
     with pytest.raises(pg.InputError, match=r"act must be.*got shape \(2,\)"):
         fast({0: s0}, torch.zeros(2))
+
+
+TRANSFORMER = "sample_transformer_x0_official"
+
+
+def another_activation(diffusion):
+    diffusion.model.residual_mlp.activation = F.gelu
+
+
+def an_activation_behind_zeros(diffusion):
+    for parameter in diffusion.model.residual_mlp.final_linear.parameters():
+        nn.init.zeros_(parameter)
+    diffusion.model.residual_mlp.network[1].activation = F.relu6
+
+
+def an_activation_behind_nan(diffusion):
+    another_activation(diffusion)
+    nn.init.constant_(diffusion.model.residual_mlp.final_linear.bias, torch.nan)
+
+
+def almost_the_activation(diffusion):
+    diffusion.model.activation = functools.partial(F.gelu, approximate="tanh")
+
+
+def a_hook(diffusion):
+    diffusion.model.residual_mlp.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+
+
+OTHER_NETWORKS = [another_activation, an_activation_behind_zeros, an_activation_behind_nan]
+OTHER_NETWORKS += [almost_the_activation, a_hook]
+
+
+@pytest.mark.parametrize("change", OTHER_NETWORKS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_networks_that_compute_something_else_are_refused(change, when):
+    name = TRANSFORMER if change is almost_the_activation else OFFICIAL
+    diffusion, ac, s0 = released(name)
+    message = "computes something else"
+    if when == "before":
+        change(diffusion)
+        with pytest.raises(pg.InputError, match=message):
+            official.accelerate(diffusion, engine="torch")
+        return
+    fast = official.accelerate(diffusion, engine="torch")
+    sample(fast, ac, s0)
+    change(diffusion)
+    for _ in range(2):
+        with pytest.raises(pg.InputError, match=message):
+            sample(fast, ac, s0)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_comparison_leaves_the_network_as_it_was(name):
+    diffusion, _, _ = released(name)
+    before = copy.deepcopy(diffusion.state_dict())
+    diffusion.train()
+    official.accelerate(diffusion)
+    assert all(torch.equal(before[key], value) for key, value in diffusion.state_dict().items())
+    assert all(module.training for module in diffusion.modules())
+
+
+def test_the_number_of_heads_is_seen():
+    diffusion, ac, s0 = released(TRANSFORMER)
+    fast = official.accelerate(diffusion, engine="torch")
+    sample(fast, ac, s0)
+    diffusion.model.n_head = 2
+    for block in diffusion.model.denoiser.blocks:
+        block.num_heads = 2
+    sample(fast, ac, s0)
+    assert {block.num_heads for block in fast._denoiser.module.blocks} == {2}
+
+
+def dropout_network(diffusion):
+    diffusion.model = MLPDenoiser(dropout=0.5)
+
+
+def dropout_switched_on(diffusion):
+    diffusion.model.residual_mlp.network[2].p = 0.5
+
+
+def dropout_in_attention(diffusion):
+    diffusion.model.residual_mlp.dropout = 0.5
+
+
+def fewer_steps(diffusion):
+    diffusion.n_timesteps = 8
+
+
+def shorter_horizon(diffusion):
+    diffusion.horizon = 3
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dropout_network, "dropout is active"),
+        (dropout_switched_on, "dropout is active"),
+        (dropout_in_attention, "dropout is active"),
+        (fewer_steps, "n_timesteps 8, the schedule's tables have 16 rows"),
+        (shorter_horizon, "horizon 3, the network's is 4"),
+    ],
+)
+def test_changes_that_the_engines_lack_run_in_the_released_code(change, reason):
+    diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine="torch")
+    sample(fast, ac, s0)
+    change(diffusion)
+    with pytest.warns(UserWarning, match=reason):
+        assert sample(fast, ac, s0)[0] == "released"
+
+
+def fixed_std(ac):
+    ac.learned_std = False
+
+
+def actor_activation(ac):
+    ac.actor.model[2] = nn.ReLU()
+
+
+def actor_hook(ac):
+    ac.actor.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+
+
+@pytest.mark.parametrize("change", [fixed_std, actor_activation, actor_hook])
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_actors_that_compute_something_else_are_called(change, engine):
+    diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine=engine)
+    before = sample(fast, ac, s0)
+    assert fast._policy.is_copy
+    change(ac)
+    got = sample(fast, ac, s0)
+    assert not fast._policy.is_copy
+    called = SimpleNamespace(
+        forward_actor=lambda *args, **kwargs: ac.forward_actor(*args, **kwargs)
+    )
+    called.normalizer = ac.normalizer
+    wanted = sample(fast, called, s0)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    assert (got[1] - before[1]).abs().max() > 1e-3
+
+
+def test_an_actor_behind_zeros_is_told_from_a_copy():
+    diffusion, ac, s0 = released()
+    nn.init.zeros_(ac.actor.model[-1].weight)
+    ac.actor.model[2] = nn.ReLU()
+    fast = official.accelerate(diffusion, engine="torch")
+    sample(fast, ac, s0)
+    assert not fast._policy.is_copy
+
+
+class ClippedInputs(ActorCritic):
+    def forward_actor(self, features, normed_input=True):
+        return super().forward_actor(features.clamp(-1e6, 1e6), normed_input)
+
+
+class ClippedOutputs(nn.Module):
+    """An actor-critic of its own, which differs far from the data only."""
+
+    __init__ = ActorCritic.__init__
+
+    def forward_actor(self, features, normed_input=True):
+        return ActorCritic.forward_actor(self, features.clamp(-50.0, 50.0), normed_input)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "other class", "object"])
+def test_overridden_policies_are_called(kind):
+    diffusion, ac, s0 = released()
+    build = {"subclass": ClippedInputs, "other class": ClippedOutputs, "object": ActorCritic}[kind]
+    if build is ClippedOutputs:
+        other = ClippedOutputs.__new__(ClippedOutputs)
+        nn.Module.__init__(other)
+        other.__dict__.update(copy.copy(vars(ac)))
+    else:
+        other = build(ac.normalizer)
+        other.load_state_dict(ac.state_dict())
+    if kind == "object":
+
+        def forward_actor(self, features, normed_input=True):
+            return ActorCritic.forward_actor(self, features.clamp(-1e6, 1e6), normed_input)
+
+        other.forward_actor = MethodType(forward_actor, other)
+    fast = official.accelerate(diffusion, engine="torch")
+    got = sample(fast, other, s0)
+    assert not fast._policy.is_copy
+    assert relative_error(got[1], sample(fast, ac, s0)[1]) < 1e-5 and fast._policy.is_copy
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_tables_changed_through_data_are_seen(in_place):
+    diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine="torch")
+    before = sample(fast, ac, s0)
+    for name, table in vars(pg.NoiseSchedule.cosine(16, 0.2)).items():
+        if in_place:
+            getattr(diffusion, name).data.copy_(table)
+        else:
+            getattr(diffusion, name).data = table
+    got = sample(fast, ac, s0)
+    wanted = sample(official.accelerate(diffusion, engine="torch"), ac, s0)
+    assert torch.equal(got[1], wanted[1])
+    assert (got[1] - before[1]).abs().max() > 1e-3
+
+
+def test_tables_of_several_lengths_are_told():
+    diffusion = released()[0]
+    diffusion.posterior_variance = diffusion.posterior_variance[:5]
+    with pytest.raises(pg.InputError, match=r"posterior_variance has the shape \(5,\), wanted"):
+        official.accelerate(diffusion)
+
+
+def test_models_built_in_inference_mode_are_sampled():
+    with torch.inference_mode():
+        diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine="torch")
+    with torch.no_grad():
+        got = sample(fast, ac, s0)
+    diffusion, ac, s0 = released()
+    wanted = sample(official.accelerate(diffusion, engine="torch"), ac, s0)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("name", [OFFICIAL, TRANSFORMER])
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_autocast_of_the_caller_has_no_effect(engine, name):
+    diffusion, ac, s0 = released(name)
+    wanted = sample(official.accelerate(diffusion, engine=engine), ac, s0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = official.accelerate(diffusion, engine=engine)
+        got = sample(fast, ac, s0)
+    assert fast._policy.is_copy
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_threads_share_an_accelerated_model(engine, monkeypatch):
+    diffusion = Diffusion(MLPDenoiser(width=64))
+    fast = official.accelerate(diffusion, engine=engine)
+    generator = torch.Generator().manual_seed(0)
+    act, states = torch.randn(64, 4, A, generator=generator), (64, 4, S + 2)
+    noise = pg.SampleNoise(
+        torch.randn(states, generator=generator),
+        act,
+        torch.randn(16, *states, generator=generator),
+        torch.zeros(16, *act.shape),
+    )
+    monkeypatch.setattr(fast, "_draw_world_model_noise", lambda act: noise)
+    starts = torch.randn(3, 64, S, generator=generator)
+    wanted = [fast({0: s0}, act)[0] for s0 in starts]
+    running, most = [], []
+    refresh = fast._refresh
+
+    def watched():
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.002)  # another thread's turn
+        refresh()
+        running.pop()
+
+    monkeypatch.setattr(fast, "_refresh", watched)
+    wrong = []
+
+    def work(i):
+        for _ in range(5):
+            if not torch.equal(fast({0: starts[i]}, act)[0], wanted[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and len(most) == 15 and max(most) == 1
+
+
+def scaled(scale, offset=0.0, **attributes):
+    scale = torch.as_tensor(scale)
+    return SimpleNamespace(
+        normalize=lambda x, key: (x - offset) / scale,
+        unnormalize=lambda x, key: x * scale + offset,
+        **attributes,
+    )
+
+
+@pytest.mark.parametrize(
+    "normalizer, message",
+    [
+        (scaled([1.0, -1.0]), r"slopes \[1.0, -1.0\], wanted at least 1e-06"),
+        (scaled([1e-7, 1.0]), "slopes.*wanted at least 1e-06"),
+        (scaled([0.0, 1.0]), "slopes.*constant in the data"),
+        (
+            SimpleNamespace(normalize=lambda x, key: x, unnormalize=lambda x, key: x.clamp(-9, 9)),
+            "'actions'.*slopes|wanted an affine map",
+        ),
+        (
+            SimpleNamespace(normalize=lambda x, key: 1.01 * x, unnormalize=lambda x, key: x),
+            "wanted normalize to be the inverse of unnormalize, but it maps",
+        ),
+    ],
+)
+def test_normalizers_that_ours_cannot_represent_are_told(normalizer, message):
+    with pytest.raises(pg.InputError, match=message) as error:
+        moments(normalizer, "actions", A, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_affine_maps_are_read_exactly():
+    for normalizer in (scaled([0.1, 3.0], 1000.0), scaled([0.1, 3.0], 1000.0, normalizers=None)):
+        mean, std = moments(normalizer, "actions", A, "cpu")
+        assert torch.equal(mean, torch.full((A,), 1000.0))
+        torch.testing.assert_close(std + 1e-6, torch.tensor([0.1, 3.0]), rtol=1e-5, atol=0)
+
+
+def test_observations_that_ours_cannot_represent_go_to_the_live_policy():
+    diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine="torch")
+    sample(fast, ac, s0)
+    assert fast._policy.is_copy
+    gaussian = ac.normalizer
+    scale = torch.tensor([-1.0, 0.0, 1.0, 1.0, 1.0])
+    ac.normalizer = SimpleNamespace(
+        normalize=lambda x, key: gaussian.normalize(x, key),
+        unnormalize=lambda x, key: (
+            x * scale if key == "observations" else gaussian.unnormalize(x, key)
+        ),
+    )
+    got = sample(fast, ac, s0)
+    assert not fast._policy.is_copy
+    wanted = sample(official.accelerate(diffusion, engine="reference"), ac, s0)
+    assert max(map(relative_error, got[:2], wanted[:2])) < 1e-5
+
+
+def test_attributes_are_set_on_the_model():
+    diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine="torch")
+    before = sample(fast, ac, s0)
+    fast.predict_epsilon = True
+    assert diffusion.predict_epsilon is fast.predict_epsilon is True
+    assert "predict_epsilon" not in vars(fast)
+    assert (sample(fast, ac, s0)[1] - before[1]).abs().max() > 1e-3
+    fast.engine = "reference"
+    assert "engine" not in vars(diffusion)
+    wanted = sample(official.accelerate(diffusion, engine="reference"), ac, s0)
+    assert torch.equal(sample(fast, ac, s0)[1], wanted[1])
+
+
+def test_forward_is_the_accelerated_call():
+    diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine="torch")
+    assert torch.equal(sample(fast.forward, ac, s0)[1], sample(fast, ac, s0)[1])
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_of_an_installed_model_are_plain(duplicate):
+    diffusion, ac, s0 = released()
+    agent = Agent(diffusion, ac)
+    official.install(agent, engine="torch")
+    other = duplicate(diffusion)
+    assert type(other) is Diffusion and not {"forward", "__getstate__"} & vars(other).keys()
+    assert other({0: s0})[0] == "released"
+    assert agent.imagine({0: s0})[0] != "released"
+    accelerated = duplicate(diffusion.forward)
+    assert (accelerated.diffusion_model is diffusion) == (duplicate is copy.copy)
+    assert torch.equal(sample(accelerated, ac, s0)[1], sample(diffusion, ac, s0)[1])
+
+
+def test_uninstall_restores_the_users_forward():
+    diffusion, ac, s0 = released()
+    agent = Agent(diffusion, ac)
+
+    def mine(cond, *args, **kwargs):
+        return ("mine", *Diffusion.forward(diffusion, cond, *args, **kwargs))
+
+    diffusion.forward = mine
+    official.install(agent, engine="torch")
+    official.install(agent, engine="reference")
+    assert agent.imagine({0: s0})[0] != "mine"
+    with pytest.warns(UserWarning, match="other times"):
+        result = diffusion({0: s0, 3: s0}, policy=ac.forward_actor, normalizer=ac.normalizer)
+    assert result[:2] == ("mine", "released")
+    assert copy.copy(diffusion)({0: s0})[0] == "mine"
+    official.uninstall(agent)
+    assert diffusion.forward is mine and "__getstate__" not in vars(diffusion)
+
+
+def test_a_failed_link_changes_nothing():
+    diffusion, ac, s0 = released()
+    fast = official.accelerate(diffusion, engine="torch")
+    before = sample(fast, ac, s0)
+    network, betas = diffusion.model, diffusion.betas
+    diffusion.model, diffusion.betas = nn.Linear(2, 2), betas.to("meta")
+    for _ in range(2):
+        with pytest.raises(pg.InputError, match="got names"):
+            sample(fast, ac, s0)
+        diffusion.model = nn.Linear(3, 3)
+    assert fast._device == betas.device
+    diffusion.model, diffusion.betas = network, betas
+    assert torch.equal(sample(fast, ac, s0)[1], before[1])

@@ -111,6 +111,12 @@ def test_the_latest_complete_step_is_loaded(tmp_path):
     (tmp_path / "step-x-ac.pt").write_bytes(b"")
     assert official.load_checkpoint(tmp_path).step == 100
     assert official.load_checkpoint(tmp_path, 20).step == 20
+    assert official.load_checkpoint(tmp_path, "20").step == 20
+    for wrong in (True, 100.0, None):
+        with pytest.raises(
+            pg.InputError, match=f"step must be an integer or 'latest', got {wrong}"
+        ):
+            official.load_checkpoint(tmp_path, wrong)
     for missing in (900, 5, "last"):
         with pytest.raises(
             pg.CheckpointError, match=rf"N = {missing}, wanted one of \[9, 20, 100\]"
@@ -145,6 +151,15 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def first_half(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def junk(path):
+    path.write_bytes(b"junk")
+
+
 def write_text(path):
     path.write_text("not a checkpoint")
 
@@ -176,9 +191,11 @@ def no_tables(path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (cut, "cannot be read"),
+        (cut, "cannot be read, it is damaged"),
         (write_text, "is refused: it is damaged or holds more than tensors"),
-        (empty, "cannot be read"),
+        (empty, "cannot be read, it is damaged"),
+        (junk, "cannot be read, it is damaged"),
+        (first_half, "cannot be read, it is damaged"),
         (hide_code, "is refused: it is damaged or holds more than tensors"),
         (plain_pickle, "is refused|cannot be read"),
         (trainer_state, "wanted the state_dict.*got int under 'step'"),
@@ -271,3 +288,112 @@ def test_other_sources_are_told(tmp_path):
     parts = dataclasses.replace(make_parts(), denoiser=torch.nn.Linear(2, 2))
     with pytest.raises(pg.InputError, match="wanted a ResidualMLPDenoiser.*got Linear"):
         official.export_checkpoint(parts, tmp_path)
+
+
+def change(path, name, edit):
+    state_dict = read(path)
+    torch.save(state_dict | {name: edit(state_dict[name])}, path)
+
+
+@pytest.mark.parametrize(
+    "which, name, edit, message",
+    [
+        (
+            "diffusion",
+            "betas",
+            lambda x: x[:5],
+            "'alphas_cumprod' has the shape .16,., wanted.* 5 ",
+        ),
+        ("diffusion", "posterior_variance", lambda x: x[:5], "has the shape .5,., wanted.* 16 "),
+        ("diffusion", "betas", lambda x: x[None], "has the shape .1, 16., wanted"),
+        ("diffusion", "betas", lambda x: x.long(), "holds torch.int64, wanted floating"),
+        ("diffusion", "betas", lambda x: x * torch.nan, "holds NaN or infinity"),
+        ("diffusion", "model.proj.weight", lambda x: x / 0, "holds NaN or infinity"),
+        ("ac", "actor.model.0.weight", lambda x: x * torch.nan, "holds NaN or infinity"),
+        ("ac", "logstd._bias", lambda x: x.int(), "holds torch.int32, wanted floating"),
+    ],
+)
+def test_broken_entries_are_told_with_file_and_name(which, name, edit, message, tmp_path):
+    paths = official.export_checkpoint(make_parts(), tmp_path)
+    path = paths[("ac", "diffusion").index(which)]
+    change(path, name, edit)
+    with pytest.raises(pg.CheckpointError, match=message) as error:
+        official.load_checkpoint(tmp_path)
+    assert str(error.value).startswith(f"{path}: {'' if 'alphas' in message else repr(name)}")
+
+
+def test_half_precision_is_read_as_float32(tmp_path):
+    for path in official.export_checkpoint(make_parts(), tmp_path):
+        torch.save({name: value.half() for name, value in read(path).items()}, path)
+    loaded = official.load_checkpoint(tmp_path)
+    assert loaded.schedule.betas.dtype == loaded.denoiser.proj.weight.dtype == torch.float32
+
+
+def test_an_unreadable_file_is_not_called_damaged(tmp_path):
+    official.export_checkpoint(make_parts(), tmp_path)
+    path = tmp_path / "step-7-ac.pt"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(pg.CheckpointError, match="cannot be read: Is a directory"):
+        official.load_checkpoint(tmp_path)
+
+
+class DatasetNormalizer:
+    observation_dim, action_dim = S, A
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(min_std="a"), "min_std must be a number of at least 0, got 'a'"),
+        (dict(min_std=None), "min_std must be a number of at least 0, got None"),
+        (dict(num_heads="a"), "num_heads must be an integer of at least 1, got 'a'"),
+        (dict(num_heads=True), "num_heads must be an integer of at least 1, got True"),
+        (
+            dict(normalizer=DatasetNormalizer(), normed_inputs=True),
+            "normalizer must be a polygrad_fast.Normalizer .*got DatasetNormalizer",
+        ),
+    ],
+)
+def test_wrong_arguments_are_told(options, message, tmp_path):
+    official.export_checkpoint(make_parts(), tmp_path)
+    with pytest.raises(pg.InputError, match=message):
+        official.load_checkpoint(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((None,), "normalizer must be a polygrad_fast.Normalizer .*got NoneType"),
+        ((DatasetNormalizer(),), "normalizer must be .*got DatasetNormalizer"),
+        ((pg.Normalizer(S, A), {}), "config must be an A2CConfig or None, got {}"),
+    ],
+)
+def test_actor_critics_need_our_normalizer_and_configuration(arguments, message):
+    parts = make_parts()
+    with pytest.raises(pg.InputError, match=message):
+        parts.actor_critic(*arguments)
+    actor, critic = (x.network.state_dict() for x in (parts.policy, parts.value_function))
+    with pytest.raises(pg.InputError, match=message):
+        official.load_actor_critic(actor, critic, parts.policy.log_std.detach(), *arguments)
+
+
+@pytest.mark.parametrize("log_std", [None, "x", {}])
+def test_log_std_must_be_numbers(log_std):
+    actor = make_parts().policy.network.state_dict()
+    with pytest.raises(pg.InputError, match=r"log_std must be a tensor of shape \(2,\), got"):
+        official.load_policy(actor, log_std)
+
+
+def test_an_actor_critic_trains_the_checkpoints_networks():
+    parts = make_parts()
+    actor_critic = parts.actor_critic(pg.Normalizer(S, A))
+    assert actor_critic.policy is parts.policy
+    assert actor_critic.value_function is parts.value_function
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "a", True])
+def test_steps_exported_are_numbers(step, tmp_path):
+    with pytest.raises(pg.InputError, match=f"step must be an integer of at least 0, got {step!r}"):
+        official.export_checkpoint(make_parts(), tmp_path, step)
+    assert not any(tmp_path.iterdir())

@@ -106,14 +106,15 @@ class PolicyGuidedSampler:
             device,
             action_bounds,
         )
-        self._dtype = _resolve_dtype(dtype, engine, self.components)
-        self.engine, self._engine = _build_engine(engine, self.components, self._dtype)
+        self._asked = engine, dtype
+        dtype = _resolve_dtype(dtype, engine, self.components)
+        self.engine, self._engine = _build_engine(engine, self.components, dtype)
         self._lock = threading.Lock()  # the engines' buffers serve one call at a time
 
     def __reduce__(self):
         c = self.components
         modules = c.denoiser, c.policy, c.schedule, c.normalizer
-        options = self.config, self.engine, self._dtype, c.device, c.action_bounds
+        options = self.config, *self._asked, "auto", c.action_bounds  # on the modules' device
         return PolicyGuidedSampler, (*modules, *options)
 
     def sample(

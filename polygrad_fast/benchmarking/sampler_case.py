@@ -193,23 +193,10 @@ def noise_bytes(c: SamplerComponents, batch: int) -> int:
 
 
 def draw_noise(c: SamplerComponents, batch: int) -> SampleNoise:
-    """Return all normals of one sample, drawn from `SEED` in the reference's order; the last step's
-    actions take none."""
-    generator = torch.Generator(c.device).manual_seed(SEED)
+    """Return all normals of one sample, drawn from `SEED`."""
     states, actions = (batch, c.horizon, c.observation_dim + 2), (batch, c.horizon, c.action_dim)
-
-    def normals(shape):
-        return torch.randn(shape, generator=generator, device=c.device)
-
-    num_steps = c.schedule.num_train_timesteps
-    first = normals(states), normals(actions)
-    state_noise = torch.empty(num_steps, *states, device=c.device)
-    action_noise = torch.zeros(num_steps, *actions, device=c.device)
-    for step in range(num_steps):
-        state_noise[step] = normals(states)
-        if step < num_steps - 1:
-            action_noise[step] = normals(actions)
-    return SampleNoise(*first, state_noise, action_noise)
+    generator = torch.Generator(c.device).manual_seed(SEED)
+    return SampleNoise.draw(states, actions, c.schedule.num_train_timesteps, c.device, generator)
 
 
 def largest_error(got, wanted) -> float:

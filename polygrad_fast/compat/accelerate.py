@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import threading
@@ -312,14 +313,9 @@ class AcceleratedDiffusion:
 
     def _draw_noise(self, batch: int, action_noise_scale: float) -> SampleNoise:
         """Draw what a guided call draws, in its order, with scaled noise on the actions."""
-        states, actions = self._shapes(batch)
-        randn = functools.partial(torch.randn, device=self._device)
-        initial = randn(states), randn(actions)
         num_steps = self._schedule.num_train_timesteps
-        drawn = [(randn(states), randn(actions)) for _ in range(num_steps - 1)]
-        drawn.append((randn(states), torch.zeros(actions, device=self._device)))
-        trajectories, action_noise = map(torch.stack, zip(*drawn, strict=True))
-        return SampleNoise(*initial, trajectories, action_noise * action_noise_scale)
+        noise = SampleNoise.draw(*self._shapes(batch), num_steps, self._device)
+        return dataclasses.replace(noise, actions=noise.actions * action_noise_scale)
 
     def _draw_world_model_noise(self, act: Tensor) -> SampleNoise:
         """Draw what a call without policy draws, in its order: it noises the actions too, by 0."""

@@ -21,6 +21,35 @@ class SampleNoise:
     trajectories: Tensor  # [K, B, H, D]
     actions: Tensor  # [K, B, H, A]
 
+    @classmethod
+    def draw(
+        cls,
+        states: tuple[int, ...],
+        actions: tuple[int, ...],
+        num_steps: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> SampleNoise:
+        """Draw all in the released code's order, in which the last step's actions take none
+        (zeros).
+
+        Args:
+            states, actions: shapes [B, H, D] and [B, H, A]. num_steps: K.
+            generator: default torch's.
+        """
+
+        def normals(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        initial = normals(states), normals(actions)
+        state_noise = torch.empty(num_steps, *states, device=device)
+        action_noise = torch.zeros(num_steps, *actions, device=device)
+        for step in range(num_steps):
+            state_noise[step] = normals(states)
+            if step < num_steps - 1:
+                action_noise[step] = normals(actions)
+        return cls(*initial, state_noise, action_noise)
+
 
 @dataclass(frozen=True)
 class SamplerComponents:

@@ -11,37 +11,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from pathlib import Path
 
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast import profiling
-from polygrad_fast.config import DenoiserConfig
+from polygrad_fast.benchmarking import profiled, sampler_case
 from polygrad_fast.errors import InputError
-from polygrad_fast.sampling.sampler import ENGINES
-from polygrad_fast.training.denoiser import build_denoiser
 
-OBSERVATION_DIM, ACTION_DIM = 17, 6  # Walker2d
-DTYPES = ("auto", "float16", "bfloat16", "tf32", "float32")
 DENOISERS = ("residual_mlp", "transformer")
+SIZES = ("batch", "horizon", "num_steps", "hidden_dim", "policy_dim", "samples")
 
 
-def fail(message: str) -> None:
-    """Report bad input in one line and leave with exit code 2."""
-    print(f"profile_sampler.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Sample for a profiler, or under torch.profiler; see benchmarks/PROFILING.md."
-    )
-    parser.error = fail
-    parser.add_argument("--engine", choices=ENGINES, default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
+def make_parser() -> profiled.Parser:
+    """Return the command line's options."""
+    parser = profiled.Parser(__file__, "Sample")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--batch", type=int, default=1024, help="trajectories per sample (%(default)s)"
@@ -53,22 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--policy-dim", type=int, default=256, help="its width (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="samples before (%(default)s)")
     parser.add_argument("--samples", type=int, default=3, help="samples recorded (%(default)s)")
-    parser.add_argument(
-        "--torch-profiler",
-        type=Path,
-        metavar="OUT.json",
-        help="write a Chrome trace (or .json.gz)",
-    )
-    parser.add_argument(
-        "--kernel-times", action="store_true", help="run torch.profiler and print its table"
-    )
-    options = parser.parse_args(arguments)
-    for name in ("batch", "horizon", "num_steps", "hidden_dim", "policy_dim", "samples"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.warmup < 0:
-        fail(f"--warmup must be at least 0, got {options.warmup}")
-    return options
+    return parser
 
 
 def build(options: argparse.Namespace) -> pg.PolicyGuidedSampler:
@@ -79,66 +47,38 @@ def build(options: argparse.Namespace) -> pg.PolicyGuidedSampler:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {options.device!r} cannot be used: {reason}") from error
-    torch.manual_seed(0)
-    normalizer = pg.Normalizer.from_moments(
-        observations=(torch.randn(OBSERVATION_DIM), torch.rand(OBSERVATION_DIM) + 0.5),
-        actions=(0.1 * torch.randn(ACTION_DIM), torch.rand(ACTION_DIM) + 0.5),
+    sizes = sampler_case.Sizes(
+        num_steps=options.num_steps, hidden_dim=options.hidden_dim, policy_dim=options.policy_dim
     )
-    denoiser = build_denoiser(
-        DenoiserConfig(kind=options.denoiser, hidden_dim=options.hidden_dim),
-        OBSERVATION_DIM,
-        ACTION_DIM,
-        options.horizon,
-        options.num_steps,
-    )
-    return pg.PolicyGuidedSampler(
-        denoiser.to(device),
-        pg.GaussianPolicy(OBSERVATION_DIM, ACTION_DIM, options.policy_dim).to(device),
-        pg.NoiseSchedule.cosine(options.num_steps),
-        normalizer.to(device),
-        engine=options.engine,
-        dtype=options.dtype,
-    )
+    c = sampler_case.build(sizes, options.horizon, device, options.denoiser)
+    modules = c.denoiser, c.policy, c.schedule, c.normalizer
+    return pg.PolicyGuidedSampler(*modules, c.config, engine=options.engine, dtype=options.dtype)
 
 
 def run(options: argparse.Namespace) -> None:
     """Warm up, sample inside the capture range, report."""
-    if options.torch_profiler:
-        profiling.check_trace_path(options.torch_profiler)
     sampler = build(options)
-    s0 = torch.randn(options.batch, OBSERVATION_DIM, device=options.device)
-    for _ in range(options.warmup):
-        sampler.sample(s0)
-    profiled = options.torch_profiler is not None or options.kernel_times
-    with profiling.capture(torch_profiler=profiled) as profiler:
-        start = time.perf_counter()
-        for _ in range(options.samples):
+    s0 = torch.randn(options.batch, sampler_case.OBSERVATION_DIM, device=options.device)
+
+    def sample(times: int) -> None:
+        for _ in range(times):
             sampler.sample(s0)
-        if s0.is_cuda:
-            torch.cuda.synchronize()
-        milliseconds = 1e3 * (time.perf_counter() - start) / options.samples
-    print(
-        f"engine {sampler.engine}, dtype {options.dtype}, {s0.device}, {options.denoiser}, "
-        f"B={options.batch} H={options.horizon} K={options.num_steps}: {milliseconds:.2f} ms per "
-        f"sample over {options.samples}, profilers slow it down"
+
+    sample(options.warmup)
+    profiled.record(
+        options,
+        lambda: sample(options.samples),
+        lambda milliseconds: (
+            f"engine {sampler.engine}, dtype {options.dtype}, {s0.device}, {options.denoiser}, "
+            f"B={options.batch} H={options.horizon} K={options.num_steps}: "
+            f"{milliseconds / options.samples:.2f} ms per sample over {options.samples}"
+        ),
     )
-    if profiler is not None:
-        print(profiling.range_table(profiler))
-    if options.kernel_times:
-        print(profiling.kernel_table(profiler))
-    if options.torch_profiler:
-        profiling.write_trace(profiler, options.torch_profiler)
-        print(f"trace in {options.torch_profiler}: open it in https://ui.perfetto.dev")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    options = parse(arguments)
-    try:
-        run(options)
-    except (InputError, OSError) as error:
-        fail(str(error))
-    return 0
+    return make_parser().run(arguments, SIZES, run)
 
 
 if __name__ == "__main__":

@@ -14,56 +14,27 @@ import argparse
 import dataclasses
 import math
 import sys
-import time
-from pathlib import Path
 
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast import profiling
 from polygrad_fast.agent import _Speed
+from polygrad_fast.benchmarking import profiled
 from polygrad_fast.config import PRESETS
-from polygrad_fast.errors import InputError
-from polygrad_fast.sampling.sampler import ENGINES
-
-DTYPES = ("auto", "float16", "bfloat16", "tf32", "float32")
 
 
-def fail(message: str) -> None:
-    """Report bad input in one line and leave with exit code 2."""
-    print(f"profile_update.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train for a profiler, or under torch.profiler; see benchmarks/PROFILING.md."
-    )
-    parser.error = fail
+def make_parser() -> profiled.Parser:
+    """Return the command line's options."""
+    parser = profiled.Parser(__file__, "Train")
     parser.add_argument("--env-id", default="Walker2d-v5", help="%(default)s, which needs MuJoCo")
     parser.add_argument("--preset", choices=PRESETS, default="default", help="quick is for a CPU")
-    parser.add_argument("--engine", choices=ENGINES, default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, help="imagined trajectories; default: the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefill", type=int, default=1000, help="random steps (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="policy updates before (%(default)s)")
     parser.add_argument("--updates", type=int, default=3, help="those recorded (%(default)s)")
-    parser.add_argument(
-        "--torch-profiler", type=Path, metavar="OUT.json", help="write a Chrome trace (or .json.gz)"
-    )
-    parser.add_argument(
-        "--kernel-times", action="store_true", help="run torch.profiler and print its table"
-    )
-    options = parser.parse_args(arguments)
-    for name in ("batch", "prefill", "updates"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            fail(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.warmup < 0:
-        fail(f"--warmup must be at least 0, got {options.warmup}")
-    return options
+    return parser
 
 
 def build(options: argparse.Namespace) -> pg.PolyGRAD:
@@ -86,49 +57,34 @@ def build(options: argparse.Namespace) -> pg.PolyGRAD:
 
 def run(options: argparse.Namespace) -> None:
     """Fill the buffer, warm up, train inside the capture range, report."""
-    if options.torch_profiler:
-        profiling.check_trace_path(options.torch_profiler)
     agent = build(options)
     speed = _Speed(0)
     agent.environment.reset()
 
+    def train(num_steps: int) -> None:
+        for _ in range(num_steps):
+            agent._step(speed)
+
     def steps_for(policy_updates: int) -> int:
         return math.ceil(policy_updates / agent.config.policy_updates_per_env_step)
 
-    for _ in range(options.prefill + steps_for(options.warmup)):
-        agent._step(speed)
-    profiled = options.torch_profiler is not None or options.kernel_times
+    train(options.prefill + steps_for(options.warmup))
     num_steps = steps_for(options.updates)
-    with profiling.capture(torch_profiler=profiled) as profiler:
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            agent._step(speed)
-        if agent.device.type == "cuda":
-            torch.cuda.synchronize()
-        milliseconds = 1e3 * (time.perf_counter() - start)
-    print(
-        f"{options.env_id}, preset {options.preset}, engine {agent.sampler.engine}, dtype "
-        f"{options.dtype}, {agent.device}: {milliseconds / options.updates:.2f} ms per policy "
-        f"update with {num_steps / options.updates:g} environment steps and their denoiser "
-        f"updates, over {options.updates}; profilers slow it down"
+    profiled.record(
+        options,
+        lambda: train(num_steps),
+        lambda milliseconds: (
+            f"{options.env_id}, preset {options.preset}, engine {agent.sampler.engine}, dtype "
+            f"{options.dtype}, {agent.device}: {milliseconds / options.updates:.2f} ms per policy "
+            f"update with {num_steps / options.updates:g} environment steps and their denoiser "
+            f"updates, over {options.updates}"
+        ),
     )
-    if profiler is not None:
-        print(profiling.range_table(profiler))
-    if options.kernel_times:
-        print(profiling.kernel_table(profiler))
-    if options.torch_profiler:
-        profiling.write_trace(profiler, options.torch_profiler)
-        print(f"trace in {options.torch_profiler}: open it in https://ui.perfetto.dev")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    options = parse(arguments)
-    try:
-        run(options)
-    except (InputError, OSError) as error:
-        fail(str(error))
-    return 0
+    return make_parser().run(arguments, ("batch", "prefill", "updates"), run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
-"""Results recorded from the released code are met."""
+"""Results recorded from the released code are met.
+
+The environment variable POLYGRAD_RECORDED_OFFICIAL names a folder of other recordings; every case
+of its index.json is then run.
+"""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +15,18 @@ import torch
 
 import polygrad_fast as pg
 from polygrad_fast.compat import official
+from polygrad_fast.sampling.reference_engine import diffusion_step
 from polygrad_fast.training.denoiser import denoising_loss
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
+OWN_COPY = Path(__file__).parents[1] / "fixtures" / "official"
+FIXTURES = Path(os.environ.get("POLYGRAD_RECORDED_OFFICIAL", OWN_COPY))
 INDEX = json.loads((FIXTURES / "index.json").read_text())
-SAMPLES = [name for name in INDEX if name.startswith("sample_")]
+KINDS = ("schedule", "denoiser", "sample", "a2c")
+CASES = {kind: [n for n in INDEX if n.split("_")[0] == kind] for kind in KINDS}
 UPDATE = {"grad": "score", "sample": "sample", "none": "none"}
+ROUNDING = 2e-6
+"""Largest relative error of one float32 step whose errors are not amplified; 5e-7 on the processors
+tried, whose matrix products differ in the last bits."""
 
 
 def load(name: str) -> dict[str, torch.Tensor]:
@@ -38,18 +50,27 @@ def load_normalizer(arrays) -> pg.Normalizer:
     return pg.Normalizer.from_moments(**moments)
 
 
-@pytest.mark.parametrize("num_steps, tau", [(128, 1.0), (128, 0.1), (16, 1.0), (7, 0.5)])
-def test_schedule(num_steps, tau):
-    tables = part(load("schedule"), f"N{num_steps}_tau{tau}.")
-    schedule = pg.NoiseSchedule.cosine(num_steps, tau)
-    assert len(tables) == 9
-    for name, wanted in tables.items():
-        got = getattr(schedule, name)
-        assert got.dtype == torch.float32
-        assert relative_error(got, wanted) < 1e-6, name
+def test_every_recorded_case_is_checked():
+    assert sorted(INDEX) == sorted(name for names in CASES.values() for name in names)
 
 
-@pytest.mark.parametrize("name", [n for n in INDEX if n.startswith("denoiser_")])
+@pytest.mark.parametrize("case", CASES["schedule"])
+def test_schedule(case):
+    arrays = load(case)
+    prefixes = {key.rpartition(".")[0] for key in arrays}
+    assert len(prefixes) >= 4
+    for prefix in prefixes:
+        num_steps, tau = re.fullmatch(r"N(\d+)_tau([\d.]+)", prefix).groups()
+        schedule = pg.NoiseSchedule.cosine(int(num_steps), float(tau))
+        tables = part(arrays, f"{prefix}.")
+        assert len(tables) == 9
+        for name, wanted in tables.items():
+            got = getattr(schedule, name)
+            assert got.dtype == torch.float32
+            assert relative_error(got, wanted) < 1e-6, (prefix, name)
+
+
+@pytest.mark.parametrize("name", CASES["denoiser"])
 def test_denoiser_loss_and_gradients(name):
     arrays, info = load(name), INDEX[name]
     denoiser = official.load_denoiser(
@@ -109,31 +130,72 @@ def build_sampler(name):
     return sampler, arrays, info
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", CASES["sample"])
 def test_sampling_chain(name):
+    """Each step from the recorded state before it; then the whole chain.
+
+    A step turns an error e of a predicted noise into A_k e, A_k = 31.6 in the first one: rounding
+    of the network's products, which differs between processors, comes out so much larger.
+    """
     sampler, arrays, info = build_sampler(name)
-    noise = pg.SampleNoise(
-        arrays["x_init"], arrays["act_init"], arrays["state_noise"], arrays["action_noise"]
-    )
+    schedule, s0 = sampler.components.schedule, arrays["s0"]
+    amplification = torch.ones(info["n_timesteps"])
+    if info["predict_epsilon"]:
+        from_denoised = schedule.step_coefficients("posterior")[0]
+        amplification = (from_denoised * schedule.sqrt_recipm1_alphas_cumprod).clamp(min=1.0)
+
+    trajectory, actions = arrays["x_init"].clone(), arrays["act_init"].clone()
+    trajectory[:, 0, : s0.shape[1]] = s0
+    noise = arrays["state_noise"], arrays["action_noise"]
+    steps = reversed(range(info["n_timesteps"]))
+    for step, (k, *normals) in enumerate(zip(steps, *noise, strict=True)):
+        with torch.no_grad():
+            trajectory, actions = diffusion_step(
+                sampler.components, trajectory, actions, s0, k, info["guidance_scale"], *normals
+            )
+        wanted = arrays["x_chain"][step], arrays["act_chain"][step]
+        assert relative_error(trajectory, wanted[0]) < ROUNDING * amplification[k], k
+        assert relative_error(actions, wanted[1]) < ROUNDING, k
+        trajectory, actions = wanted
+
     batch = sampler.sample(
-        arrays["s0"], info["guidance_scale"], noise=noise, normalized=True, return_chain=True
+        s0,
+        info["guidance_scale"],
+        noise=pg.SampleNoise(arrays["x_init"], arrays["act_init"], *noise),
+        normalized=True,
+        return_chain=True,
     )
-    for k in range(info["n_timesteps"]):
-        assert relative_error(batch.chain_trajectories[k], arrays["x_chain"][k]) < 1e-5, k
-        assert relative_error(batch.chain_actions[k], arrays["act_chain"][k]) < 1e-5, k
+    whole = ROUNDING * amplification.max()
+    assert relative_error(batch.chain_trajectories, arrays["x_chain"]) < whole
+    assert relative_error(batch.chain_actions, arrays["act_chain"]) < whole
     assert torch.equal(batch.actions, batch.chain_actions[-1])
-    assert torch.equal(batch.observations[:, 0], arrays["s0"])
+    assert torch.equal(batch.observations[:, 0], s0)
 
 
-@pytest.mark.parametrize("name", ["a2c_raw_inputs", "a2c_normed_inputs"])
+@pytest.mark.parametrize("name", CASES["a2c"])
 def test_a2c_update(name):
     arrays, info = load(name), INDEX[name]
+    config = pg.A2CConfig(
+        gamma=info["gamma"],
+        gae_lambda=info["gae_lambda"],
+        entropy_coef=info["entropy_weight"],
+        actor_learning_rate=info["max_lr"],
+        critic_learning_rate=info["lr_critic"],
+        max_grad_norm=info["grad_clip"],
+        target_update=info["target_update"],
+        line_search_tolerance=info["linesearch_tolerance"],
+        line_search_ratio=info["linesearch_ratio"],
+        target_critic_decay=info["ema"],
+    )
+    if FIXTURES == OWN_COPY:
+        assert config == pg.A2CConfig()  # the defaults are the released settings
     actor_critic = official.load_actor_critic(
         part(arrays, "before.actor."),
         part(arrays, "before.critic."),
         log_std=arrays["before.logstd"],
         normalizer=load_normalizer(arrays),
-        config=pg.A2CConfig(),
+        config=config,
+        min_std=info["min_std"],
         normed_inputs=info["use_normed_inputs"],
     )
     metrics = actor_critic.update(

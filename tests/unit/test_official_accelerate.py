@@ -268,12 +268,16 @@ def test_recorded_results(name, monkeypatch):
         patch.setattr(torch, "randn", recorded)
         x, actions, seq, metrics = sample(fast, ac, s0, return_sequence=True, **options)
     assert draws == []
-    assert relative_error(x, arrays["x_chain"][-1]) < 1e-5
-    assert relative_error(actions, arrays["act_chain"][-1]) < 1e-5
+    # A step turns the rounding of a predicted noise, which processors differ in, into 31.6 times as
+    # much in the first step; tests/parity compares step by step.
+    amplification = diffusion.posterior_mean_coef1 * diffusion.sqrt_recipm1_alphas_cumprod
+    tolerance = 2e-6 * (amplification.max().item() if info["predict_epsilon"] else 1.0)
+    assert relative_error(x, arrays["x_chain"][-1]) < tolerance
+    assert relative_error(actions, arrays["act_chain"][-1]) < tolerance
     assert isinstance(seq, list) and len(seq) == num_steps
     for got, wanted in zip(seq, arrays["x_chain"], strict=True):
         assert isinstance(got, np.ndarray)
-        assert relative_error(torch.from_numpy(got), wanted) < 1e-5
+        assert relative_error(torch.from_numpy(got), wanted) < tolerance
     change = (arrays["x_chain"][-1] - arrays["x_chain"][-2]).abs()
     rounding = diffusion.posterior_mean_coef1[0] + diffusion.posterior_mean_coef2[0] - 1.0
     change[:, 0, : s0.shape[1]] = (rounding * s0).abs()

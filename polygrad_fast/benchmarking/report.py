@@ -427,8 +427,7 @@ def _speed(rows: list[Row]) -> str:
         hours = 1e6 / row.values["env_steps"] / 3.6e6
         what, run = f"1 M environment steps, preset {case['preset']}", ""
         if case["batch"] == config.imagined_batch_size:
-            minutes = config.total_timesteps / 1e6 * row.ms * hours * 60
-            length = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:,.1f} hours"
+            length = _duration(config.total_timesteps / 1e6 * row.ms * hours)
             run = f"{config.total_timesteps:,} steps: {length}"
         else:
             what += (
@@ -440,6 +439,13 @@ def _speed(rows: list[Row]) -> str:
     return _grid(header, lines)
 
 
+def _duration(hours: float) -> str:
+    """Return a time in the unit that a person would take."""
+    if hours < 1:
+        return f"{60 * hours:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+
+
 def _speed_caption(rows: list[Row]) -> str:
     environments = _unique(row.case["env_id"] for row in rows if row.benchmark == "whole update")
     on = f" on {' and '.join(environments)}" if environments else ""
@@ -448,25 +454,24 @@ def _speed_caption(rows: list[Row]) -> str:
         "environment steps = (time of one measured update / environment steps per update) x 10^6,\n"
         f"an update{on} with its environment steps and denoiser updates;\n"
         "evaluations, checkpoints and the faster prefill are left out. The released code's\n"
-        "computation is engine reference: the same arithmetic in plain PyTorch, float32."
+        "computation is engine reference: the same arithmetic in plain PyTorch, float32. Factors\n"
+        "are rounded down."
     )
 
 
 def _fastest(rows: list[Row]) -> list[Row]:
     """Return of each dtype the fastest engine's row, at the size that a user meets: of samples the
-    largest batch up to 1024; of whole updates the preset's own, else the largest there is."""
+    largest batch up to 1024, of whole updates the largest up to the preset's own."""
 
     def place(row: Row) -> tuple:
         return row.case.get("preset", ""), row.dtype
 
     def rank(row: Row) -> tuple:
-        batch = row.case["batch"]
-        if row.benchmark == "sample":
-            usual = batch <= 1024
-        else:
+        batch, most = row.case["batch"], 1024
+        if row.benchmark == "whole update":
             config = TrainConfig.from_preset(row.case["preset"], row.case["env_id"])
-            usual = batch == config.imagined_batch_size
-        return usual, batch if usual else -batch, -row.ms
+            most = config.imagined_batch_size
+        return batch <= most, batch if batch <= most else -batch, -row.ms
 
     best: dict[tuple, Row] = {}
     for row in rows:

@@ -668,7 +668,10 @@ def test_the_table_for_users():
     assert lines[8] == "" and "On a GPU: not measured." in table
     whole = [*rows, updated("default", 1024, "torch", 36_000.0)]
     line = "| 1 M environment steps, preset default | float32 | 2,500 h | not measured |  "
-    assert line + "| 1,000,000 steps: 2,500.0 hours |" in report.build("speed", whole)
+    assert line + "| 1,000,000 steps: 104 days |" in report.build("speed", whole)
+    assert "instead of 1,024" not in report.build("speed", whole)
+    between = report.build("speed", [*rows, updated("default", 512, "torch", 7200.0)])
+    assert "but 512 imagined trajectories instead of 1,024 | float32 | 500 h |" in between
     faster = [*whole, updated("default", 1024, "triton", 18_000.0)]
     assert "| float32 | 1,250 h |" in report.build("speed", faster)
 

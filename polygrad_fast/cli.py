@@ -89,14 +89,14 @@ class Sample:
 @dataclass(frozen=True)
 class Bench:
     """Report stored benchmark rows, which `pytest benchmarks/ --benchmark-only --rows FILE` makes:
-    print their tables, or write them into a README, and draw plots."""
+    print their tables, or write them into Markdown files, and draw plots."""
 
     action: tyro.conf.Positional[Literal["report"]]
     """What to do with the rows."""
     results: Path = Path("benchmarks/results")
     """Folder of the rows (*.jsonl)."""
-    readme: Path | None = None
-    """Write the tables between the markers of this file, e.g. README.md."""
+    readme: tuple[Path, ...] = ()
+    """Write the tables between the markers of these files, e.g. README.md benchmarks/README.md."""
     check: bool = False
     """Write nothing; exit with 2 if a table in --readme or a plot in --plots differs from the
     rows."""
@@ -353,22 +353,24 @@ def _sample(command: Sample) -> None:
 
 
 def _bench(command: Bench) -> None:
-    if command.check and command.readme is None and command.plots is None:
+    if command.check and not command.readme and command.plots is None:
         raise InputError(
-            "--check needs --readme or --plots, the file or the folder that is to be checked"
+            "--check needs --readme or --plots, the files or the folder that are to be checked"
         )
     rows = read_folder(command.results)
-    if command.readme is None and command.plots is None:
+    if not command.readme and command.plots is None:
         print(all_tables(rows))
-    if command.readme is not None:
-        stale = update_readme(command.readme, rows, command.check)
+    for path in command.readme:  # a file that cannot be rewritten stops before any is
+        update_readme(path, rows, check=True)
+    for path in command.readme:
+        stale = update_readme(path, rows, command.check)
         if stale and command.check:
             raise InputError(
-                f"{command.readme}: {', '.join(stale)} differ from the rows in {command.results}; "
-                f"`polygrad-fast bench report --readme {command.readme}` writes them anew"
+                f"{path}: {', '.join(stale)} differ from the rows in {command.results}; "
+                f"`polygrad-fast bench report --readme {path}` writes them anew"
             )
         done = "checked" if command.check else f"{len(stale)} tables changed"
-        print(f"{command.readme}: {done}, {len(rows)} rows in {command.results}")
+        print(f"{path}: {done}, {len(rows)} rows in {command.results}")
     if command.plots is not None and command.check:
         stale = stale_plots(rows, command.plots)
         if stale:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,8 @@ def _draw(folder: Path, shown: Figure) -> Path:
                 label=f"{MODELS.get(line.denoiser, line.denoiser)}, {line.engine} {line.dtype}, "
                 f"{line.fixed}",
             )
-        axes.set(xscale="log", yscale="log", title=machine)
+        axes.set(xscale="log", yscale="log")
+        axes.set_title("\n".join(textwrap.wrap(machine, 60)))
         axes.set(xlabel=shown.x_label, ylabel=shown.y_label)
         ticks = sorted({x for line in own for x in line.points})
         axes.set_xticks(ticks, map(str, ticks))

@@ -13,6 +13,7 @@ from typing import Any
 
 from polygrad_fast._version import __version__
 from polygrad_fast.errors import InputError
+from polygrad_fast.training.processor import Processor
 
 STEP_COLUMN = "env_step"
 
@@ -248,7 +249,7 @@ def versions() -> dict[str, str | None]:
         "cuda": cuda,
         "gpu": gpu,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": Processor.of_this_machine().name,
     }
 
 
@@ -267,16 +268,6 @@ def _cuda() -> tuple[str | None, str | None]:
         return torch.version.cuda, name
     except Exception:
         return None, None
-
-
-def _processor() -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except (OSError, UnicodeError):
-        pass
-    return platform.processor() or platform.machine() or None
 
 
 def _git_commit() -> str | None:

@@ -59,8 +59,10 @@ def tiny(config: TrainConfig) -> TrainConfig:
     )
 
 
-def run_seed(env_id: str, preset: str, seed: int, episodes: int, smoke: bool) -> dict[str, float]:
-    """Train one seed and return the row's values."""
+def run_seed(
+    env_id: str, preset: str, seed: int, episodes: int, smoke: bool
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Train one seed and return the row's values and its learning curve."""
     torch.set_num_threads(1)
     config = TrainConfig.from_preset(preset, env_id)
     config = tiny(config) if smoke else config
@@ -87,7 +89,16 @@ def run_seed(env_id: str, preset: str, seed: int, episodes: int, smoke: bool) ->
         scores = agent.evaluate(episodes, fresh)
         values[f"{name}_mean_reward"] = round(scores.mean_reward, 2)
         values[f"{name}_std_reward"] = round(scores.std_reward, 2)
-    return values
+    return values, learning_curve(metrics)
+
+
+def learning_curve(metrics: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Return environment steps and mean returns of the evaluations during training."""
+    evaluations = [row for row in metrics if "eval/mean_reward" in row]
+    return {
+        "env_step": [row["env_step"] for row in evaluations],
+        "mean_reward": [round(row["eval/mean_reward"], 2) for row in evaluations],
+    }
 
 
 def selection_cost(metrics: list[dict[str, float]], eval_episodes: int) -> dict[str, int]:
@@ -132,8 +143,11 @@ def measure(options: argparse.Namespace, file: RowFile, rows: list[Row]) -> int:
             for future in concurrent.futures.as_completed(running):
                 row, error = running[future], future.exception()
                 if error is None:
-                    values = future.result() | {"jobs": options.jobs}
-                    row = dataclasses.replace(row, status="ok", error=None, values=values)
+                    values, curves = future.result()
+                    values["jobs"] = options.jobs
+                    row = dataclasses.replace(
+                        row, status="ok", error=None, values=values, curves=curves
+                    )
                 else:
                     failed += 1
                     row = dataclasses.replace(row, error=f"{type(error).__name__}: {error}")

@@ -118,6 +118,7 @@ class Row(Provenance):
         tflops, gb_per_s: achieved. peak_tflops, peak_gb_per_s: measured on the same machine.
         floor_ms: the longer of flops and bytes at these peaks. share_of_floor: floor_ms / ms.
         values: other numbers; their names end in their units.
+        curves: lists of numbers of one length, for instance a return at each evaluation.
         seconds_spent: on the whole case, checks included.
         smoke: whether the sizes are the tiny ones that only try the mechanics; no report shows it.
     """
@@ -145,6 +146,7 @@ class Row(Provenance):
     floor_ms: float | None = None
     share_of_floor: float | None = None
     values: dict[str, float | None] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
     seconds_spent: float | None = None
     smoke: bool = False
 
@@ -157,6 +159,11 @@ class Row(Provenance):
         for key, value in self.values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float, types.NoneType)):
                 raise InputError(f"{self.name} has {key} {value!r:.60}, wanted a number")
+        for key, curve in self.curves.items():
+            if not all(type(y) in (int, float) and math.isfinite(y) for y in curve):
+                raise InputError(f"{self.name} has the curve {key} {curve!r:.60}, wanted numbers")
+        if len({len(curve) for curve in self.curves.values()}) > 1:
+            raise InputError(f"{self.name} has curves of different lengths")
         if self.status == "ok" and self.ms is None and not self.values:
             raise InputError(f"{self.name} is ok, but has neither a time nor other values")
         if self.ms is not None:

@@ -848,6 +848,30 @@ def test_plots(results, capsys, monkeypatch):
     assert "polygrad-fast[plots]" in capsys.readouterr().err
 
 
+def test_what_is_learned_is_drawn(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    curves = {
+        1: {"env_step": [0, 500, 1000], "mean_reward": [1.0, 5.0, 9.0]},
+        2: {"env_step": [0, 500], "mean_reward": [3.0, 6.0]},
+    }
+    rows = [
+        *(seeded("Hopper-v5", seed, 1.0, 1.0, 1.0, curves=curve) for seed, curve in curves.items()),
+        seeded("Hopper-v5", 3, 1.0, 1.0, 1.0, curves=curves[1], smoke=True),
+    ]
+    names = [path.name for path in figures.draw_all(MEASURED + rows, tmp_path)]
+    assert names == ["learning.png", "batch.png", "figure_4.png"]
+    (axes,) = drawn[0].axes
+    assert "Hopper-v5, quick" in axes.get_title() and "2 seeds" in axes.get_title()
+    first, second, mean = axes.lines
+    assert list(first.get_ydata()) == [1.0, 5.0, 9.0] and list(second.get_ydata()) == [3.0, 6.0]
+    assert list(mean.get_xdata()) == [0, 500, 1000] and list(mean.get_ydata()) == [2.0, 5.5, 9.0]
+    for wrong in ({"a": [float("nan")]}, {"a": ["x"]}, {"a": [1.0], "b": [1.0, 2.0]}):
+        with pytest.raises(InputError, match="curve"):
+            seeded("Hopper-v5", 1, 1.0, 1.0, 1.0, curves=wrong)
+
+
 def test_what_is_drawn(tmp_path, monkeypatch):
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     drawn = []

@@ -324,6 +324,8 @@ def test_seeds_become_rows(tmp_path):
         for policy in ("untrained", "best", "last"):
             assert 1 <= values[f"{policy}_mean_reward"] <= 1000
             assert values[f"{policy}_std_reward"] >= 0
+        assert row.curves["env_step"] == [0, 80, 90]
+        assert all(1 <= value <= 1000 for value in row.curves["mean_reward"])
     same = [{k: v for k, v in row[8].values.items() if k not in timed} for row in (first, second)]
     assert same[0] == same[1]  # a seed gives what it gave, alone or beside another
 
@@ -342,7 +344,7 @@ def test_a_seed_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
     def run_seed(env_id, preset, seed, episodes, smoke):
         if (env_id, seed) == ("a", 2):
             raise InputError("no such thing")
-        return {"best_mean_reward": 1.0}
+        return {"best_mean_reward": 1.0}, {"env_step": [0, 10], "mean_reward": [0.5, 1.0]}
 
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(module, "run_seed", run_seed)
@@ -355,6 +357,7 @@ def test_a_seed_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
     assert (failed.status, failed.error) == ("error", "InputError: no such thing")
     for row in stored.values():
         assert row.status == "ok" and row.values == {"best_mean_reward": 1.0, "jobs": 2}
+        assert row.curves == {"env_step": [0, 10], "mean_reward": [0.5, 1.0]}
 
 
 def test_what_was_measured_is_left_out_on_resume(tmp_path, monkeypatch):

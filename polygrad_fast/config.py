@@ -159,9 +159,9 @@ class DenoiserConfig(_Options):
     num_layers: int = 6
     num_heads: int = 4
     """Attention heads; the transformer only."""
-    step_conditioning: Literal["input", "layer", "learned"] = "input"
-    """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the
-    paper's."""
+    step_conditioning: Literal["input", "layer", "learned", None] = "input"
+    """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the paper's;
+    None: that of the two that the kind has."""
     learning_rate: float | None = None
     """None: the paper's 3e-4 for the residual MLP, 1e-4 for the transformer."""
     batch_size: int = 256
@@ -175,16 +175,19 @@ class DenoiserConfig(_Options):
     """Updates right after the prefill."""
 
     def _check_ranges(self) -> None:
-        paper_style = {"residual_mlp": "layer", "transformer": "learned"}[self.kind]
+        paper_style = self._paper_step_conditioning()
         self._check(
-            self.step_conditioning in ("input", paper_style),
+            self.step_conditioning in ("input", paper_style, None),
             "step_conditioning",
-            f"'input' or {paper_style!r} for kind {self.kind!r}",
+            f"'input', {paper_style!r} or None for kind {self.kind!r}",
         )
         self._check_at_least(1, "num_layers", "num_heads", "batch_size", "ema_interval")
         self._check_at_least(0, "ema_start", "updates_per_env_step", "pretrain_updates")
         self._check_positive("hidden_dim", "learning_rate")
         self._check(0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]")
+
+    def _paper_step_conditioning(self) -> str:
+        return {"residual_mlp": "layer", "transformer": "learned"}[self.kind]
 
     def resolved(self, horizon: int) -> DenoiserConfig:
         """Return the configuration with the paper's values in place of None."""
@@ -195,6 +198,7 @@ class DenoiserConfig(_Options):
             self,
             hidden_dim=width if self.hidden_dim is None else self.hidden_dim,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
+            step_conditioning=self.step_conditioning or self._paper_step_conditioning(),
         )
 
 
@@ -274,7 +278,8 @@ class GuidanceConfig(_Options):
     rule: Literal["log", "linear", "none"] = "log"
     """"log": log delta += lr (spread - 1) (released code); "linear": delta += lr (spread - 1)
     (equation 10)."""
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
+    """None: 3e-3 for "log" (released code), 1e-4 for "linear" (ours: the paper gives none)."""
     statistic: Literal["std", "mean_abs"] = "std"
     """Spread of the standardized actions: their standard deviation, or E|z| / sqrt(2 / pi), which
     heavy tails move less."""
@@ -289,6 +294,11 @@ class GuidanceConfig(_Options):
             "initial",
             f"in [minimum, maximum] = [{self.minimum}, {self.maximum}]",
         )
+
+    def resolved(self) -> GuidanceConfig:
+        """Return the configuration with the rule's learning rate in place of None."""
+        rate = 1e-4 if self.rule == "linear" else 3e-3
+        return self if self.learning_rate is not None else replace(self, learning_rate=rate)
 
 
 @dataclass(frozen=True)
@@ -375,12 +385,17 @@ class TrainConfig(_Options):
         self._check_positive("cpu_threads")
 
     def resolved(self, env_id: str) -> TrainConfig:
-        """Return the configuration with every None that stands for the paper's value replaced."""
+        """Return the configuration with the value in place of every None that stands for one."""
         hopper = _environment(env_id).startswith("Hopper") and self.denoiser.kind == "residual_mlp"
         schedule = self.schedule
         if schedule.tau is None:
             schedule = replace(schedule, tau=0.1 if hopper else 1.0)
-        return replace(self, schedule=schedule, denoiser=self.denoiser.resolved(self.horizon))
+        return replace(
+            self,
+            schedule=schedule,
+            denoiser=self.denoiser.resolved(self.horizon),
+            guidance=self.guidance.resolved(),
+        )
 
     @classmethod
     def from_preset(cls, name: str, env_id: str = "") -> TrainConfig:
@@ -424,8 +439,8 @@ def _paper(env_id: str) -> TrainConfig:
     """The paper gives no learning rate and start of the guidance scale: these are ours."""
     return TrainConfig(
         sampler=SamplerConfig.paper(),
-        denoiser=DenoiserConfig(step_conditioning="layer"),
-        guidance=GuidanceConfig(rule="linear", learning_rate=1e-4),
+        denoiser=DenoiserConfig(step_conditioning=None),
+        guidance=GuidanceConfig(rule="linear"),
     )
 
 

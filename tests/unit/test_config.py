@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -121,6 +122,35 @@ def test_configurations_of_earlier_paper_runs_stay_what_they_were(kind, step_con
     assert stored["denoiser"]["step_conditioning"] == step_conditioning
     assert stored["guidance"]["learning_rate"] == 1e-4
     assert c.from_dict(stored) == resolved == c.from_dict(stored).resolved("Hopper-v5")
+
+
+def flat(options: dict, prefix: str = "") -> dict:
+    values = {}
+    for name, value in options.items():
+        is_group = isinstance(value, dict)
+        values |= flat(value, f"{prefix}{name}.") if is_group else {f"{prefix}{name}": value}
+    return values
+
+
+def test_quick_says_what_it_switches_on_a_name():
+    pendulum, other = (
+        flat(dataclasses.asdict(pg.TrainConfig.from_preset("quick", name)))
+        for name in ("Pendulum-v1", "InvertedPendulum-v5")
+    )
+    switched = {name for name in pendulum if pendulum[name] != other[name]}
+    described = re.findall(r"`([\w.]+)` ([\d.e-]+) or\s+([\d.e-]+\d|\d)", c._quick.__doc__)
+    assert {name: (float(a), float(b)) for name, a, b in described} == {
+        name: (pendulum[name], other[name]) for name in switched
+    }
+    public = pg.TrainConfig.from_preset.__doc__
+    assert all(name.split(".")[-1] in public for name in switched)
+
+
+@pytest.mark.parametrize("env_id", ["", "Hopper-v5", "InvertedDoublePendulum-v5", "MyPendulum-v0"])
+def test_quick_has_only_the_settings_of_inverted_pendulum_for_others(env_id):
+    quick = pg.TrainConfig.from_preset
+    assert quick("quick", env_id) == quick("quick", "InvertedPendulum-v5")
+    assert quick("quick", "module:Pendulum-v0") == quick("quick", "Pendulum-v1")
 
 
 def test_official_sampler_is_the_released_code():

@@ -43,7 +43,11 @@ from polygrad_fast.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from polygrad_fast.training.denoiser import DenoiserTrainer, build_denoiser
+from polygrad_fast.training.denoiser import (
+    DenoiserTrainer,
+    build_denoiser,
+    warn_of_amplified_errors,
+)
 from polygrad_fast.training.guidance import GuidanceTuner
 from polygrad_fast.training.run_directory import (
     comparable,
@@ -215,6 +219,9 @@ class PolyGRAD:
             raise InputError(
                 "the best checkpoint holds weights only; load the last one to continue training"
             )
+        if self.num_timesteps == 0:
+            trainer = self.denoiser_trainer
+            warn_of_amplified_errors(trainer.schedule, trainer.sampler_config, stacklevel=2)
         self._target_timesteps = self.num_timesteps + int(total_timesteps)
         self._stop_requested = False
         with contextlib.ExitStack() as stack:

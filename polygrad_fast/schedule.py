@@ -89,6 +89,14 @@ class NoiseSchedule:
         """Number of diffusion steps K."""
         return self.betas.shape[0]
 
+    @property
+    def epsilon_error_gain(self) -> Tensor:
+        """By how much each reverse step multiplies an error of eps_hat, [K]: equation 1's
+        beta_i / (sqrt(1 - alphabar_i) sqrt(1 - beta_i))."""
+        alphas = 1.0 - self.betas.double()  # in float32, 1 - alphabar loses its first digits
+        gain = (1.0 - alphas) / ((1.0 - alphas.cumprod(dim=0)) * alphas).sqrt()
+        return gain.to(self.betas.dtype)
+
     def step_coefficients(self, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return what one reverse step x <- a x0_hat + b x + c z needs: a, b and c, [K] each.
 

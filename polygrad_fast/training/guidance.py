@@ -25,7 +25,7 @@ class GuidanceTuner:
     """Hold delta and move it so that the spread of standardized actions tends to 1."""
 
     def __init__(self, config: GuidanceConfig):
-        self.config = config
+        self.config = config.resolved()
         self.value = config.initial
 
     def update(self, measured_spread: float) -> float:

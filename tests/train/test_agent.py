@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 
 import gymnasium
@@ -432,8 +433,9 @@ def test_callback_and_tensorboard_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, step_conditioning", [("transformer", "input"), ("residual_mlp", "layer")]
+    "kind, step_conditioning", [("transformer", None), ("residual_mlp", "layer")]
 )
+@pytest.mark.filterwarnings("ignore:prediction_type 'epsilon'")
 def test_other_denoisers_and_the_paper_sampler_train(kind, step_conditioning):
     config = tiny_config(sampler=pg.SamplerConfig.paper())
     config = replace(
@@ -445,3 +447,18 @@ def test_other_denoisers_and_the_paper_sampler_train(kind, step_conditioning):
     agent.learn(60)
     batch = agent.imagine(5)
     assert batch.observations.shape == (5, 4, 3) and torch.isfinite(batch.actions).all()
+
+
+def test_predicting_noise_is_warned_of_once_when_training_starts():
+    config = tiny_config(sampler=pg.SamplerConfig.paper())
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        agent = pg.PolyGRAD("Pendulum-v1", config=config)
+        agent.evaluate(1)
+        assert not caught
+        for _ in range(2):
+            agent.learn(1)
+        assert [warning.filename for warning in caught] == [__file__]
+        assert "--sampler.prediction-type sample" in str(caught[0].message)
+    with warnings.catch_warnings(action="error"):
+        sampler = pg.SamplerConfig.paper(prediction_type="sample")
+        pg.PolyGRAD("Pendulum-v1", config=tiny_config(sampler=sampler)).learn(1)

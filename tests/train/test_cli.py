@@ -208,3 +208,18 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_metrics(tmp_path):
         ]
     assert len(rows["whole"]) > 15
     assert rows["killed"] == rows["whole"]
+
+
+@pytest.mark.filterwarnings("ignore:prediction_type 'epsilon'")
+@pytest.mark.parametrize(
+    "kind, conditioning", [("transformer", "learned"), ("residual_mlp", "layer")]
+)
+def test_the_papers_denoisers_need_one_option(tmp_path, kind, conditioning):
+    arguments = train(tmp_path / "run", "--denoiser.kind", kind, total=60)
+    arguments[arguments.index("quick")] = "paper"
+    more = "--policy-delay-steps 0 --policy-updates-per-env-step 0.1".split()
+    assert cli.main(arguments + more) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["denoiser"]
+    assert (stored["kind"], stored["step_conditioning"]) == (kind, conditioning)
+    assert (tmp_path / "run" / "checkpoints" / "step_000000060").is_dir()
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--episodes", "1"]) == 0

@@ -101,6 +101,33 @@ def test_posterior_mean_is_equation_1(steps, tau, seed):
     torch.testing.assert_close(mean, equation_1, rtol=1e-7, atol=1e-7)
 
 
+@examples
+@given(num_steps, taus, st.integers(0, 2**31))
+def test_error_gain_is_what_equation_1_makes_of_an_error(steps, tau, seed):
+    s = float64_schedule(steps, tau)
+    x, noise, error = torch.randn(
+        3, steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+    def equation_1(predicted_noise):
+        correction = s.betas / (1 - s.alphas_cumprod).sqrt() * predicted_noise
+        return (x - correction) / (1 - s.betas).sqrt()
+
+    moved = (equation_1(noise + error) - equation_1(noise)) / -error
+    torch.testing.assert_close(s.epsilon_error_gain, moved, rtol=1e-6, atol=1e-6)
+    rounded = pg.NoiseSchedule.cosine(steps, tau).epsilon_error_gain
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.double(), moved, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps, tau", [(1, 1.0), (12, 1.0), (128, 1.0), (128, 0.1)])
+def test_first_reverse_step_of_every_cosine_schedule_multiplies_errors_by_32(steps, tau):
+    gain = pg.NoiseSchedule.cosine(steps, tau).epsilon_error_gain
+    assert gain.argmax() == steps - 1
+    assert gain[-1].item() == pytest.approx(math.sqrt(1000), rel=2e-3)
+    assert (gain[:-1] < 2).all()
+
+
 @pytest.mark.parametrize("steps, tau", [(12, 1.0), (128, 1.0), (128, 0.1)])
 def test_float32_tables_lose_no_more_than_their_conditioning(steps, tau):
     got = pg.NoiseSchedule.cosine(steps, tau)

@@ -404,39 +404,39 @@ def _down(value: float) -> str:
 
 
 def _speed(rows: list[Row]) -> str:
-    """Return what a user waits for: a sample, and a million environment steps of each preset."""
+    """Return what a user waits for on each machine: a sample, and a million environment steps of
+    each preset."""
     samples = [
         row
         for row in _of(rows, "sample")
         if row.case["denoiser"] == "residual_mlp" and row.case["horizon"] == 10
     ]
-    lines = []
-    for row in _fastest(samples):
-        case = row.case
-        lines.append(
-            [
-                f"imagining {case['batch']:,} trajectories",
-                row.dtype,
-                *_beside_reference(row, samples, 1e-3, "s"),
-                "",
-            ]
-        )
     updates = _of(rows, "whole update")
-    for row in _fastest(updates):
-        case, config = row.case, TrainConfig.from_preset(row.case["preset"], row.case["env_id"])
-        hours = 1e6 / row.values["env_steps"] / 3.6e6
-        what, run = f"1 M environment steps, preset {case['preset']}", ""
-        if case["batch"] == config.imagined_batch_size:
-            length = _duration(config.total_timesteps / 1e6 * row.ms * hours)
-            run = f"{config.total_timesteps:,} steps: {length}"
-        else:
-            what += (
-                f" but {case['batch']:,} imagined trajectories instead of "
-                f"{config.imagined_batch_size:,}"
-            )
-        lines.append([what, row.dtype, *_beside_reference(row, updates, hours, "h"), run])
-    header = ["what", "dtype", "time", "released code's computation", "faster", "the preset's run"]
-    return _grid(header, lines)
+    lines: dict[str, dict[str, str]] = {}
+    machines = _unique(row.machine for row in samples + updates)
+    for machine in machines:
+        for row in _fastest([row for row in samples if row.machine == machine]):
+            what = f"imagining {row.case['batch']:,} trajectories, {row.dtype}"
+            cell = _beside_reference(row, samples, row.ms / 1e3, "s")
+            lines.setdefault(what, {})[machine] = cell
+        for row in _fastest([row for row in updates if row.machine == machine]):
+            case, config = row.case, TrainConfig.from_preset(row.case["preset"], row.case["env_id"])
+            hours = row.ms / 3.6e6 / row.values["env_steps"]  # per environment step
+            own_size = case["batch"] == config.imagined_batch_size
+            size = "" if own_size else f" with {case['batch']:,} imagined trajectories an update"
+            what = f"1 M environment steps, preset {case['preset']}{size}, {row.dtype}"
+            cell = _beside_reference(row, updates, 1e6 * hours, "h")
+            lines.setdefault(what, {})[machine] = cell
+            if own_size and config.total_timesteps < 1_000_000:
+                what = f"its own {config.total_timesteps:,} steps"
+                lines.setdefault(what, {})[machine] = _duration(config.total_timesteps * hours)
+    grid = _grid(
+        ["", *machines],
+        [[what, *(cells.get(m, NOT_MEASURED) for m in machines)] for what, cells in lines.items()],
+    )
+    text = f"{grid}\n\n{_speed_caption(updates)}" if lines else f"On a CPU: {NOT_MEASURED}."
+    on_gpu = any(row.device == "cuda" for row in samples + updates)
+    return text if on_gpu else f"{text} On a GPU: {NOT_MEASURED}."
 
 
 def _duration(hours: float) -> str:
@@ -446,16 +446,14 @@ def _duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
 
 
-def _speed_caption(rows: list[Row]) -> str:
-    environments = _unique(row.case["env_id"] for row in rows if row.benchmark == "whole update")
-    on = f" on {' and '.join(environments)}" if environments else ""
+def _speed_caption(updates: list[Row]) -> str:
+    environments = " and ".join(_unique(row.case["env_id"] for row in updates))
     return (
-        "Imagining: one batch, paper-sized residual MLP, H = 10, K = 128. Hours per million\n"
-        "environment steps = (time of one measured update / environment steps per update) x 10^6,\n"
-        f"an update{on} with its environment steps and denoiser updates;\n"
-        "evaluations, checkpoints and the faster prefill are left out. The released code's\n"
-        "computation is engine reference: the same arithmetic in plain PyTorch, float32. Factors\n"
-        "are rounded down."
+        "In brackets: times as fast as the released code's computation, the same arithmetic in\n"
+        "plain PyTorch (engine reference, float32), rounded down; `*`: one call, not a median.\n"
+        "Imagining: paper-sized residual MLP, H = 10, K = 128. A million steps: from the time of\n"
+        f"one measured update ({environments}) with its environment steps and\n"
+        "denoiser updates, without evaluations."
     )
 
 
@@ -484,22 +482,15 @@ def _fastest(rows: list[Row]) -> list[Row]:
     return [best[k] for k in sorted(best, key=lambda k: (order.index(k[0]), dtypes.index(k[1])))]
 
 
-def _beside_reference(row: Row, rows: list[Row], factor: float, unit: str) -> list[str]:
-    """Return cells: the row's time times `factor`, the reference engine's, times as fast."""
-    same = [
-        other
-        for other in rows
-        if other.case == row.case | {"engine": "reference"} and other.ms is not None
-    ]
-
-    def time(shown: Row) -> str:
-        value = shown.ms * factor
-        number = f"{value:.2g}" if value < 9.95 else f"{value:,.0f}"
-        return f"{number} {unit}{_mark(shown)}"
-
-    if not same:
-        return [time(row), NOT_MEASURED, ""]
-    return [time(row), time(same[0]), f"{_down(same[0].ms / row.ms)}x"]
+def _beside_reference(row: Row, rows: list[Row], value: float, unit: str) -> str:
+    """Return a cell: a row's value, and how many times as fast as the reference engine's it is."""
+    number = f"{value:.2g}" if value < 9.95 else f"{value:,.0f}"
+    for other in rows:
+        same = (other.machine, other.case) == (row.machine, row.case | {"engine": "reference"})
+        if same and other.ms is not None:
+            marked = _mark(row) or _mark(other)
+            return f"{number} {unit} ({_down(other.ms / row.ms)}x){marked}"
+    return f"{number} {unit}{_mark(row)}"
 
 
 def _samples(rows: list[Row]) -> str:
@@ -634,7 +625,7 @@ TABLES = {
         _quick_seeds_each, ("quick_seeds",), caption=_quick_seeds_each_caption
     ),
     "claims": _claims,
-    "speed": Table(_speed, ("sample", "whole update"), EVERYWHERE, _speed_caption),
+    "speed": _speed,
     "sampler_cpu": Table(_sampler_steps, ("sampler step",), caption=_sampler_steps_caption),
     "samples": Table(_samples, ("sample",), EVERYWHERE),
     "updates": Table(

@@ -495,7 +495,7 @@ def test_tables():
     assert tables["kernels"] == "On a CPU: not measured.\n\nOn a GPU: not measured."
     assert tables["updates"].endswith("\n\nOn a GPU: not measured.")
     assert "commit aaaaaaa" in tables["provenance"] and "driver 580" in tables["provenance"]
-    assert "- speed, sampler_cpu, samples, updates, environments: `pytest" in tables["provenance"]
+    assert "- sampler_cpu, samples, updates, environments: `pytest" in tables["provenance"]
     assert all("| --- |" not in report.build(name, []) for name in report.TABLES)
     smoke = [dataclasses.replace(row, smoke=True) for row in MEASURED]
     assert all(report.build(n, smoke) == report.build(n, []) for n in report.TABLES)
@@ -657,23 +657,33 @@ def test_the_table_for_users():
     ]
     table = report.build("speed", rows)
     lines = table.splitlines()
-    assert lines[4:8] == [
-        "| imagining 256 trajectories | float32 | 2.5 s | 5 s* | 2.0x |  |",
-        "| imagining 256 trajectories | bfloat16 | 25 s* | 5 s* | 0.2x |  |",
-        "| 1 M environment steps, preset default but 64 imagined trajectories instead of 1,024 "
-        "| float32 | 250 h | 325 h | 1.3x |  |",
-        "| 1 M environment steps, preset quick | float32 | 2.5 h | not measured |  "
-        "| 8,000 steps: 1.2 minutes |",
+    machine = rows[0].machine
+    assert lines == [
+        f"|  | {machine} |",
+        "| --- | --- |",
+        "| imagining 256 trajectories, float32 | 2.5 s (2.0x)* |",
+        "| imagining 256 trajectories, bfloat16 | 25 s (0.2x)* |",
+        "| 1 M environment steps, preset default with 64 imagined trajectories an update, float32 "
+        "| 250 h (1.3x) |",
+        "| 1 M environment steps, preset quick, float32 | 2.5 h |",
+        "| its own 8,000 steps | 1.2 minutes |",
+        *lines[7:],
     ]
-    assert lines[8] == "" and "On a GPU: not measured." in table
+    assert "Walker2d-v5 and InvertedPendulum-v5" in table
+    assert table.endswith("On a GPU: not measured.")
     whole = [*rows, updated("default", 1024, "torch", 36_000.0)]
-    line = "| 1 M environment steps, preset default | float32 | 2,500 h | not measured |  "
-    assert line + "| 1,000,000 steps: 104 days |" in report.build("speed", whole)
-    assert "instead of 1,024" not in report.build("speed", whole)
+    line = "| 1 M environment steps, preset default, float32 | 2,500 h |"
+    assert line in report.build("speed", whole)
+    assert "imagined trajectories an update" not in report.build("speed", whole)
     between = report.build("speed", [*rows, updated("default", 512, "torch", 7200.0)])
-    assert "but 512 imagined trajectories instead of 1,024 | float32 | 500 h |" in between
+    assert "with 512 imagined trajectories an update, float32 | 500 h |" in between
     faster = [*whole, updated("default", 1024, "triton", 18_000.0)]
-    assert "| float32 | 1,250 h |" in report.build("speed", faster)
+    assert "float32 | 1,250 h |" in report.build("speed", faster)
+    elsewhere = dataclasses.replace(rows[1], processor="Another", ms=1000.0)
+    both = report.build("speed", [*rows, elsewhere])
+    assert "| imagining 256 trajectories, float32 | 2.5 s (2.0x)* | 1 s |" in both
+    on_gpu = dataclasses.replace(rows[1], device="cuda", gpu="NVIDIA H200", ms=10.0)
+    assert "On a GPU: not measured" not in report.build("speed", [*rows, on_gpu])
 
 
 def seeded(env_id, seed, untrained, best, last, **changes) -> Row:

@@ -16,7 +16,7 @@ from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.reference.residual_mlp import fold_normalizer
 from polygrad_fast.sampling.components import call_denoiser
 from polygrad_fast.sampling.linear import LinearOps, Weight
-from polygrad_fast.structure import change
+from polygrad_fast.structure import change, parts
 
 LOG2_E = math.log2(math.e)
 ROWS_PER_THREAD = 256
@@ -250,8 +250,7 @@ def why_foreign(module) -> str | None:
         return f"is a {kind.__name__} with another forward"
     found = change(module, module.built)
     if found is None and kind is GaussianPolicy:  # whose gradient `update_states` follows
-        parts = module.modules()
-        if any(part._backward_hooks or part._backward_pre_hooks for part in parts):
+        if any(part._backward_hooks or part._backward_pre_hooks for part in parts(module)):
             found = "has a backward hook"
     return found
 

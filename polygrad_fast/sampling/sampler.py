@@ -31,6 +31,7 @@ from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
 from polygrad_fast.schedule import NoiseSchedule
+from polygrad_fast.structure import parts
 
 ENGINES = ("auto", "reference", "torch", "triton")
 
@@ -318,14 +319,14 @@ def _check_modules(
 def _structure(components: SamplerComponents) -> tuple:
     """Return what an engine was built for: it folds the very parts that are there, and fixes the
     policy's two settings in its graphs."""
-    foreign, parts, settings = [], [], ()
+    foreign, folded, settings = [], [], ()
     for module in (components.denoiser, components.policy):
         foreign.append(why_foreign(module) is not None)
         if not foreign[-1]:
-            parts += module.modules()
+            folded += parts(module)
             if isinstance(module, GaussianPolicy):
                 settings = module.min_std, module.normed_inputs
-    return foreign, parts, settings
+    return foreign, folded, settings
 
 
 def _as_tensor(value: Any, name: str) -> Tensor:

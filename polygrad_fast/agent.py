@@ -35,7 +35,7 @@ from polygrad_fast.evaluation.returns import EpisodeStatistics, evaluate_policy
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.profiling import annotate
-from polygrad_fast.protocols import check_denoiser, check_policy, check_trainable
+from polygrad_fast.protocols import check_denoiser, check_policy
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
 from polygrad_fast.schedule import NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
@@ -200,9 +200,10 @@ class PolyGRAD:
 
     def _check_own_denoiser(self, denoiser: torch.nn.Module) -> None:
         """Raise InputError unless this is a denoiser for the environment and configuration."""
-        check_trainable("denoiser", denoiser)
-        denoiser.to(self.device)
-        check_denoiser(denoiser, self.config.schedule.num_train_timesteps, self.device)
+        if isinstance(denoiser, torch.nn.Module):
+            denoiser.to(self.device)
+        num_steps = self.config.schedule.num_train_timesteps
+        check_denoiser(denoiser, num_steps, self.device, trained=True)
         for name, wanted in (
             ("observation_dim", self.environment.observation_dim),
             ("action_dim", self.environment.action_dim),
@@ -217,11 +218,11 @@ class PolyGRAD:
 
     def _check_own_policy(self, policy: torch.nn.Module) -> None:
         """Raise InputError unless this is a policy for the environment that can be trained."""
-        check_trainable("policy", policy)
-        policy.to(self.device)
+        if isinstance(policy, torch.nn.Module):
+            policy.to(self.device)
         shapes = (), (3,), (2, self.config.horizon)  # as it acts, evaluates and imagines
         action_dim = self.environment.action_dim
-        check_policy(policy, self.normalizer, action_dim, shapes, self.device)
+        check_policy(policy, self.normalizer, action_dim, shapes, self.device, trained=True)
 
     @property
     def policy(self) -> torch.nn.Module:

@@ -7,8 +7,9 @@ diffusion steps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -97,14 +98,20 @@ def check_normalizer(normalizer: Any) -> None:
         )
 
 
-def check_denoiser(denoiser: Any, num_train_timesteps: int, device: torch.device) -> None:
+def check_denoiser(
+    denoiser: Any, num_train_timesteps: int, device: torch.device, trained: bool = False
+) -> None:
     """Call a denoiser once and raise InputError unless it is a `Denoiser`.
 
     The call changes neither buffers nor the global random numbers.
 
     Args:
         num_train_timesteps: K. device: where the denoiser computes.
+        trained: whether it is to be trained: then it must be a module of float32 weights, and is
+            differentiated once.
     """
+    if trained:
+        check_trainable("denoiser", denoiser)
     name = f"denoiser {_kind(denoiser)}"
     if not callable(denoiser):
         raise InputError(f"{name} must be callable as denoiser(trajectory, actions, timesteps)")
@@ -131,8 +138,16 @@ def check_denoiser(denoiser: Any, num_train_timesteps: int, device: torch.device
     )
     timesteps = torch.full((batch,), num_train_timesteps - 1, device=device)
     call = f"denoiser(trajectory {list(wanted)}, actions {list(actions.shape)}, timesteps)"
-    prediction = _dry_call(denoiser, name, call, denoiser, trajectory, actions, timesteps)
+
+    def predict() -> Any:
+        return denoiser(trajectory.clone(), actions.clone(), timesteps.clone())
+
+    prediction = _dry_call(denoiser, name, call, device, predict)
     _check_result(prediction, wanted, f"{name}, called as {call},", "a prediction")
+    if trained:
+        _check_float32(denoiser, name)
+        check = functools.partial(_check_gradient, denoiser, lambda: (predict(),))
+        _dry_call(denoiser, name, call, device, check, gradients=True)
 
 
 def check_policy(
@@ -141,6 +156,7 @@ def check_policy(
     action_dim: int,
     shapes: tuple[tuple[int, ...], ...],
     device: torch.device,
+    trained: bool = False,
 ) -> None:
     """Call a policy once per shape and raise InputError unless it is a `Policy`.
 
@@ -150,7 +166,11 @@ def check_policy(
         normalizer: whose observations it reads. action_dim: A.
         shapes: the axes before S to call it with, for instance [(4,), (2, 10)].
         device: where the policy computes.
+        trained: whether it is to be trained: then it must be a module of float32 weights, and is
+            differentiated once.
     """
+    if trained:
+        check_trainable("policy", policy)
     name = f"policy {_kind(policy)}"
     normed = reads_normalized(policy)
     method, space = ("policy.distribution", "normalized ") if normed else ("policy", "")
@@ -172,7 +192,8 @@ def check_policy(
         if not normed:
             inputs = normalizer.unnormalize(inputs, "observations")
         call = f"{method}({space}observations {list(inputs.shape)})"
-        result = _dry_call(policy, name, call, function, inputs)
+        moments = functools.partial(lambda inputs: function(inputs.clone()), inputs)
+        result = _dry_call(policy, name, call, device, moments)
         what = f"{name}, called as {call},"
         if not (isinstance(result, (tuple, list)) and len(result) == 2):
             raise InputError(f"{what} returned {_kind(result)}, wanted the pair (mean, std)")
@@ -184,6 +205,10 @@ def check_policy(
                 f"{what} returned an std of {std.min().item():.3g} to {std.max().item():.3g}, "
                 f"wanted positive finite numbers"
             )
+    if trained:
+        _check_float32(policy, name)
+        check = functools.partial(_check_gradient, policy, moments)
+        _dry_call(policy, name, call, device, check, gradients=True)
 
 
 def check_trainable(name: str, module: Any) -> None:
@@ -222,24 +247,41 @@ def passes_by_forward(policy: Any) -> bool:
     return bool(hooked or replaced or depth("forward") < depth("distribution"))
 
 
+def _check_float32(module: nn.Module, name: str) -> None:
+    for key, weight in module.named_parameters():
+        if weight.dtype != torch.float32:
+            raise InputError(f"{name} has {key} in {weight.dtype}, training wants torch.float32")
+
+
+def _check_gradient(module: nn.Module, outputs: Callable[[], Iterable[Tensor]]) -> None:
+    """Raise an error unless the outputs' gradient reaches a weight; leave `grad` as it is."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    total = sum(output.sum() for output in outputs())
+    gradients = torch.autograd.grad(total, weights, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise RuntimeError("no weight has a gradient")
+
+
 def _check_weights(module: Any, name: str) -> None:
     if isinstance(module, nn.Module) and any(map(is_lazy, module.parameters())):
         raise InputError(f"{name} has weights without a shape yet (lazy layers): call it once")
 
 
-def _dry_call(owner: Any, name: str, call: str, function: Callable, *inputs: Tensor) -> Any:
-    device = inputs[0].device
+def _dry_call(
+    owner: Any, name: str, call: str, device: torch.device, function: Callable, gradients=False
+) -> Any:
     try:
         with (
             _unchanged(owner, device),
             torch.inference_mode(False),
-            torch.no_grad(),
+            torch.set_grad_enabled(gradients),
             torch.autocast(device.type, enabled=False),
         ):
-            return function(*inputs)
+            return function()
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{name}, called as {call}, failed: {reason}") from error
+        failed = "cannot be differentiated" if gradients else "failed"
+        raise InputError(f"{name}, called as {call}, {failed}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -173,6 +173,20 @@ def test_what_a_run_of_own_modules_needs(tmp_path, capsys):
         pg.PolyGRAD.load(tmp_path / "plain", policy=own["policy"])
 
 
+class Overwritten(OwnDenoiser):
+    """Destroys what its backward pass needs."""
+
+    def forward(self, trajectory, actions, timesteps):
+        prediction = super().forward(trajectory, actions, timesteps).exp()
+        prediction.detach().zero_()
+        return prediction
+
+
+class Detached(OwnPolicy):
+    def forward(self, observations):
+        return tuple(part.detach() for part in super().forward(observations))
+
+
 class NoCopy(OwnDenoiser):
     def __deepcopy__(self, memo):
         raise TypeError("holds a socket")
@@ -194,6 +208,9 @@ class NoCopy(OwnDenoiser):
         ({"policy": OwnPolicy(action_dim=2)}, r"a mean of shape \[2\], wanted \[1\]"),
         ({"policy": OwnDenoiser()}, "policy OwnDenoiser, called as .* failed"),
         ({"policy": lambda o: (o, o)}, "policy <lambda> cannot be trained, wanted a torch.nn.Mod"),
+        ({"denoiser": OwnDenoiser().double()}, "in torch.float64, training wants torch.float32"),
+        ({"denoiser": Overwritten()}, "Overwritten, .* cannot be differentiated: .*inplace"),
+        ({"policy": Detached()}, "policy Detached, called as .* cannot be differentiated"),
     ],
 )
 def test_modules_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, own, message):

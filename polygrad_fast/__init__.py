@@ -8,6 +8,7 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
+from polygrad_fast.protocols import Denoiser, Policy
 from polygrad_fast.sampling import PolicyGuidedSampler, SampleNoise, TrajectoryBatch
 from polygrad_fast.schedule import NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
@@ -16,11 +17,13 @@ __all__ = [
     "A2CConfig",
     "ActorCritic",
     "CheckpointError",
+    "Denoiser",
     "GaussianPolicy",
     "InputError",
     "NoiseSchedule",
     "NonFiniteError",
     "Normalizer",
+    "Policy",
     "PolicyGuidedSampler",
     "PolyGRAD",
     "ResidualMLPDenoiser",

@@ -35,6 +35,7 @@ from polygrad_fast.evaluation.returns import EpisodeStatistics, evaluate_policy
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.profiling import annotate
+from polygrad_fast.protocols import check_denoiser, check_policy
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
 from polygrad_fast.schedule import NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
@@ -71,6 +72,15 @@ class PolyGRAD:
         config: a full configuration instead of a preset.
         run_dir: where metrics, checkpoints and versions go; None: nothing is written.
         tensorboard: also write TensorBoard events to `run_dir`; needs the extra `tensorboard`.
+        denoiser: a network of your own instead of the configured one, a module that is a
+            `polygrad_fast.Denoiser` for `config.horizon`. It is moved to the device and trained in
+            place, in the mode it is in; what imagines is its averaged copy, in evaluation mode. Of
+            `config.denoiser` only the options of training apply.
+        policy: a policy of your own, a module that is a `polygrad_fast.Policy` for actions in
+            `action_scaler`'s units ([-1, 1] with `config.rescale_actions`). It is trained in place
+            and acts and imagines in the mode it is in. Of `config.policy` the sizes of the value
+            function and `normed_inputs`, for it, apply; `a2c.saturation_coef` above 0 needs
+            GaussianPolicy's `network` and `squash`.
 
     Attributes:
         num_timesteps: environment steps taken so far, the prefill included.
@@ -78,7 +88,7 @@ class PolyGRAD:
 
     Raises:
         InputError: unknown environment or preset, unsuitable spaces, a device that is not there,
-            or a `run_dir` that holds another run.
+            an own module that cannot be used, or a `run_dir` that holds another run.
     """
 
     def __init__(
@@ -86,10 +96,12 @@ class PolyGRAD:
         env: str | gymnasium.Env | Callable[[], gymnasium.Env],
         preset: str = "default",
         seed: int = 0,
-        device: str | torch.device = "auto",
+        device: str | torch.device | None = "auto",
         config: TrainConfig | None = None,
         run_dir: str | Path | None = None,
         tensorboard: bool = False,
+        denoiser: torch.nn.Module | None = None,
+        policy: torch.nn.Module | None = None,
     ):
         self._env_source = env
         environment = _make(env)
@@ -123,23 +135,39 @@ class PolyGRAD:
         self.normalizer = Normalizer(observation_dim, action_dim).to(self.device)
         num_steps = c.schedule.num_train_timesteps
         schedule = NoiseSchedule.cosine(num_steps, c.schedule.tau).to(self.device)
-        denoiser = build_denoiser(c.denoiser, observation_dim, action_dim, c.horizon, num_steps)
+        own = {"denoiser": denoiser, "policy": policy}
+        self._own_modules = {
+            name: f"{type(module).__module__}.{type(module).__qualname__}"
+            for name, module in own.items()
+            if module is not None
+        }
+        if denoiser is None:
+            denoiser = build_denoiser(c.denoiser, observation_dim, action_dim, c.horizon, num_steps)
+        else:
+            self._check_own_denoiser(denoiser)
         self.denoiser_trainer = DenoiserTrainer(
             denoiser.to(self.device), schedule, c.denoiser, c.sampler
         )
-        policy = GaussianPolicy(
-            observation_dim,
-            action_dim,
-            c.policy.hidden_dim,
-            c.policy.num_layers,
-            c.policy.init_std,
-            c.policy.min_std,
-            c.policy.normed_inputs,
-            self.normalizer,
-        )
+        if policy is None:
+            policy = GaussianPolicy(
+                observation_dim,
+                action_dim,
+                c.policy.hidden_dim,
+                c.policy.num_layers,
+                c.policy.init_std,
+                c.policy.min_std,
+                c.policy.normed_inputs,
+                self.normalizer,
+            )
+        else:
+            self._check_own_policy(policy)
         value_function = ValueFunction(observation_dim, c.policy.hidden_dim, c.policy.num_layers)
         self.actor_critic = ActorCritic(
-            policy.to(self.device), value_function.to(self.device), self.normalizer, c.a2c
+            policy.to(self.device),
+            value_function.to(self.device),
+            self.normalizer,
+            c.a2c,
+            c.policy.normed_inputs,
         )
         self.guidance = GuidanceTuner(c.guidance)
         self.sampler = PolicyGuidedSampler(
@@ -174,8 +202,34 @@ class PolyGRAD:
         if run_dir is not None:
             self._open_run_dir(Path(run_dir))
 
+    def _check_own_denoiser(self, denoiser: torch.nn.Module) -> None:
+        """Raise InputError unless this is a denoiser for the environment and configuration."""
+        if isinstance(denoiser, torch.nn.Module):
+            denoiser.to(self.device)
+        num_steps = self.config.schedule.num_train_timesteps
+        check_denoiser(denoiser, num_steps, self.device, trained=True)
+        for name, wanted in (
+            ("observation_dim", self.environment.observation_dim),
+            ("action_dim", self.environment.action_dim),
+            ("horizon", self.config.horizon),
+        ):
+            got = getattr(denoiser, name)
+            if got != wanted:
+                source = "config" if name == "horizon" else f"environment {self.env_id}"
+                raise InputError(
+                    f"denoiser {type(denoiser).__name__} has {name} {got}, the {source} {wanted}"
+                )
+
+    def _check_own_policy(self, policy: torch.nn.Module) -> None:
+        """Raise InputError unless this is a policy for the environment that can be trained."""
+        if isinstance(policy, torch.nn.Module):
+            policy.to(self.device)
+        shapes = (), (3,), (2, self.config.horizon)  # as it acts, evaluates and imagines
+        action_dim = self.environment.action_dim
+        check_policy(policy, self.normalizer, action_dim, shapes, self.device, trained=True)
+
     @property
-    def policy(self) -> GaussianPolicy:
+    def policy(self) -> torch.nn.Module:
         """The current policy."""
         return self.actor_critic.policy
 
@@ -371,7 +425,7 @@ class PolyGRAD:
 
     @torch.no_grad()
     def _act(self, observation: np.ndarray) -> np.ndarray:
-        moments = self.policy(torch.from_numpy(observation).to(self.device))
+        moments = self.policy(torch.tensor(observation, device=self.device))
         mean, std = torch.stack(moments).cpu()
         noise = torch.randn(mean.shape, generator=self._acting_generator)
         action = (mean + std * noise).numpy()
@@ -536,6 +590,7 @@ class PolyGRAD:
             "preset": self.preset,
             "seed": self.seed,
             "num_timesteps": self.num_timesteps,
+            "own_modules": self._own_modules,
             "config": dataclasses.asdict(self.config),
         }
 
@@ -644,9 +699,11 @@ class PolyGRAD:
         cls,
         path: str | Path,
         env: str | gymnasium.Env | Callable[[], gymnasium.Env] | None = None,
-        device: str | torch.device = "auto",
+        device: str | torch.device | None = "auto",
         checkpoint: str = "last",
         tensorboard: bool = False,
+        denoiser: torch.nn.Module | None = None,
+        policy: torch.nn.Module | None = None,
     ) -> PolyGRAD:
         """Load an agent from `save`'s directory or from a run directory.
 
@@ -657,8 +714,11 @@ class PolyGRAD:
             checkpoint: of a run directory, "last" or "best" (best evaluated; its weights only, so
                 it can act, but not continue training).
             tensorboard: as in the constructor.
+            denoiser, policy: modules of the same structure where the agent was made with own ones;
+                their weights are overwritten.
 
         Raises:
+            InputError: an own module is missing, or one is given where the agent has none.
             CheckpointError: nothing there, a damaged checkpoint, or one of another configuration.
         """
         path = Path(path)
@@ -667,13 +727,13 @@ class PolyGRAD:
         if not path.is_dir():
             raise CheckpointError(f"{path} does not exist, wanted a run or checkpoint directory")
         if not (path / "config.json").exists():
-            return cls._from_checkpoint(path, env, device)
+            return cls._from_checkpoint(path, env, device, own=(denoiser, policy))
         stored = read_run_config(path)
         manager = CheckpointManager(path)
         found = manager.best() if checkpoint == "best" else manager.latest()
         if found is None:
             raise CheckpointError(f"{path} has no {checkpoint} checkpoint yet")
-        agent = cls._from_checkpoint(found, env, device, stored)
+        agent = cls._from_checkpoint(found, env, device, stored, (denoiser, policy))
         if checkpoint == "last":
             agent._attach(path, tensorboard)
         return agent
@@ -683,8 +743,10 @@ class PolyGRAD:
         cls,
         run_dir: str | Path,
         env: str | gymnasium.Env | Callable[[], gymnasium.Env] | None = None,
-        device: str | torch.device = "auto",
+        device: str | torch.device | None = "auto",
         tensorboard: bool = False,
+        denoiser: torch.nn.Module | None = None,
+        policy: torch.nn.Module | None = None,
     ) -> PolyGRAD:
         """Load a run to continue it; a run killed before its first checkpoint starts anew.
 
@@ -696,29 +758,47 @@ class PolyGRAD:
         run_dir = Path(run_dir)
         stored = read_run_config(run_dir)
         if CheckpointManager(run_dir).latest() is not None:
-            return cls.load(run_dir, env, device, tensorboard=tensorboard)
-        agent = cls._from_metadata(stored, env, device)
+            return cls.load(
+                run_dir, env, device, tensorboard=tensorboard, denoiser=denoiser, policy=policy
+            )
+        agent = cls._from_metadata(stored, env, device, denoiser, policy)
         agent._attach(run_dir, tensorboard)
         return agent
 
     @classmethod
-    def _from_metadata(cls, metadata: dict[str, Any], env, device) -> PolyGRAD:
+    def _from_metadata(
+        cls, metadata: dict[str, Any], env, device, denoiser=None, policy=None
+    ) -> PolyGRAD:
         if env is None and not metadata["env_given_by_id"]:
             raise InputError(
                 f"this agent was trained on an environment given as an object or a function "
                 f"({metadata['env_id']}): give the environment as env="
             )
+        trained = metadata.get("own_modules", {})
+        for name, module in (("denoiser", denoiser), ("policy", policy)):
+            if name in trained and module is None:
+                raise InputError(
+                    f"this agent was trained with an own {name}, {trained[name]}: load it in "
+                    f"Python and give such a module as {name}="
+                )
+            if module is not None and name not in trained:
+                raise InputError(
+                    f"this agent was trained with its built-in {name}, got {name}="
+                    f"{type(module).__name__}; wanted none"
+                )
         return cls(
             metadata["env_id"] if env is None else env,
             metadata["preset"],
             metadata["seed"],
             device,
             from_dict(metadata["config"]),
+            denoiser=denoiser,
+            policy=policy,
         )
 
     @classmethod
     def _from_checkpoint(
-        cls, path: Path, env, device, wanted: dict[str, Any] | None = None
+        cls, path: Path, env, device, wanted: dict[str, Any] | None = None, own=(None, None)
     ) -> PolyGRAD:
         """Load one checkpoint; where `wanted` is given, its configuration must be that."""
         weights, state, metadata = load_checkpoint(path)
@@ -730,7 +810,7 @@ class PolyGRAD:
                         f"checkpoint {path} is of another configuration: {name} is "
                         f"{difference(got, comparable(wanted[name]))} of the run"
                     )
-        agent = cls._from_metadata(metadata, env, device)
+        agent = cls._from_metadata(metadata, env, device, *own)
         agent._load_weights(weights)
         agent.num_timesteps = metadata["num_timesteps"]
         agent._can_learn = state is not None
@@ -791,13 +871,13 @@ def _make(
     return make_environment(env, render_mode)
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(
             f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error

@@ -139,6 +139,26 @@ class SamplerConfig(_Options):
         return _replace(config, overrides)
 
 
+_CHOICES = {
+    name: typing.get_args(hint)
+    for name, hint in typing.get_type_hints(SamplerConfig).items()
+    if typing.get_origin(hint) is Literal
+}
+
+
+def check_choices(config: Any) -> None:
+    """Raise InputError where an option of `SamplerConfig` that has names for values holds another
+    one; `config` need not have all of them.
+
+    A configuration is checked when it is built. This is for code that branches on the names, so
+    that none falls through to the last branch.
+    """
+    for name, known in _CHOICES.items():
+        value = getattr(config, name, known[0])
+        if value not in known:
+            raise InputError(f"SamplerConfig.{name} must be one of {list(known)}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class ScheduleConfig(_Options):
     """Diffusion process (table 4)."""

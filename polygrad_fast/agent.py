@@ -176,7 +176,7 @@ class PolyGRAD:
         self._action: np.ndarray | None = None  # drawn, but not taken yet
         self._begun: dict[str, int] | None = None  # updates left of a step whose row is missing
         self._consistent = True  # whether training can go on from the state as it is
-        self._environment_in_doubt = False
+        self._environment_state: dict[str, Any] | None = None  # to restore after an error
         self._locked = False
         self._evaluation_environments = [self.make_evaluation_environment()]
         self._stop_requested = False
@@ -346,7 +346,8 @@ class PolyGRAD:
     def _explained(self, error: BaseException) -> BaseException:
         """Save the state if it is one to continue from; return the error with the step and the
         last checkpoint in it, or in its notes."""
-        self._environment_in_doubt = True
+        if self._environment_state is None:
+            self._environment_state = self.environment.state_dict()
         at_once = isinstance(error, KeyboardInterrupt) and self._stop_requested
         if self._consistent and self.num_timesteps > 0 and not at_once:
             # where saving itself fails, the last checkpoint is an older one
@@ -394,10 +395,10 @@ class PolyGRAD:
         self._consistent = True
 
     def _restore_environment(self) -> None:
-        """Make the environment one in which a step can be taken."""
-        if self._environment_in_doubt and self.environment.running:
-            self._load_environment(self.environment.state_dict())
-        self._environment_in_doubt = False
+        """Make the environment one in which a step can be taken, also after an error in it."""
+        if self._environment_state is not None:
+            self._load_environment(self._environment_state)
+            self._environment_state = None
         if not self.environment.running:
             self.environment.reset()
 
@@ -755,7 +756,7 @@ class PolyGRAD:
             "denoiser_trainer": self.denoiser_trainer.state_dict(),
             "actor_critic": self.actor_critic.state_dict(),
             "replay": self.replay.state_dict(),
-            "environment": self.environment.state_dict(),
+            "environment": self._environment_state or self.environment.state_dict(),
             "device_type": self.device.type,
             "generator": self.generator.get_state(),
             "acting_generator": self._acting_generator.get_state(),
@@ -862,7 +863,8 @@ class PolyGRAD:
         found = manager.best() if checkpoint == "best" else manager.latest()
         if found is None:
             damage = "; ".join(manager.damage(checkpoint))
-            why = f" that can be used: {damage}" if damage else " yet"
+            gone = checkpoint == "last" and manager.has_saved()
+            why = f" that can be used: {damage}" if damage else " any more" if gone else " yet"
             raise CheckpointError(f"{path} has no {checkpoint} checkpoint{why}")
         agent = cls._from_checkpoint(found, env, device, read_run_config(path))
         if checkpoint == "last":

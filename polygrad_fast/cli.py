@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
 import re
@@ -145,6 +146,11 @@ def _fail(message: str, code: int) -> int:
 
 def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Bench:
     """Parse with tyro; its boxed messages become one line."""
+    names = ("train", "evaluate", "sample", "bench")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        close = difflib.get_close_matches(arguments[0], names, n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise InputError(f"unknown command {arguments[0]!r}, wanted {', '.join(names)}{hint}")
     defaults = _train_defaults(arguments)
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
@@ -222,19 +228,22 @@ def _check_same_run(command: Train, stored: Train) -> None:
 
 
 def _first_sentence(boxed: str) -> str:
-    """Return the message in tyro's box with its suggestion, without the frame and the help text."""
+    """Return the message in tyro's box with its suggestion, without title, frame and help text.
+
+    The box is drawn in ASCII where the output's encoding is not UTF-8.
+    """
     parts: list[list[str]] = [[]]
-    for line in boxed.splitlines():
+    for line in boxed.strip().splitlines()[1:]:
         text = re.sub(r"[│╭╮╰╯]", "", line).strip(" ─")
-        if "───" in line and parts[-1]:
-            parts.append([])
-        if text and not line.startswith("╭"):
+        if re.search("───|^ *---+ *$", line):
+            parts += [[]] if parts[-1] else []
+        elif text:
             parts[-1].append(text)
     message = " ".join(parts[0]).replace("Error parsing __tyro-dummy-inner__.", "")
     for part in parts[1:]:
         options = [word for line in part for word in line.split() if word.startswith("--")]
         if part and part[0].startswith("Perhaps you meant") and options:
-            message += f", did you mean {options[0]}?"
+            message = f"{message.rstrip('.')}, did you mean {options[0]}?"
     return message or "the arguments cannot be read, see --help"
 
 

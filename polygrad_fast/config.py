@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,12 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _plain(value: Any) -> Any:
+    """Return a numpy scalar as the Python value it holds, which JSON can express."""
+    is_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_scalar else value
+
+
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {list(typing.get_args(hint))}"
@@ -36,10 +43,12 @@ def _describe(hint: Any) -> str:
 
 
 class _Options:
-    """Check every option's type when a configuration is built, then its range."""
+    """Check every option's type when a configuration is built, then its range; numpy's numbers are
+    stored as Python's."""
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _plain(getattr(self, name)))
             self._check(_matches(getattr(self, name), hint), name, _describe(hint))
         self._check_ranges()
 
@@ -406,6 +415,11 @@ class TrainConfig(_Options):
             "keep_checkpoints",
         )
         self._check(self.horizon >= 2, "horizon", "at least 2 to train (A2C needs a next value)")
+        self._check(
+            self.learning_starts >= self.horizon,
+            "learning_starts",
+            f"at least the horizon, {self.horizon} (training needs a whole window)",
+        )
         self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
         self._check_positive("cpu_threads")
 
@@ -441,11 +455,9 @@ class TrainConfig(_Options):
         Raises:
             InputError: unknown preset.
         """
-        try:
-            build = PRESETS[name]
-        except KeyError:
-            raise InputError(f"unknown preset {name!r}, wanted one of {list(PRESETS)}") from None
-        return build(env_id)
+        if not isinstance(name, str) or name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}, wanted one of {list(PRESETS)}")
+        return PRESETS[name](env_id)
 
 
 def _replace(config: Any, overrides: dict[str, Any]) -> Any:
@@ -567,9 +579,11 @@ def from_dict(data: dict[str, Any], cls: type = TrainConfig) -> Any:
     if not isinstance(data, dict):
         raise InputError(f"{cls.__name__} must be a dictionary of options, got {data!r}")
     hints = typing.get_type_hints(cls)
-    unknown = set(data) - set(hints)
+    unknown = sorted(set(data) - set(hints), key=str)
     if unknown:
-        raise InputError(f"{cls.__name__} has no option {min(unknown)!r}, got {sorted(data)}")
+        close = difflib.get_close_matches(str(unknown[0]), hints, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"{cls.__name__} has no option {unknown[0]!r}{hint}")
     values = {
         name: from_dict(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else value
         for name, value in data.items()

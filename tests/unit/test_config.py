@@ -3,6 +3,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 import polygrad_fast as pg
@@ -328,3 +329,33 @@ def test_configurations_are_frozen_and_hashable(cls):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, field.name, None)
     assert hash(config) == hash(cls())
+
+
+def test_numpy_numbers_are_stored_as_python_numbers():
+    a2c = pg.A2CConfig(gamma=np.float32(0.5), line_search_max_steps=np.int64(7))
+    config = pg.TrainConfig(a2c=a2c, horizon=np.uint8(4), rescale_actions=np.bool_(False))
+    values = (config.a2c.gamma, config.a2c.line_search_max_steps, config.horizon)
+    assert [type(value) for value in values] == [float, int, int] and values == (0.5, 7, 4)
+    assert config.rescale_actions is False
+    assert c.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    with pytest.raises(pg.InputError, match="gamma must be in"):
+        pg.A2CConfig(gamma=np.float64(2))
+    with pytest.raises(pg.InputError, match="horizon must be an integer"):
+        pg.TrainConfig(horizon=np.float64(4))
+
+
+def test_the_prefill_holds_a_window():
+    with pytest.raises(
+        pg.InputError, match="learning_starts must be at least the horizon, 10 .*got 9"
+    ):
+        pg.TrainConfig(learning_starts=9)
+    assert pg.TrainConfig(learning_starts=10).learning_starts == 10
+
+
+def test_an_unknown_option_is_named_with_the_one_meant():
+    with pytest.raises(
+        pg.InputError, match="A2CConfig has no option 'gama', did you mean 'gamma'\\?$"
+    ):
+        c.from_dict({"a2c": {"gama": 1.0}})
+    with pytest.raises(pg.InputError, match="TrainConfig has no option 'xyzzy'$"):
+        c.from_dict({"xyzzy": 1})

@@ -18,6 +18,21 @@ def test_tables_are_those_of_the_stored_rows(path):
     assert report.stale_tables((ROOT / path).read_text(), ROWS) == []
 
 
+def test_the_code_runs(tmp_path, monkeypatch):
+    """Every block of Python, one after the other, with fewer steps and episodes."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        for size, smaller in (("8_000", "60"), ("2_000", "60"), ("=100)", "=2)"), ("1024", "8")):
+            block = block.replace(size, smaller)
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["batch"].observations.shape == (8, 10, 17)
+    own = names["pg"].PolyGRAD("Pendulum-v1", preset="quick", denoiser=names["Denoiser"](3, 1, 10))
+    assert own.learn(30).num_timesteps == 30
+
+
 def test_every_table_is_shown():
     text = (ROOT / "benchmarks" / "README.md").read_text()
     assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(report.TABLES)

@@ -171,11 +171,12 @@ def policy_at(policy, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def test_prefill_draws_from_the_action_space_and_stores_the_policys_units(rescale):
     agent, (env, *_) = make_agent(learning_starts=50, rescale_actions=rescale)
     space = copy.deepcopy(env.action_space)
-    agent.learn(50)
-    drawn = np.array([space.sample() for _ in range(50)], dtype=np.float64)
-    assert env.column("action") == pytest.approx(drawn, abs=1e-5)
+    agent.learn(55)
+    drawn = np.array([space.sample() for _ in range(55)], dtype=np.float64)
+    assert env.column("action")[:50] == pytest.approx(drawn[:50], abs=1e-5)
     wanted = 2 * (drawn - LOW) / (HIGH - LOW) - 1 if rescale else drawn
-    assert replay_rows(agent)[:, 2:4] == pytest.approx(wanted, abs=1e-5)
+    assert replay_rows(agent)[:50, 2:4] == pytest.approx(wanted[:50], abs=1e-5)
+    assert (np.abs(env.column("action") - drawn)[50:] > 1e-3).all()  # the policy's
 
 
 def test_a_step_is_stored_with_its_own_observation_reward_and_terminal_flag():
@@ -190,6 +191,30 @@ def test_a_step_is_stored_with_its_own_observation_reward_and_terminal_flag():
     assert rows[:, 4] == pytest.approx(env.column("reward"))
     assert np.array_equal(rows[:, 5], terminals[:45])
     assert agent.replay.num_episodes == 11  # the truncated ones too
+
+
+def test_only_the_newest_steps_are_kept_and_imagined_from():
+    agent, (env, *_) = make_agent(replay_capacity=20)
+    agent.learn(50)
+    kept = env.column("observation")[-20:]
+    assert np.array_equal(replay_rows(agent)[:, :2], kept)
+    starts = agent.imagine(300).observations[:, 0]
+    assert {tuple(row) for row in starts.tolist()} <= {tuple(row) for row in kept.tolist()}
+
+
+def test_an_episode_that_cannot_be_restored_ends_in_the_replay_buffer(tmp_path):
+    agent, _ = make_agent()
+    agent.learn(14)  # two steps into an episode of six
+    agent.save(tmp_path / "saved")
+    # the number of the episode is the environment's memory, so that a new one starts
+    with pytest.warns(UserWarning, match="not deterministic"):
+        loaded = pg.PolyGRAD.load(tmp_path / "saved", env=Line, device="cpu")
+    assert agent.replay.num_episodes == 3 and loaded.replay.num_episodes == 4
+    windows = loaded.replay.num_windows
+    loaded.learn(2)
+    assert loaded.replay.num_windows == windows  # two steps are no window, whatever came before
+    loaded.learn(1)
+    assert loaded.replay.num_windows == windows + 1
 
 
 def acting_only(**options):
@@ -227,6 +252,21 @@ def test_without_rescaling_the_policy_speaks_the_environments_units():
     assert env.column("action")[10:] == pytest.approx(np.clip(raw[:, 2:4], LOW, HIGH), abs=1e-5)
     _, _, rows = acting_only(rescale_actions=False, sampler=dict(denoiser_actions="clipped"))
     assert rows[:, 2:4] == pytest.approx(np.clip(raw[:, 2:4], LOW, HIGH))
+
+
+@pytest.mark.parametrize("normed_inputs", [True, False])
+def test_policy_and_critic_are_the_configured_ones(normed_inputs):
+    options = dict(hidden_dim=12, num_layers=1, init_std=0.7, min_std=0.2)
+    agent, _ = make_agent(policy=dict(normed_inputs=normed_inputs, **options))
+    agent.learn(10)
+    own = pg.GaussianPolicy(2, 2, 12, 1, 0.7, 0.2, normed_inputs, agent.normalizer)
+    own.load_state_dict(agent.policy.state_dict())
+    observations = replay_rows(agent)[:, :2]
+    for got, wanted in zip(
+        policy_at(agent.policy, observations), policy_at(own, observations), strict=True
+    ):
+        assert got == pytest.approx(wanted)
+    pg.ValueFunction(2, 12, 1).load_state_dict(agent.actor_critic.value_function.state_dict())
 
 
 # The denoiser
@@ -370,8 +410,9 @@ def test_imagination_clips_at_the_bounds_of_the_policys_space(rescale, low, high
     hook = agent.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     agent.imagine(300)
     hook.remove()
+    actions = next(actions for _, actions, _ in seen if len(actions) == 300)
     first_scale = pg.NoiseSchedule.cosine(4, 0.5).alphas_cumprod[-1].sqrt()
-    raw = agent.normalizer.unnormalize(seen[0][1] / first_scale, "actions").flatten(0, 1)
+    raw = agent.normalizer.unnormalize(actions / first_scale, "actions").flatten(0, 1)
     assert raw.amin(0).numpy() == pytest.approx(np.broadcast_to(low, 2), abs=1e-3)
     assert raw.amax(0).numpy() == pytest.approx(np.broadcast_to(high, 2), abs=1e-3)
 
@@ -433,6 +474,22 @@ def test_a2c_reads_terminals_as_flags_and_the_progress(monkeypatch):
         assert update.progress == pytest.approx(step / 20)
     agent.learn(20)  # what is annealed ends with the last call
     assert [update.progress for update in updates[10:]] == pytest.approx(np.arange(21, 41) / 40)
+
+
+@pytest.mark.parametrize("field", ["observations", "actions", "rewards", "terminals"])
+def test_an_imagined_batch_that_is_not_finite_is_named_and_not_learnt_from(field, monkeypatch):
+    agent, _ = make_agent()
+
+    def spoil(self, *args, real=pg.PolicyGuidedSampler.sample, **kwargs):
+        batch = real(self, *args, **kwargs)
+        getattr(batch, field)[3, 1] = torch.nan
+        return batch
+
+    monkeypatch.setattr(pg.PolicyGuidedSampler, "sample", spoil)
+    updates = spy(monkeypatch, pg.ActorCritic, "update")
+    with pytest.raises(pg.NonFiniteError, match=f"step 11: the imagined {field} are not finite"):
+        agent.learn(12)
+    assert updates == []
 
 
 def test_one_policy_update_by_hand(monkeypatch):
@@ -569,10 +626,23 @@ def test_evaluation_acts_by_the_mean_and_counts_the_environments_rewards():
     statistics = agent.evaluate(1)
     assert statistics.returns == pytest.approx([evaluation.column("reward")[7:].sum()])
     assert statistics.lengths.tolist() == [5]
-    agent.evaluate(1, deterministic=False)
+    agent.evaluate(1, seed=8, deterministic=False)
+    assert evaluation.seeds[2] == evaluation.seeds[0] != evaluation.seeds[3]
     drawn = evaluation.steps[12:]
     mean, _ = policy_at(agent.policy, np.array([step["observation"] for step in drawn]))
     assert np.abs(np.array([s["action"] for s in drawn]) - to_environment(mean)).max() > 0.1
+
+
+def test_an_evaluation_plays_the_configured_number_of_episodes():
+    agent, made = make_agent(eval_episodes=3)
+    rows = []
+    agent.learn(1, callback=lambda _, row: rows.append(row))
+    played = [env for env in made[1:] if env.steps]
+    assert sum(len(env.seeds) for env in played) == 3
+    assert len({seed for env in played for seed in env.seeds}) == 3
+    returns = [env.column("reward").sum() for env in played]
+    assert rows[0]["eval/mean_reward"] == pytest.approx(sum(returns) / 3)
+    assert rows[0]["eval/mean_episode_length"] == ENDS[0][0]
 
 
 def test_the_best_checkpoint_is_that_of_the_best_evaluation_and_of_equals_the_last(tmp_path):

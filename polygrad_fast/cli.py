@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
+        _find_modules_here()
         command = _parse(arguments)
         run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Bench: _bench}
         run[type(command)](command)
@@ -125,6 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     return 0
+
+
+def _find_modules_here() -> None:
+    """Let `--env-id module:Name-v0` find modules of the working directory, as `python -m` does; a
+    console script looks in its own directory instead."""
+    with contextlib.suppress(FileNotFoundError):  # the working directory is gone
+        here = os.getcwd()
+        if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
+            sys.path.insert(0, here)
 
 
 def _fail(message: str, code: int) -> int:

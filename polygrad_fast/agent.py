@@ -49,6 +49,7 @@ from polygrad_fast.training.checkpoint import (
 )
 from polygrad_fast.training.denoiser import DenoiserTrainer, build_denoiser
 from polygrad_fast.training.guidance import GuidanceTuner
+from polygrad_fast.training.memory import check_sampling_memory, check_training_memory
 from polygrad_fast.training.run_directory import (
     comparable,
     difference,
@@ -82,7 +83,8 @@ class PolyGRAD:
 
     Raises:
         InputError: unknown environment or preset, unsuitable spaces, an environment that cannot be
-            copied, a device that is not there, or a `run_dir` that holds another run.
+            copied, a device that is not there, too little memory, or a `run_dir` that holds another
+            run.
     """
 
     def __init__(
@@ -107,6 +109,9 @@ class PolyGRAD:
             raise InputError(f"seed must be an integer in [0, 2^32), got {seed!r}")
         self.preset, self.seed = preset, int(seed)
         self.device = _resolve_device(device)
+        sizes = observation_dim, action_dim
+        trains = run_dir is not None  # else `learn` checks: a loaded agent may only act
+        check_training_memory(self.config, *sizes, self.device, trains)
 
         # independent streams, also between neighbouring seeds
         streams = np.random.SeedSequence(self.seed).spawn(5)
@@ -167,6 +172,7 @@ class PolyGRAD:
         self.evaluation_environments = EvaluationEnvironments(environment, env, eval_env)
         self._stop_requested = False
         self._can_learn = True
+        self._memory_checked = trains
         if tensorboard and run_dir is None:
             raise InputError("tensorboard=True needs a run_dir, got None")
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -225,6 +231,7 @@ class PolyGRAD:
             raise InputError(
                 "the best checkpoint holds weights only; load the last one to continue training"
             )
+        self._check_memory()
         self._target_timesteps = self.num_timesteps + int(total_timesteps)
         self._stop_requested = False
         with contextlib.ExitStack() as stack:
@@ -250,6 +257,15 @@ class PolyGRAD:
         """Let the running `learn` end after its current step, with a checkpoint; safe in a signal
         handler."""
         self._stop_requested = True
+
+    def _check_memory(self) -> None:
+        """Check, before the first training in this process, that there is memory for it."""
+        if not self._memory_checked:
+            weights = sum(tensor.nbytes for tensor in self._weights().values())
+            c, replay = self.config, self.replay
+            sizes = replay.observation_dim, replay.action_dim
+            check_training_memory(c, *sizes, self.device, held=weights + replay.nbytes)
+            self._memory_checked = True
 
     def _run(self, bar, sinks: list, callback: Callback | None) -> None:
         """Take steps until the target, or until told to stop."""
@@ -362,8 +378,14 @@ class PolyGRAD:
         """Imagine trajectories under the current policy, from observations in the replay buffer.
 
         Raises:
-            InputError: fewer than one trajectory asked for, or no window in the buffer yet.
+            InputError: fewer than one trajectory asked for, more than the memory holds, or no
+                window in the buffer yet.
         """
+        if not isinstance(num_trajectories, numbers.Integral):
+            raise InputError(f"num_trajectories must be an integer, got {num_trajectories!r}")
+        if num_trajectories > self.config.imagined_batch_size:
+            sizes = self.replay.observation_dim, self.replay.action_dim
+            check_sampling_memory(self.config, *sizes, num_trajectories, self.device)
         with annotate("imagine"):
             observations = self.replay.sample_initial_observations(num_trajectories, self.generator)
             if normalized:
@@ -554,10 +576,12 @@ class PolyGRAD:
 
     def _describe_eval_env(self) -> dict[str, Any] | None:
         source = self._eval_env_source
-        if source is None or isinstance(source, str):
-            return source and {"id": source, "given_by_id": True}
-        name = environment_name(self.evaluation_environments.take(1)[0])
-        return {"id": name, "given_by_id": False}
+        if source is None:
+            return None
+        if isinstance(source, str):
+            return {"id": source, "given_by_id": True}
+        (environment,) = self.evaluation_environments.take(1)
+        return {"id": environment_name(environment), "given_by_id": False}
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {

@@ -64,6 +64,7 @@ from polygrad_fast.training.estimate import (
 )
 from polygrad_fast.training.guidance import GuidanceTuner
 from polygrad_fast.training.interrupts import stop_on_signals
+from polygrad_fast.training.memory import check_sampling_memory, check_training_memory
 from polygrad_fast.training.run_directory import (
     difference,
     locked,
@@ -109,8 +110,8 @@ class PolyGRAD:
 
     Raises:
         InputError: unknown environment or preset, unsuitable spaces, an environment that cannot be
-            copied, a device that is not there, an own module that cannot be used, a `run_dir` that
-            holds another run, or an argument of another type.
+            copied, a device that is not there, too little memory, an own module that cannot be
+            used, a `run_dir` that holds another run, or an argument of another type.
     """
 
     def __init__(
@@ -143,6 +144,9 @@ class PolyGRAD:
         self.config = config.resolved(self.env_id)
         self.preset, self.seed = preset, as_integer(seed, "seed", 0, below=2**32)
         self.device = _resolve_device(device)
+        sizes = observation_dim, action_dim
+        trains = run_dir is not None  # else `learn` checks: a loaded agent may only act
+        check_training_memory(self.config, *sizes, self.device, trains)
 
         # independent streams, also between neighbouring seeds
         streams = np.random.SeedSequence(self.seed).spawn(5)
@@ -224,6 +228,7 @@ class PolyGRAD:
         self.evaluation_environments = EvaluationEnvironments(environment, env, eval_env)
         self._stop_requested = False
         self._can_learn = True
+        self._memory_checked = trains
         if tensorboard and run_dir is None:
             raise InputError("tensorboard=True needs a run_dir, got None")
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -313,6 +318,7 @@ class PolyGRAD:
         if self.num_timesteps == 0:
             trainer = self.denoiser_trainer
             warn_of_amplified_errors(trainer.schedule, trainer.sampler_config, stacklevel=2)
+        self._check_memory()
         self._target_timesteps = self.num_timesteps + total_timesteps
         self._stop_requested = False
         with contextlib.ExitStack() as stack:
@@ -365,6 +371,15 @@ class PolyGRAD:
                 yield
             finally:
                 self._locked = False
+
+    def _check_memory(self) -> None:
+        """Check, before the first training in this process, that there is memory for it."""
+        if not self._memory_checked:
+            weights = sum(tensor.nbytes for tensor in self._weights().values())
+            c, replay = self.config, self.replay
+            sizes = replay.observation_dim, replay.action_dim
+            check_training_memory(c, *sizes, self.device, held=weights + replay.nbytes)
+            self._memory_checked = True
 
     def _run(self, bar, sinks: list, callback: Callback | None) -> None:
         """Take steps until the target, or until told to stop."""
@@ -590,9 +605,13 @@ class PolyGRAD:
         """Imagine trajectories under the current policy, from observations in the replay buffer.
 
         Raises:
-            InputError: fewer than one trajectory asked for, or no window in the buffer yet.
+            InputError: fewer than one trajectory asked for, more than the memory holds, or no
+                window in the buffer yet.
         """
         num_trajectories = as_integer(num_trajectories, "num_trajectories", 1)
+        if num_trajectories > self.config.imagined_batch_size:
+            sizes = self.replay.observation_dim, self.replay.action_dim
+            check_sampling_memory(self.config, *sizes, num_trajectories, self.device)
         with annotate("imagine"):
             observations = self.replay.sample_initial_observations(num_trajectories, self.generator)
             if normalized:
@@ -797,10 +816,12 @@ class PolyGRAD:
 
     def _describe_eval_env(self) -> dict[str, Any] | None:
         source = self._eval_env_source
-        if source is None or isinstance(source, str):
-            return source and {"id": source, "given_by_id": True}
-        name = environment_name(self.evaluation_environments.take(1)[0])
-        return {"id": name, "given_by_id": False}
+        if source is None:
+            return None
+        if isinstance(source, str):
+            return {"id": source, "given_by_id": True}
+        (environment,) = self.evaluation_environments.take(1)
+        return {"id": environment_name(environment), "given_by_id": False}
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {

@@ -635,19 +635,21 @@ def test_evaluation_acts_by_the_mean_and_counts_the_environments_rewards():
 
 def test_an_evaluation_plays_the_configured_number_of_episodes():
     agent, made = make_agent(eval_episodes=3)
-    seen = []
+    rows, played = [], []
 
-    def note(agent, row):
-        played = [env for env in made[1:] if env.steps]
-        seeds = [seed for env in played for seed in env.seeds]
-        seen.append((row, seeds, [env.column("reward").sum() for env in played]))
-        return False
+    def note(_, row):
+        rows.append(row)
+        if len(rows) == 1:  # the evaluation before the first step
+            played.extend(copy.deepcopy([env for env in made[1:] if env.steps]))
 
     agent.learn(1, callback=note)
-    row, seeds, returns = seen[0]
-    assert len(set(seeds)) == len(seeds) == 3
-    assert row["eval/mean_reward"] == pytest.approx(sum(returns) / 3)
-    assert row["eval/mean_episode_length"] == ENDS[0][0]
+    assert sum(len(env.seeds) for env in played) == 3
+    assert len({seed for env in played for seed in env.seeds}) == 3
+    returns = [env.column("reward").sum() for env in played]
+    assert rows[0]["eval/mean_reward"] == pytest.approx(sum(returns) / 3)
+    assert rows[0]["eval/mean_episode_length"] == ENDS[0][0]
+    again = {seed for env in made[1:] for seed in env.seeds}
+    assert len(again) == 3  # the evaluation at the end plays the same ones
 
 
 def test_the_best_checkpoint_is_that_of_the_best_evaluation_and_of_equals_the_last(tmp_path):

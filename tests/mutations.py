@@ -1,12 +1,12 @@
 """Apply one wrong edit at a time to a copy of the tree and check that a test notices.
 
-    python tests/mutations.py [--only NAME ...] [--jobs 2] [--write tests/mutations.md]
+    python tests/mutations.py [--only NAME ...] [--jobs 2] [--write [FILE]]
 
 Not part of the ordinary test run: it takes some minutes. `mutations.toml` lists the edits
 ("mutants") with the tests that must notice each, in under a minute; `mutations.md` is the stored
-table of the last full run. Those tests must first pass on an unchanged copy. The working tree is
-never edited, and a mutant counts as caught only if a test fails (not if one cannot be imported)
-in a process that has loaded the package from the copy and from nowhere else.
+table, of which --only replaces some rows. The tests must first pass on an unchanged copy. The
+working tree is never edited, and a mutant counts as caught only if a test fails (not if one cannot
+be imported) in a process that has loaded the package from the copy and from nowhere else.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "tests" / "mutations.md"
 COPIED = ("polygrad_fast", "kernels", "tests", "pyproject.toml")
 SECONDS = 60
 """Time a mutant's tests have to fail, imports included."""
@@ -79,27 +80,30 @@ def table_start(mutant: Mutant) -> str:
     return f"| {mutant.name} | {mutant.breaks} | `{mutant.file}`: {edit} |"
 
 
-def table(results: list[tuple[Mutant, Result]]) -> str:
-    """Return the stored table."""
-    caught = sum(not result.problem for _, result in results)
-    rows = [
-        f"{table_start(mutant)} {result.caught_by or result.problem} | {result.seconds:.0f} |"
-        for mutant, result in results
+def table_row(mutant: Mutant, result: Result) -> str:
+    """Return the mutant's row of the table."""
+    outcome = (result.caught_by or result.problem).replace("|", "\\|")
+    return f"{table_start(mutant)} {outcome} | {result.seconds:.0f} |"
+
+
+def read_rows(table: Path) -> dict[str, str]:
+    """Return mutant -> row of a stored table; empty if there is none."""
+    lines = table.read_text().splitlines() if table.exists() else []
+    return {line.split(" ")[1]: line for line in lines if line.startswith("| ")}
+
+
+def write_table(table: Path, mutants: list[Mutant], rows: dict[str, str]) -> None:
+    """Store the rows of those mutants, in the list's order."""
+    lines = [
+        "# Wrong edits and the tests that notice them",
+        "",
+        "Written by `python tests/mutations.py --write`; the seconds include the imports.",
+        "",
+        "| mutant | what it breaks | edit | caught by | seconds |",
+        "|---|---|---|---|---:|",
+        *(rows[mutant.name] for mutant in mutants if mutant.name in rows),
     ]
-    return "\n".join(
-        [
-            "# Wrong edits and the tests that notice them",
-            "",
-            "Written by `python tests/mutations.py --write tests/mutations.md`; the seconds include"
-            " the imports.",
-            f"{caught} of {len(results)} are caught.",
-            "",
-            "| mutant | what it breaks | edit | caught by | seconds |",
-            "|---|---|---|---|---:|",
-            *rows,
-            "",
-        ]
-    )
+    table.write_text("\n".join(lines) + "\n")
 
 
 def run_tests(tests: list[str], mutant: Mutant | None, seconds: float) -> Result:
@@ -184,15 +188,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants only")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (default 1)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="store the table of a full run")
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=TABLE, metavar="FILE",
+        help="store the table, with --only those rows of it (default tests/mutations.md)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
-    if options.only and options.write:
-        parser.error("--write stores the table of all mutants, so it cannot go with --only")
-    mutants = read_mutants()
-    unknown = set(options.only or ()) - {mutant.name for mutant in mutants}
+    listed = read_mutants()
+    unknown = set(options.only or ()) - {mutant.name for mutant in listed}
     if unknown:
         parser.error(f"no mutant is called {min(unknown)!r}")
-    mutants = [m for m in mutants if not options.only or m.name in options.only]
+    mutants = [m for m in listed if not options.only or m.name in options.only]
     for mutant in mutants:
         mutated((ROOT / mutant.file).read_text(), mutant)
 
@@ -203,18 +208,19 @@ def main(arguments: list[str]) -> int:
         return 1
     print(f"unchanged: all chosen tests pass ({unchanged.seconds:.0f} s)", flush=True)
 
-    results = []
+    rows = read_rows(options.write) if options.write else {}
+    uncaught = 0
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         for mutant, result in zip(
             mutants, pool.map(lambda m: run_tests(m.tests, m, SECONDS), mutants), strict=True
         ):
-            results.append((mutant, result))
+            rows[mutant.name] = table_row(mutant, result)
+            uncaught += bool(result.problem)
             outcome = result.problem.upper() or result.caught_by
             print(f"{mutant.name} ({result.seconds:.0f} s): {outcome}", flush=True)
     if options.write:
-        options.write.write_text(table(results))
-    uncaught = sum(bool(result.problem) for _, result in results)
-    print(f"{len(results) - uncaught} of {len(results)} caught")
+        write_table(options.write, listed, rows)
+    print(f"{len(mutants) - uncaught} of {len(mutants)} caught")
     return min(uncaught, 1)
 
 

@@ -732,13 +732,21 @@ def test_a_full_disk_names_file_step_and_last_checkpoint(
     assert_same_run(resumed, whole)
 
 
-def test_a_run_directory_that_is_in_use_stays_as_it_is(tmp_path):
+def test_a_run_directory_that_is_in_use_or_full_stays_as_it_is(tmp_path, monkeypatch):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
     agent.learn(20)
     other = pg.PolyGRAD.resume(tmp_path)
     before = files_of(tmp_path)
     with locked(tmp_path), pytest.raises(pg.InputError, match="another process is training"):
         other.extend(500)
+    assert files_of(tmp_path) == before and other.config.total_timesteps == 150
+    with monkeypatch.context() as patch:
+        full_disk(patch, agent, [".tmp-config.json"], 0)
+        with pytest.raises(OSError) as caught:
+            other.extend(500)
+    message = str(caught.value)
+    assert f"environment step 20 is not extended: {tmp_path / 'config.json'}: No space" in message
+    assert message.endswith("step_000000020")
     assert files_of(tmp_path) == before and other.config.total_timesteps == 150
     other.extend(np.int64(500))
     assert json.loads((tmp_path / "config.json").read_text())["config"]["total_timesteps"] == 500

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -369,6 +370,15 @@ def test_nan_observation_stops_with_a_sentence(tmp_path):
     with pytest.raises(pg.InputError, match=message):
         agent.learn(150)
     assert read_metrics(tmp_path / "r" / "metrics.csv")[-1]["env_step"] == 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of an environment that is not deterministic
+        resumed = pg.PolyGRAD.resume(tmp_path / "r", env=lambda: BrokenPendulum(10_000))
+    assert resumed.num_timesteps == 69
+    resumed.learn(81)
+    whole = pg.PolyGRAD("Pendulum-v1", config=tiny_config(eval_interval=10_000))
+    whole.learn(150)
+    for name, weight in whole._weights().items():
+        assert torch.equal(weight, resumed._weights()[name]), name
 
 
 def test_nan_in_training_names_step_quantity_and_checkpoint(tmp_path):

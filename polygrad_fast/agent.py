@@ -441,7 +441,10 @@ class PolyGRAD:
             with contextlib.suppress(OSError, NonFiniteError):
                 self._save_checkpoint()
         step = self.num_timesteps + (self._begun is not None)
-        where, last = f"training stopped at environment step {step}", self._last_checkpoint()
+        return self._placed(error, f"training stopped at environment step {step}")
+
+    def _placed(self, error: BaseException, where: str) -> BaseException:
+        last = self._last_checkpoint()
         if isinstance(error, (InputError, NonFiniteError)):
             return type(error)(f"{where}: {error}; {last}")
         if isinstance(error, OSError):
@@ -1089,12 +1092,18 @@ class PolyGRAD:
         Raises:
             InputError: total_timesteps < 1, or another process trains in the run directory, which
                 then stays as it is.
+            OSError: config.json cannot be written; names step and last checkpoint.
         """
         config = dataclasses.replace(self.config, total_timesteps=total_timesteps)
         with self.locked():
-            self.config = config
             if self.run_dir is not None:
-                write_json_atomic(self.run_dir / "config.json", self._metadata())
+                metadata = self._metadata() | {"config": dataclasses.asdict(config)}
+                try:
+                    write_json_atomic(self.run_dir / "config.json", metadata)
+                except OSError as error:
+                    where = f"the run at environment step {self.num_timesteps} is not extended"
+                    raise self._placed(error, where) from error
+            self.config = config
 
 
 class _Speed:

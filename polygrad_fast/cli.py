@@ -27,6 +27,7 @@ import tyro
 from polygrad_fast._version import __version__
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
+from polygrad_fast.training.estimate import num_updates
 from polygrad_fast.training.interrupts import stop_on_signals
 from polygrad_fast.training.run_directory import difference, read_run_config
 from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
@@ -334,20 +335,23 @@ def _result(rows: list[dict[str, float]], agent: PolyGRAD) -> str:
     returns = {
         row["env_step"]: row["eval/mean_reward"] for row in rows if "eval/mean_reward" in row
     }
+    first_updates = agent.config.learning_starts + agent.config.policy_delay_steps
+    if not num_updates(
+        agent.num_timesteps - first_updates, agent.config.policy_updates_per_env_step
+    ):
+        return f"no policy update yet after {taken}"
     if not returns:
         return f"no evaluation in metrics.csv after {taken}"
-    if not any("a2c/actor_loss" in row for row in rows):
-        return f"no policy update yet after {taken}"
-    best_step = agent.best_timestep()
-    untrained, best, last = returns.get(0), returns.get(best_step), returns[max(returns)]
+    best_step, last_step = agent.best_timestep(), max(returns)
+    untrained, best, last = returns.get(0), returns.get(best_step), returns[last_step]
     found = [] if untrained is None else [f"{untrained:.0f} untrained"]
     if best is not None:
         found.append(
             f"{best:.0f} at best (environment step {best_step:,}, kept as best checkpoint)"
         )
-    found.append(f"{last:.0f} at the last evaluation (environment step {max(returns):,})")
-    if untrained is None:
-        verdict = f"trained on {agent.env_id} in imagination"
+    found.append(f"{last:.0f} at the last evaluation (environment step {last_step:,})")
+    if untrained is None or last_step <= first_updates:
+        verdict = f"{agent.env_id}: no evaluation to compare with that of the untrained policy"
     elif last > untrained:
         verdict = f"learnt {agent.env_id} in imagination"
     elif best is not None and best > untrained:

@@ -3,6 +3,7 @@
 They need the extra ``plots``; matplotlib is imported when a figure is drawn.
 """
 
+import io
 import math
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
         raise InputError(
             "plots need the extra 'plots': pip install 'polygrad-fast[plots]'"
         ) from error
-    from polygrad_fast.training.run_log import STEP_COLUMN, read_metrics
+    from polygrad_fast.training.run_log import STEP_COLUMN, read_metrics, write_bytes_atomic
 
     rows = read_metrics(metrics_csv)
     evaluations = [row for row in rows if math.isfinite(row.get("eval/mean_reward", math.nan))]
@@ -71,6 +72,6 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(framealpha=0.85, edgecolor="none", fontsize="small")
-    output_png = Path(output_png)
-    output_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output_png, format="png")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_bytes_atomic(output_png, image.getvalue())

@@ -320,8 +320,8 @@ def _save(
     _refuse_foreign(directory)
 
     parent = directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
     with naming(directory):
-        parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent, f".tmp-{directory.name}-")
         temporary, lock = _locked_directory(parent, f".tmp-{directory.name}-")
     files: dict[str, dict[str, Any]] = {}

@@ -38,9 +38,9 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None:
-            error.filename, error.filename2 = str(path), None
-        raise
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
@@ -48,8 +48,8 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
     path = Path(path)
     # One fixed name: what a killed process left is overwritten by the next write.
     temporary = path.with_name(f".tmp-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 file.write(data)

@@ -243,11 +243,14 @@ def test_killed_before_the_first_checkpoint_starts_anew(tmp_path):
     assert_same_run(resumed, agent)
 
 
-@pytest.mark.parametrize("damage", ["deleted", "damaged", "folder deleted", "old run"])
-@pytest.mark.parametrize("steps", [30, 120])
+@pytest.mark.parametrize(
+    "damage, steps",
+    [
+        *itertools.product(["deleted", "damaged", "folder deleted"], [30, 120]),
+        ("old run", 120),  # at 30 nothing tells it from one that was killed
+    ],
+)
 def test_a_run_whose_checkpoints_are_lost_is_not_begun_anew(tmp_path, damage, steps):
-    if damage == "old run" and steps == 30:
-        pytest.skip("nothing tells it from a run that was killed")
     run_dir = tmp_path / "run"
     pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=run_dir).learn(steps)
     for path in sorted((run_dir / "checkpoints").glob("step_*")):
@@ -368,6 +371,15 @@ def test_nan_observation_stops_with_a_sentence(tmp_path):
     with pytest.raises(pg.InputError, match=message):
         agent.learn(150)
     assert read_metrics(tmp_path / "r" / "metrics.csv")[-1]["env_step"] == 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of an environment that is not deterministic
+        resumed = pg.PolyGRAD.resume(tmp_path / "r", env=lambda: BrokenPendulum(10_000))
+    assert resumed.num_timesteps == 69
+    resumed.learn(81)
+    whole = pg.PolyGRAD("Pendulum-v1", config=tiny_config(eval_interval=10_000))
+    whole.learn(150)
+    for name, weight in whole._weights().items():
+        assert torch.equal(weight, resumed._weights()[name]), name
 
 
 def test_nan_in_training_names_step_quantity_and_checkpoint(tmp_path):
@@ -761,13 +773,21 @@ def test_a_full_disk_names_file_step_and_last_checkpoint(
     assert_same_run(resumed, whole)
 
 
-def test_a_run_directory_that_is_in_use_stays_as_it_is(tmp_path):
+def test_a_run_directory_that_is_in_use_or_full_stays_as_it_is(tmp_path, monkeypatch):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
     agent.learn(20)
     other = pg.PolyGRAD.resume(tmp_path)
     before = files_of(tmp_path)
     with locked(tmp_path), pytest.raises(pg.InputError, match="another process is training"):
         other.extend(500)
+    assert files_of(tmp_path) == before and other.config.total_timesteps == 150
+    with monkeypatch.context() as patch:
+        full_disk(patch, agent, [".tmp-config.json"], 0)
+        with pytest.raises(OSError) as caught:
+            other.extend(500)
+    message = str(caught.value)
+    assert f"environment step 20 is not extended: {tmp_path / 'config.json'}: No space" in message
+    assert message.endswith("step_000000020")
     assert files_of(tmp_path) == before and other.config.total_timesteps == 150
     other.extend(np.int64(500))
     assert json.loads((tmp_path / "config.json").read_text())["config"]["total_timesteps"] == 500

@@ -2,6 +2,8 @@ import errno
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from polygrad_fast.training import checkpoint
 from polygrad_fast.training.checkpoint import (
     CheckpointManager,
     load_checkpoint,
+    read_metadata,
     save_checkpoint,
 )
 
@@ -246,6 +249,28 @@ def test_keeps_the_last_n(tmp_path):
     assert load_checkpoint(manager.best())[2] == {"mean_reward": 4.0}
     with pytest.raises(ValueError, match="keep_last=0"):
         CheckpointManager(tmp_path, keep_last=0)
+
+
+def test_what_a_manager_knows_of_lost_damaged_and_others_checkpoints(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    manager.save_best({}, {"num_timesteps": 3})
+    assert not manager.has_saved() and manager.damage("last") == manager.damage("best") == []
+    path = manager.save(5, {}, {}, {})
+    other = CheckpointManager(tmp_path)
+    assert not manager.others_saved() and not other.others_saved()
+    other.save(6, {}, {}, {})
+    assert manager.others_saved() and not other.others_saved()
+    assert read_metadata(manager.best()) == {"num_timesteps": 3}
+    truncate(path)
+    (found,) = manager.damage("last")
+    assert re.search(r"step_000000005: state\.pt has 10 bytes, wanted", found)
+    (manager.best() / "metadata.json").write_text("")
+    (found,) = manager.damage("best")
+    assert "best: metadata.json has 0 bytes" in found
+    with pytest.raises(CheckpointError, match="metadata.json has 0 bytes"):
+        read_metadata(tmp_path / "checkpoints" / "best")
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert manager.has_saved() and CheckpointManager(tmp_path).has_saved()
 
 
 def test_newest_is_what_was_saved_last(tmp_path):

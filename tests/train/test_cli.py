@@ -361,6 +361,19 @@ def test_the_summary_says_what_is_kept_and_whether_it_learnt(
     assert f"best checkpoint (environment step {kept})" in capsys.readouterr().out
 
 
+def test_a_run_without_an_evaluation_since_its_first_update_claims_nothing(
+    run_dir, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    rows = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    (run / "metrics.csv").write_text("".join(rows[:2]))  # as before the first row of training
+    assert cli.main(["train", "--resume", "--run-dir", str(run), "--no-progress"]) == 0
+    out = capsys.readouterr().out
+    assert "no evaluation to compare with that of the untrained policy: mean return" in out
+    assert "learnt" not in out and "no policy update" not in out
+
+
 def test_of_equal_evaluations_train_and_evaluate_name_the_same(tmp_path, capsys, monkeypatch):
     words = ["--learning-starts", "10", "--eval-interval", "20", "--env-id", "flat:Flat-v0"]
     (tmp_path / "flat.py").write_text(textwrap.dedent(FLAT))

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -135,6 +136,20 @@ log.write(3, {{"a": 0.25}})
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
     assert (tmp_path / "metrics.csv").read_text() == "env_step,a\n1,0.125\n3,0.25\n"
     assert os.listdir(tmp_path) == ["metrics.csv"]
+
+
+def test_an_error_of_the_disk_names_the_users_file(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "a", None, "b")
+
+    monkeypatch.setattr(run_log.os, "replace", fail)
+    with pytest.raises(OSError) as caught:
+        write_json_atomic(tmp_path / "config.json", {})
+    wanted = f"[Errno {errno.ENOSPC}] No space left on device: {str(tmp_path / 'config.json')!r}"
+    assert str(caught.value) == wanted
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file'$"):
+        write_json_atomic(tmp_path / "file" / "config.json", {})
 
 
 def test_json_is_replaced_whole(tmp_path, monkeypatch):

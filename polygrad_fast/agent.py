@@ -220,9 +220,10 @@ class PolyGRAD:
         self._best_mean_reward: float | None = None
         self._sums: dict[str, list[float]] = {}
         self._action: np.ndarray | None = None  # drawn, but not taken yet
-        self._begun: dict[str, int] | None = None  # updates left of a step whose row is missing
+        # updates left of the step after num_timesteps, where that is taken, but not finished
+        self._updates_left: dict[str, int] | None = None
         self._consistent = True  # whether training can go on from the state as it is
-        self._environment_state: dict[str, Any] | None = None  # to restore after an error
+        self._environment_state: dict[str, Any] | None = None  # to restore before the next step
         self._locked = False
         warn_of_statistics(environment)
         self.evaluation_environments = EvaluationEnvironments(environment, env, eval_env)
@@ -335,13 +336,14 @@ class PolyGRAD:
                     _progress_bar(self.num_timesteps, self._target_timesteps, progress_bar)
                 )
                 self._run(bar, sinks, callback)
-                if interrupts:
-                    raise KeyboardInterrupt
             except BaseException as error:
+                self._save_before(error)
                 explained = self._explained(error)
                 if explained is error:
                     raise
                 raise explained from error
+            if interrupts:
+                raise self._explained(KeyboardInterrupt())
         return self
 
     def stop(self) -> None:
@@ -386,78 +388,77 @@ class PolyGRAD:
         speed = _Speed(self.num_timesteps)
         unsaved = estimated = False
 
-        def write(metrics: dict[str, float]) -> None:
-            remaining = self._remaining_seconds(speed) if estimated else None
+        def write(step: int, metrics: dict[str, float]) -> None:
+            remaining = self._remaining_seconds(step, speed) if estimated else None
             bar.set_postfix_str(self._postfix(metrics, remaining))
             for sink in sinks:
-                sink.write(self.num_timesteps, metrics)
+                sink.write(step, metrics)
 
         def tell(metrics: dict[str, float]) -> None:
             if callback is not None and callback(self, metrics) is False:
                 self.stop()
 
         if self.num_timesteps == 0:
-            metrics = self._timed_evaluation(speed)
-            write(metrics)
+            metrics = self._timed_evaluation(0, speed)
+            write(0, metrics)
             tell(metrics)
         self._restore_environment()
-        try:
-            if self._begun is not None:
-                self.num_timesteps += 1  # not counted while it waited
-            while self._begun is not None or (
-                self.num_timesteps < self._target_timesteps and not self._stop_requested
-            ):
-                unsaved = True
-                finished = self._step(speed) if self._begun is None else self._take_updates(speed)
-                if not finished:
-                    break
-                metrics = self._due_metrics(speed)
-                if metrics:
-                    write(metrics)
-                    self._sums = {}
-                self._begun = None
-                bar.update(1)
-                if metrics:
-                    tell(metrics)
-                if not estimated and self.num_timesteps > self.config.learning_starts:
-                    estimated = self._estimate(bar, speed)
-                if self.num_timesteps % self.config.checkpoint_interval == 0:
-                    self._save_checkpoint()
-                    unsaved = False
-        finally:
-            if self._begun is not None:
-                self.num_timesteps -= 1
+        while self._updates_left is not None or (
+            self.num_timesteps < self._target_timesteps and not self._stop_requested
+        ):
+            unsaved = True
+            if self._updates_left is None:
+                self._interact(speed)
+            if not self._take_updates(speed):
+                break
+            step = self.num_timesteps + 1
+            metrics = self._due_metrics(step, speed)
+            if metrics:
+                write(step, metrics)
+                self._sums = {}
+            self.num_timesteps, self._updates_left = step, None
+            bar.update(1)
+            if metrics:
+                tell(metrics)
+            if not estimated and step > self.config.learning_starts:
+                estimated = self._estimate(bar, speed)
+            if step % self.config.checkpoint_interval == 0:
+                self._save_checkpoint()
+                unsaved = False
         if unsaved:
             self._save_checkpoint()
 
-    def _explained(self, error: BaseException) -> BaseException:
-        """Save the state if it is one to continue from; return the error with the step and the
-        last checkpoint in it, or in its notes."""
-        if self._environment_state is None:
+    def _save_before(self, error: BaseException) -> None:
+        """Save the state before an error ends the training, if it is one to continue from."""
+        if self._environment_state is None:  # the error may have left the environment anywhere
             self._environment_state = self.environment.state_dict()
         at_once = isinstance(error, KeyboardInterrupt) and self._stop_requested
         if self._consistent and self.num_timesteps > 0 and not at_once:
             # where saving itself fails, the last checkpoint is an older one
             with contextlib.suppress(OSError, NonFiniteError):
                 self._save_checkpoint()
-        step = self.num_timesteps + (self._begun is not None)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """Return an error of `learn` with the step and the last checkpoint in it, or in its
+        notes."""
+        step = self.num_timesteps + (self._updates_left is not None)
         return self._placed(error, f"training stopped at environment step {step}")
 
     def _placed(self, error: BaseException, where: str) -> BaseException:
+        """Return an error with a place and the last checkpoint in it, or in its notes."""
         last = self._last_checkpoint()
         if isinstance(error, (InputError, NonFiniteError)):
             return type(error)(f"{where}: {error}; {last}")
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:  # of a file
             name = f"{error.filename}: " if error.filename else ""
-            message = f"{where}: {name}{error.strerror or error}; {last}"
-            return OSError(message) if error.errno is None else OSError(error.errno, message)
+            return OSError(error.errno, f"{where}: {name}{error.strerror or error}; {last}")
         error.add_note(f"{where}; {last}")
         return error
 
     def _estimate(self, bar, speed: _Speed) -> bool:
         """Show how long the rest takes, and warn if that is long; return False if it is not known
         yet."""
-        remaining = self._remaining_seconds(speed)
+        remaining = self._remaining_seconds(self.num_timesteps, speed)
         if remaining is None:
             return False
         bar.set_postfix_str(self._postfix({}, remaining))
@@ -473,8 +474,8 @@ class PolyGRAD:
             )
         return True
 
-    def _remaining_seconds(self, speed: _Speed) -> float | None:
-        counts = remaining_counts(self.config, self.num_timesteps, self._target_timesteps)
+    def _remaining_seconds(self, step: int, speed: _Speed) -> float | None:
+        counts = remaining_counts(self.config, step, self._target_timesteps)
         return remaining_seconds(speed.durations.typical(), counts)
 
     @contextlib.contextmanager
@@ -485,21 +486,20 @@ class PolyGRAD:
         self._consistent = True
 
     def _restore_environment(self) -> None:
-        """Make the environment one in which a step can be taken, also after an error in it."""
+        """Make the environment what it was at the checkpoint, or before an error in it."""
         if self._environment_state is not None:
-            self._load_environment(self._environment_state)
+            if not self.environment.load_state_dict(self._environment_state):
+                self.replay.end_episode()
+                self._action = None  # was drawn for another observation
             self._environment_state = None
-        if not self.environment.running:
-            self.environment.reset()
 
-    def _step(self, speed: _Speed) -> bool:
-        """Take one environment step and the updates that are due after it.
-
-        Returns:
-            False where `stop` left updates, for `_take_updates`.
-        """
+    def _interact(self, speed: _Speed) -> None:
+        """Take one environment step and count the updates that are due after it."""
         c = self.config
         start = time.perf_counter()
+        if not self.environment.running:
+            with annotate("env_reset"):
+                self.environment.reset()
         observation = self.environment.observation
         if self._action is None:  # else the environment failed in this step before
             with annotate("act"), self._indivisible():
@@ -518,45 +518,37 @@ class PolyGRAD:
             with annotate("replay_add"):
                 self.replay.add(observation, action, reward, terminated, truncated)
             self._action = None
-            self.num_timesteps += 1
+            trained_steps = self.num_timesteps + 1 - c.learning_starts
             if terminated or truncated:
                 self._add_metric("train/episode_return", self.environment.episode_return)
                 self._add_metric("train/episode_length", self.environment.episode_length)
-                if self.num_timesteps > c.learning_starts and c.normalizer.refresh == "episode":
+                if trained_steps > 0 and c.normalizer.refresh == "episode":
                     self._refresh_normalizer()
-            trained_steps = self.num_timesteps - c.learning_starts
             if trained_steps == 0:
                 self._refresh_normalizer()
             pretrain = c.denoiser.pretrain_updates if trained_steps == 0 else 0
             delayed = trained_steps - c.policy_delay_steps
-            self._begun = {
+            self._updates_left = {
                 "denoiser_update": pretrain + _due(trained_steps, c.denoiser.updates_per_env_step),
                 "policy_update": _due(delayed, c.policy_updates_per_env_step),
             }
-        if terminated or truncated:
-            with annotate("env_reset"):
-                self.environment.reset()
         speed.durations.add("env_step", time.perf_counter() - start)
-        return self._take_updates(speed)
 
     def _take_updates(self, speed: _Speed) -> bool:
-        """Take the updates that the begun step still lacks; return False where `stop` left some."""
-        while self._begun["denoiser_update"] > 0 and not self._stop_requested:
-            with self._update("denoiser_update", speed), annotate("denoiser_update"):
-                self._update_denoiser(speed)
-        while self._begun["policy_update"] > 0 and not self._stop_requested:
-            with self._update("policy_update", speed), annotate("policy_update"):
-                self._update_policy(speed)
-        return not any(self._begun.values())
-
-    @contextlib.contextmanager
-    def _update(self, name: str, speed: _Speed) -> Iterator[None]:
-        """One of the begun step's updates: counted and timed."""
-        start = time.perf_counter()
-        with self._indivisible():
-            yield
-            self._begun[name] -= 1
-        speed.durations.add(name, time.perf_counter() - start)
+        """Take the updates that are left; return False where `stop` left some."""
+        for name, take in (
+            ("denoiser_update", self._update_denoiser),
+            ("policy_update", self._update_policy),
+        ):
+            while self._updates_left[name] > 0:
+                if self._stop_requested:
+                    return False
+                start = time.perf_counter()
+                with self._indivisible(), annotate(name):
+                    take(speed)
+                    self._updates_left[name] -= 1
+                speed.durations.add(name, time.perf_counter() - start)
+        return True
 
     def _refresh_normalizer(self) -> None:
         with annotate("normalizer_update"):
@@ -593,7 +585,7 @@ class PolyGRAD:
                 batch.actions,
                 batch.rewards,
                 (terminals > 0.5).to(batch.rewards.dtype),
-                progress=min(1.0, self.num_timesteps / self._target_timesteps),
+                progress=min(1.0, (self.num_timesteps + 1) / self._target_timesteps),
             )
         statistic = {"std": "action_std", "mean_abs": "action_mean_abs"}
         if self.config.sampler.action_update == "score":
@@ -727,25 +719,25 @@ class PolyGRAD:
         entry[0] += value
         entry[1] += 1.0
 
-    def _due_metrics(self, speed: _Speed) -> dict[str, float]:
-        """Return the row of metrics due at this step, or nothing."""
-        step, c = self.num_timesteps, self.config
+    def _due_metrics(self, step: int, speed: _Speed) -> dict[str, float]:
+        """Return the row of metrics due at a step, or nothing."""
+        c = self.config
         last = step == self._target_timesteps
         metrics: dict[str, float] = {}
         if last or (step > c.learning_starts and step % c.eval_interval == 0):
-            metrics = self._timed_evaluation(speed)
+            metrics = self._timed_evaluation(step, speed)
         if metrics or step % c.log_interval == 0 or last:
             metrics |= {name: total / count for name, (total, count) in self._sums.items()}
             metrics |= speed.read(step)
         return metrics
 
-    def _timed_evaluation(self, speed: _Speed) -> dict[str, float]:
+    def _timed_evaluation(self, step: int, speed: _Speed) -> dict[str, float]:
         start = time.perf_counter()
-        metrics = self._evaluate_and_keep_best()
+        metrics = self._evaluate_and_keep_best(step)
         speed.durations.add("evaluation", time.perf_counter() - start)
         return metrics
 
-    def _evaluate_and_keep_best(self) -> dict[str, float]:
+    def _evaluate_and_keep_best(self, step: int) -> dict[str, float]:
         result = self.evaluate(self.config.eval_episodes)
         # of equals the later one, which is trained longer; older checkpoints may hold a NaN
         best = self._best_mean_reward
@@ -753,7 +745,8 @@ class PolyGRAD:
             self._best_mean_reward = result.mean_reward
             if self._checkpoints is not None:
                 with annotate("checkpoint"):
-                    self._checkpoints.save_best(self._weights(), self._metadata())
+                    metadata = self._metadata() | {"num_timesteps": step}
+                    self._checkpoints.save_best(self._weights(), metadata)
         return {
             "eval/mean_reward": result.mean_reward,
             "eval/std_reward": result.std_reward,
@@ -860,7 +853,7 @@ class PolyGRAD:
             "best_mean_reward": self._best_mean_reward,
             "sums": self._sums,
             "action": None if self._action is None else torch.from_numpy(self._action),
-            "begun_step": self._begun,
+            "begun_step": self._updates_left,
             "guidance_scale": self.guidance.value,
             "denoiser_trainer": self.denoiser_trainer.state_dict(),
             "actor_critic": self.actor_critic.state_dict(),
@@ -900,13 +893,8 @@ class PolyGRAD:
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
         action = state.get("action")
         self._action = None if action is None else action.numpy()
-        self._begun = state.get("begun_step")
-        self._load_environment(state["environment"])
-
-    def _load_environment(self, state: dict[str, Any]) -> None:
-        if not self.environment.load_state_dict(state):
-            self.replay.end_episode()
-            self._action = None  # was drawn for another observation
+        self._updates_left = state.get("begun_step")
+        self._environment_state = state["environment"]
 
     def _save_checkpoint(self) -> None:
         if self._checkpoints is not None:

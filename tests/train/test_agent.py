@@ -580,7 +580,7 @@ def crash_in_evaluation(agent):
     evaluate = agent.evaluate
 
     def evaluate_until(episodes):
-        if agent.num_timesteps == 180:
+        if agent.num_timesteps == 179:  # in the step after
             raise Crash
         return evaluate(episodes)
 
@@ -603,7 +603,7 @@ def interrupt_in_the_last_step(agent):
     update = agent._update_denoiser
 
     def interrupted(speed):
-        if agent.num_timesteps == 230:
+        if agent.num_timesteps == 229:
             signal.raise_signal(signal.SIGINT)
         update(speed)
 
@@ -613,7 +613,7 @@ def interrupt_in_the_last_step(agent):
 CRASHES = {
     # what happens, the step it happens in, finished steps
     crash_in_step: (Crash, 211, 211),
-    crash_in_reset: (Crash, 200, 199),
+    crash_in_reset: (Crash, 200, 200),
     crash_in_prefill: (Crash, 33, 33),
     crash_in_evaluation: (Crash, 180, 179),
     interrupt_in_pretraining: (KeyboardInterrupt, 40, 39),
@@ -679,10 +679,10 @@ def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
     agent._update_denoiser = interrupted
     with pytest.raises(KeyboardInterrupt):
         agent.learn(60)
-    assert updates == [40, 40]  # of five
+    assert updates == [39, 39]  # of five
     with pytest.raises(KeyboardInterrupt) as caught:
         agent.learn(60)
-    assert updates == [40] * 4  # the fourth was cut off: what was saved before it stays
+    assert updates == [39] * 4  # the fourth was cut off: what was saved before it stays
     assert "step_000000039" in caught.value.__notes__[0]
     _, state, _ = load_checkpoint(tmp_path / "checkpoints" / "step_000000039")
     assert state["begun_step"] == {"denoiser_update": 3, "policy_update": 0}

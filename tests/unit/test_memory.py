@@ -199,7 +199,9 @@ def test_an_agent_that_only_acts_needs_less(host, tmp_path):
     host(10**6)
     with pytest.raises(pg.InputError, match="replay_capacity 200,000 needs about 8.4 MB"):
         pg.PolyGRAD("Pendulum-v1", config=tiny_config())
-    with pytest.raises(pg.InputError, match="num_trajectories 1,000,000 needs about .* [MG]B of mem"):
+    with pytest.raises(
+        pg.InputError, match="num_trajectories 1,000,000 needs about .* [MG]B of mem"
+    ):
         agent.imagine(10**6)
     assert agent.imagine(20).observations.shape == (20, 4, 3)
     for number in (1.5, "3", None):

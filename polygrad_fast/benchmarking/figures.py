@@ -99,7 +99,7 @@ class LearningFigure(Figure):
         """Draw thin lines of the seeds and their mean."""
         from matplotlib.ticker import EngFormatter
 
-        picture.set_size_inches(3.1 * len(self.panels), 2.9)
+        picture.set_size_inches(2.7 * len(self.panels), 2.6)
         for axes, (title, seeds) in zip(
             picture.subplots(1, len(self.panels), squeeze=False)[0],
             self.panels.items(),

@@ -236,11 +236,9 @@ def _quick_seeds(rows: list[Row]) -> str:
 def _quick_seeds_caption(rows: list[Row]) -> str:
     episodes = ", ".join(_episodes(rows))
     return (
-        "Returns: mean over seeds (lowest to highest seed), of each seed the mean over\n"
-        f"{episodes} episodes that neither training nor the choice of the best checkpoint\n"
-        "played, the same ones for its three policies. For selection: environment steps of the\n"
-        "evaluations during training that chose the best checkpoint. Tuned on it: the preset's\n"
-        "settings were chosen by returns on that environment, on other seeds."
+        f"Returns: mean over seeds (lowest to highest), of {episodes} fresh episodes each that no\n"
+        "training and no selection saw, the same for a seed's three policies; selection: steps of\n"
+        "the evaluations that chose the best. Minutes: with other work on the machine."
     )
 
 
@@ -449,11 +447,9 @@ def _duration(hours: float) -> str:
 def _speed_caption(updates: list[Row]) -> str:
     environments = " and ".join(_unique(row.case["env_id"] for row in updates))
     return (
-        "In brackets: times as fast as the released code's computation, the same arithmetic in\n"
-        "plain PyTorch (engine reference, float32), rounded down; `*`: one call, not a median.\n"
-        "Imagining: paper-sized residual MLP, H = 10, K = 128. A million steps: from the time of\n"
-        f"one measured update ({environments}) with its environment steps and\n"
-        "denoiser updates, without evaluations."
+        "In brackets: times as fast as the released code's computation (engine reference, plain\n"
+        "PyTorch in float32), rounded down; `*`: one call. Imagining: paper-sized residual MLP,\n"
+        f"H = 10, K = 128. Steps: from one measured update ({environments})."
     )
 
 

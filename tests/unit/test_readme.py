@@ -28,7 +28,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
         for size, smaller in (("8_000", "60"), ("2_000", "60"), ("=100)", "=2)"), ("1024", "8")):
             block = block.replace(size, smaller)
         exec(compile(block, "README.md", "exec"), names)
-    assert names["batch"].observations.shape == (8, 10, 17)
+    assert names["batch"].observations.shape == (8, 10, 3)
     assert names["agent"].learn(30).num_timesteps == 30  # with an own denoiser
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 

@@ -704,11 +704,11 @@ class PolyGRAD:
         result = self.evaluate(self.config.eval_episodes)
         # of equals the later one, which is trained longer
         if self._best_mean_reward is None or result.mean_reward >= self._best_mean_reward:
-            self._best_mean_reward = result.mean_reward
             if self._checkpoints is not None:
                 with annotate("checkpoint"):
                     metadata = self._metadata() | {"num_timesteps": step}
                     self._checkpoints.save_best(self._weights(), metadata)
+            self._best_mean_reward = result.mean_reward
         return {
             "eval/mean_reward": result.mean_reward,
             "eval/std_reward": result.std_reward,

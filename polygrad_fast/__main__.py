@@ -1,17 +1,21 @@
 """The script `polygrad-fast`, and `python -m polygrad_fast`."""
 
+import signal
 import sys
+
+from polygrad_fast.training.interrupts import interruptible_imports
 
 
 def main() -> int:
-    """Run the command line; nothing is imported before an interrupt is answered in a sentence."""
-    try:
+    """Run the command line and leave the process to end."""
+    with interruptible_imports():
         from polygrad_fast import cli
-
+    try:
         return cli.main()
-    except KeyboardInterrupt:
-        print("polygrad-fast: interrupted", file=sys.stderr)
-        return 130
+    finally:
+        # what torch does at exit takes a while: another Ctrl-C meanwhile ends the process silently
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

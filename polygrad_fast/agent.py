@@ -742,11 +742,11 @@ class PolyGRAD:
         # of equals the later one, which is trained longer; older checkpoints may hold a NaN
         best = self._best_mean_reward
         if best is None or not result.mean_reward < best:
-            self._best_mean_reward = result.mean_reward
             if self._checkpoints is not None:
                 with annotate("checkpoint"):
                     metadata = self._metadata() | {"num_timesteps": step}
                     self._checkpoints.save_best(self._weights(), metadata)
+            self._best_mean_reward = result.mean_reward
         return {
             "eval/mean_reward": result.mean_reward,
             "eval/std_reward": result.std_reward,

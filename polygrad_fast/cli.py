@@ -28,7 +28,7 @@ from polygrad_fast._version import __version__
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.training.estimate import num_updates
-from polygrad_fast.training.interrupts import stop_on_signals
+from polygrad_fast.training.interrupts import interruptible_imports, stop_on_signals
 from polygrad_fast.training.run_directory import difference, read_run_config
 from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
 
@@ -121,18 +121,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _find_modules_here()
         command = _parse(arguments)
-        run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Bench: _bench}
-        run[type(command)](command)
+        if command is not None:
+            run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Bench: _bench}
+            run[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
     except NonFiniteError as error:
         return _fail(str(error), 1)
     except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+        message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        return _fail(_with_notes(message, error), 1)
     except KeyboardInterrupt as error:
-        return _fail("; ".join(["interrupted", *getattr(error, "__notes__", [])]), 130)
-    except SystemExit as stop:  # --help
-        return int(stop.code or 0)
+        return _fail(_with_notes("interrupted", error), 130)
     finally:
         warnings.formatwarning = format_before
     return 0
@@ -151,13 +151,17 @@ def _find_modules_here() -> None:
             sys.path.insert(0, here)
 
 
+def _with_notes(message: str, error: BaseException) -> str:
+    return "; ".join([message, *getattr(error, "__notes__", [])])
+
+
 def _fail(message: str, code: int) -> int:
     print(f"polygrad-fast: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Bench:
-    """Parse with tyro; its boxed messages become one line."""
+def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Bench | None:
+    """Parse with tyro, whose boxed messages become one line; return None where it printed help."""
     names = ("train", "evaluate", "sample", "bench")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         close = difflib.get_close_matches(arguments[0], names, n=1)
@@ -181,7 +185,7 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Bench:
             )
     except SystemExit as stop:
         if stop.code in (0, None):
-            raise
+            return None
         raise InputError(_first_sentence(complaint.getvalue())) from None
     if isinstance(command, Train) and command.resume:
         _check_same_run(command, defaults)
@@ -196,7 +200,7 @@ def _train_defaults(arguments: list[str]) -> Train:
     switches = [word for word in arguments if word in ("--resume", "--no-resume")]
     if switches[-1:] == ["--resume"]:
         given = _flag(arguments, "run-dir")
-        if given is None:
+        if not given:
             raise InputError("--resume needs --run-dir, the run directory to continue")
         run_dir = Path(given)
         stored = read_run_config(run_dir)
@@ -217,9 +221,9 @@ def _flag(arguments: list[str], name: str) -> str | None:
     counts for tyro too."""
     found = None
     for i, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
+        flag, equals, value = argument.partition("=")
         if flag.replace("_", "-") == f"--{name}":
-            found = value or (arguments[i + 1] if i + 1 < len(arguments) else None)
+            found = value if equals else next(iter(arguments[i + 1 :]), None)
     return found
 
 
@@ -260,8 +264,8 @@ def _first_sentence(boxed: str) -> str:
 
 
 def _train(command: Train) -> None:
-    from polygrad_fast.agent import PolyGRAD
-
+    with interruptible_imports():
+        from polygrad_fast.agent import PolyGRAD
     total = command.config.total_timesteps
     run_dir = Path(
         command.run_dir
@@ -362,9 +366,9 @@ def _result(rows: list[dict[str, float]], agent: PolyGRAD) -> str:
 
 
 def _evaluate(command: Evaluate) -> None:
-    from polygrad_fast.agent import PolyGRAD
-    from polygrad_fast.evaluation.video import record_episode
-
+    with interruptible_imports():
+        from polygrad_fast.agent import PolyGRAD
+        from polygrad_fast.evaluation.video import record_episode
     if command.episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {command.episodes}")
     if command.seed < 0:
@@ -390,10 +394,10 @@ def _evaluate(command: Evaluate) -> None:
 
 
 def _sample(command: Sample) -> None:
-    import numpy as np
+    with interruptible_imports():
+        import numpy as np
 
-    from polygrad_fast.agent import PolyGRAD
-
+        from polygrad_fast.agent import PolyGRAD
     if command.num < 1:
         raise InputError(f"--num must be at least 1, got {command.num}")
     _check_writable(command.out)
@@ -454,7 +458,3 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"{path} is a directory, wanted a file name")
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path.absolute().parent} does not exist, wanted an existing directory")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

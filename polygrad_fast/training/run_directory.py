@@ -75,12 +75,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_another_run(run_dir: Path) -> None:
-    """Keep a new run out of a directory that holds one.
+    """Keep a new run out of a directory that holds one, or what is left of one.
 
     Raises:
         InputError: it does.
     """
-    if (run_dir / "config.json").exists() or (run_dir / "metrics.csv").exists():
+    if any((run_dir / name).exists() for name in ("config.json", "metrics.csv", "checkpoints")):
         raise InputError(f"{run_dir} already holds a run; resume it or give another run directory")
 
 

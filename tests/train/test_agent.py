@@ -204,9 +204,16 @@ def test_construction_errors(tmp_path):
         pg.PolyGRAD("Pendulum-v1", config=config, device="nonsense")
     with pytest.raises(pg.InputError, match="total_timesteps"):
         pg.PolyGRAD("Pendulum-v1", config=config).learn(0)
-    pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "run")
+    run_dir = tmp_path / "run"
+    pg.PolyGRAD("Pendulum-v1", config=config, run_dir=run_dir).learn(10)
+    for name in ("config.json", "metrics.csv"):  # checkpoints alone are not overwritten either
+        with pytest.raises(pg.InputError, match="already holds a run"):
+            pg.PolyGRAD("Pendulum-v1", config=config, run_dir=run_dir)
+        (run_dir / name).unlink()
+    before = files_of(run_dir)
     with pytest.raises(pg.InputError, match="already holds a run"):
-        pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "run")
+        pg.PolyGRAD("Pendulum-v1", config=config, run_dir=run_dir)
+    assert files_of(run_dir) == before
 
 
 def test_checkpoint_of_another_configuration(tmp_path):
@@ -435,6 +442,45 @@ def test_load_needs_the_environment_where_it_has_no_id(tmp_path):
         pg.PolyGRAD.load(tmp_path / "saved")
     loaded = pg.PolyGRAD.load(tmp_path / "saved", env=lambda: Custom(gymnasium.make("Pendulum-v1")))
     assert loaded.num_timesteps == 60
+
+
+class Forgetful(gymnasium.Wrapper):
+    """Pendulum whose episodes are not given by their seeds, or that cannot be begun again."""
+
+    def __init__(self, error: Exception | None = None):
+        super().__init__(gymnasium.make("Pendulum-v1"))
+        self.error, self.resets = error, 0
+
+    def reset(self, **options):
+        self.resets += 1
+        if self.error is not None:
+            raise self.error
+        return super().reset(**options | {"seed": None})
+
+
+def test_loading_does_not_replay_the_episode_training_does(tmp_path):
+    pg.PolyGRAD(Forgetful, config=tiny_config(), run_dir=tmp_path / "run").learn(60)
+    with warnings.catch_warnings(action="error"):
+        agent = pg.PolyGRAD.load(tmp_path / "run", env=Forgetful)
+        assert agent.environment.env.resets == 0
+        agent.evaluate(1)
+        agent.save(tmp_path / "saved")  # with the episode, though it has not been replayed
+    for source in (tmp_path / "run", tmp_path / "saved"):
+        agent = pg.PolyGRAD.load(source, env=Forgetful)
+        with pytest.warns(UserWarning, match="not deterministic: replaying the 60 actions"):
+            agent.learn(10)
+        assert agent.replay.num_episodes == 1 and agent.environment.episode_length == 10
+
+
+def test_an_environment_that_cannot_be_restored_is_not_called_a_damaged_checkpoint(tmp_path):
+    pg.PolyGRAD(Forgetful, config=tiny_config(), run_dir=tmp_path).learn(60)
+    before = load_checkpoint(tmp_path / "checkpoints" / "step_000000060")[1]
+    agent = pg.PolyGRAD.resume(tmp_path, env=lambda: Forgetful(KeyError("no such body")))
+    with pytest.raises(KeyError, match="no such body") as caught:
+        agent.learn(10)
+    assert "stopped at environment step 60; " in caught.value.__notes__[0]
+    after = load_checkpoint(tmp_path / "checkpoints" / "step_000000060")[1]
+    assert str(after["environment"]) == str(before["environment"])
 
 
 def test_resume_with_a_function_as_environment(tmp_path):
@@ -701,6 +747,38 @@ def test_signals_are_left_alone_where_they_are_not_ours(tmp_path):
     thread.start()
     thread.join()
     assert agent.num_timesteps == 20
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("gone"), TimeoutError("late")])
+def test_errors_of_the_system_keep_their_class(error):
+    agent = pg.PolyGRAD(Crashing, config=tiny_config())
+
+    def fail(action):
+        raise error
+
+    agent.environment.env.step = fail
+    with pytest.raises(type(error)) as caught:
+        agent.learn(10)
+    assert caught.value is error and "environment step 0; " in error.__notes__[0]
+
+
+def test_the_best_so_far_is_what_was_kept(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+    agent.learn(10)
+    kept = agent._best_mean_reward
+    better = EpisodeStatistics(np.full(1, kept + 1), np.ones(1, dtype=int))
+    agent.evaluate = lambda episodes: better
+
+    def full(weights, metadata):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_best, agent._checkpoints.save_best = agent._checkpoints.save_best, full
+    with pytest.raises(OSError, match="No space left"):
+        agent.learn(10)
+    assert agent._best_mean_reward == kept
+    agent._checkpoints.save_best = save_best
+    agent.learn(1)
+    assert (agent._best_mean_reward, agent.best_timestep()) == (kept + 1, 20)
 
 
 def test_a_callback_that_raises_loses_nothing(tmp_path):

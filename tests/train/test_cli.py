@@ -98,6 +98,7 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("train --env-id Pendulum-v1 --env-id Nope-v1", "Nope-v1"),
         ("train --env-id Pendulum-v1 --device cuda:99", "cuda:99"),
         ("train --resume", "--run-dir"),
+        ("train --run-dir= --resume", "--resume needs --run-dir"),
         ("train --resume --run-dir {tmp}/none", "none is not a run directory"),
         ("evaluate {tmp}/none", "none is not a run directory"),
         ("evaluate {tmp}", "is not a run directory"),
@@ -212,6 +213,93 @@ def test_an_interrupt_during_imports_is_a_sentence(tmp_path, module):
         cwd=tmp_path,
     )
     assert (result.returncode, result.stderr) == (130, "polygrad-fast: interrupted\n")
+
+
+@pytest.mark.parametrize("import_fails", ["ImportError", "abort"])
+def test_an_interrupt_within_an_import_of_cpp_is_a_sentence(tmp_path, import_fails):
+    """A module stands for torch: what is raised within its C++ becomes another error there."""
+    lines = ["import os, signal", "try:", "    os.kill(os.getpid(), signal.SIGINT)"]
+    end = "raise ImportError('a module failed')" if import_fails == "ImportError" else "os.abort()"
+    (tmp_path / "torch.py").write_text("\n".join([*lines, "except BaseException:", f"    {end}"]))
+    result = cli_in_process("train", "--env-id", "Pendulum-v1", path=tmp_path)
+    assert (result.returncode, result.stderr) == (130, "polygrad-fast: interrupted\n")
+
+
+def test_a_second_interrupt_at_exit_leaves_no_traceback(tmp_path):
+    (tmp_path / "slow.py").write_text(textwrap.dedent(SLOW))
+    words = train(tmp_path / "run", "--env-id", "slow:Slow-v0")
+    result = cli_in_process(*words, path=tmp_path)
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "polygrad-fast: interrupted\n")
+
+
+SLOW = """
+    import atexit, os, signal
+    # after the interrupt below, and before torch's own clean-up
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_ignored_interrupts_stay_ignored(tmp_path):
+    """As in what a script starts in the background."""
+    command = [sys.executable, "-m", "polygrad_fast", *train(tmp_path / "run", total=200)]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoints").exists() and time.monotonic() < deadline:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert (tmp_path / "run" / "checkpoints" / "step_000000200").is_dir()
+
+
+@pytest.mark.parametrize(
+    "error, code, err",
+    [
+        (
+            "TimeoutError('no answer')",
+            1,
+            "polygrad-fast: no answer; training stopped at environment step 59; the last good "
+            "checkpoint is {run}/checkpoints/step_000000059\n",
+        ),
+        (
+            "FileNotFoundError(2, 'No such file', 'scene.xml')",
+            1,
+            "polygrad-fast: training stopped at environment step 59: scene.xml: No such file; the "
+            "last good checkpoint is {run}/checkpoints/step_000000059\n",
+        ),
+        ("SystemExit('no licence')", 1, "no licence\n"),
+        ("SystemExit(7)", 7, ""),
+    ],
+)
+def test_errors_of_the_system_in_an_environment(tmp_path, error, code, err):
+    (tmp_path / "failing.py").write_text(textwrap.dedent(FAILING).replace("ERROR", error))
+    run = tmp_path / "run"
+    result = cli_in_process(*train(run, "--env-id", "failing:Failing-v0"), path=tmp_path)
+    assert (result.returncode, result.stderr) == (code, err.format(run=run))
+    assert (run / "checkpoints" / "step_000000059").is_dir()
+
+
+FAILING = """
+    import gymnasium
+    gymnasium.register("Failing-v0", "failing:make", max_episode_steps=30)
+    class Failing(gymnasium.Wrapper):
+        trained = None  # the environment that is trained on is the first one made
+        steps = 0
+        def step(self, action):
+            self.steps += 1
+            if self is Failing.trained and self.steps == 60:
+                raise ERROR
+            return super().step(action)
+    def make(**options):
+        made = Failing(gymnasium.make("Pendulum-v1", **options).unwrapped)
+        Failing.trained = Failing.trained or made
+        return made
+"""
 
 
 ROOT = Path(cli.__file__).parents[1]
@@ -462,7 +550,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_metrics(tmp_path):
         words = train(tmp_path / name, "--checkpoint-interval", "20", *more, total=400)
         if "--resume" in more:
             words = ["train", "--resume", "--run-dir", str(tmp_path / name), "--no-progress"]
-        command = [sys.executable, "-m", "polygrad_fast.cli", *words]
+        command = [sys.executable, "-m", "polygrad_fast", *words]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
     assert start("whole").wait() == 0

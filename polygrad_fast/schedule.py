@@ -74,7 +74,7 @@ class NoiseSchedule:
 
         Raises:
             InputError: no numbers, not one axis of at least one, a beta outside (0, 1), or betas so
-                small that a table is not finite.
+                small, or so large together, that a table is not finite.
         """
         if not torch.is_tensor(betas):
             try:
@@ -95,9 +95,10 @@ class NoiseSchedule:
             raise InputError(f"betas[{k}] is {betas[k].item()}, wanted a number in (0, 1)")
         schedule = cls._derive(betas)
         if not schedule._is_finite():
+            wanted = "larger" if schedule.alphas_cumprod[0] == 1 else "smaller or fewer"
             raise InputError(
-                f"betas from {betas.min().item()} to {betas.max().item()} give tables that are not "
-                f"finite in {betas.dtype}, wanted larger ones or float64"
+                f"{len(betas)} betas from {betas.min().item()} to {betas.max().item()} give tables "
+                f"that are not finite in {betas.dtype}, wanted {wanted} ones or float64"
             )
         return schedule
 

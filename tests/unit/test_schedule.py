@@ -194,7 +194,11 @@ def test_betas_of_any_kind_of_list(betas):
         ("abc", "must be numbers.*'abc'"),
         (None, "betas"),
         ([0.1, [0.2]], "must be numbers"),
-        ([1e-9, 0.1], "not finite in torch.float32"),
+        ([1e-9, 0.1], "not finite in torch.float32, wanted larger ones or float64"),
+        (
+            [0.999] * 20,
+            "20 betas from 0.999.* not finite.* wanted smaller or fewer ones or float64",
+        ),
     ],
 )
 def test_unusable_betas_are_refused(betas, message):

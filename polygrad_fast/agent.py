@@ -40,7 +40,7 @@ from polygrad_fast.evaluation.returns import EpisodeStatistics, evaluate_policy
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.profiling import annotate
-from polygrad_fast.protocols import check_denoiser, check_policy
+from polygrad_fast.protocols import check_denoiser, check_policy, policy_moments
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
 from polygrad_fast.schedule import NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
@@ -98,8 +98,8 @@ class PolyGRAD:
         policy: a policy of your own, a module that is a `polygrad_fast.Policy` for actions in
             `action_scaler`'s units ([-1, 1] with `config.rescale_actions`). It is trained in place
             and acts and imagines in the mode it is in. Of `config.policy` the sizes of the value
-            function and `normed_inputs`, for it, apply; `a2c.saturation_coef` above 0 needs
-            GaussianPolicy's `network` and `squash`.
+            function and `normed_inputs`, for it, apply; `a2c.saturation_coef` above 0 penalizes the
+            outputs of its module `network`.
         eval_env: what to evaluate on instead of environments like `env`: an id, a function, or an
             environment, which is then used itself, its episodes one after the other.
 
@@ -266,8 +266,7 @@ class PolyGRAD:
         if isinstance(policy, torch.nn.Module):
             policy.to(self.device)
         shapes = (), (3,), (2, self.config.horizon)  # as it acts, evaluates and imagines
-        action_dim = self.environment.action_dim
-        check_policy(policy, self.normalizer, action_dim, shapes, self.device, trained=True)
+        check_policy(policy, self.normalizer, shapes, self.device, trained=True)
 
     @property
     def policy(self) -> torch.nn.Module:
@@ -615,10 +614,15 @@ class PolyGRAD:
                 observations, self.guidance.value, generator=self.generator, normalized=normalized
             )
 
+    def _moments(self, observations: Tensor) -> Tensor:
+        """Return the policy's mean and std at raw observations, on the CPU: [..., S] -> [2, ...,
+        A]."""
+        moments = policy_moments(self.policy, self.normalizer, observations, normalized=False)
+        return torch.stack(moments).cpu()
+
     @torch.no_grad()
     def _act(self, observation: np.ndarray) -> np.ndarray:
-        moments = self.policy(torch.tensor(observation, device=self.device))
-        mean, std = torch.stack(moments).cpu()
+        mean, std = self._moments(torch.tensor(observation, device=self.device))
         noise = torch.randn(mean.shape, generator=self._acting_generator)
         action = (mean + std * noise).numpy()
         if not np.isfinite(action).all():
@@ -667,7 +671,7 @@ class PolyGRAD:
             raise InputError(f"observation of dtype {array.dtype} given, wanted real numbers")
         array = as_finite_float32(array, array.shape, "observation")
         inputs = torch.from_numpy(array).to(self.device)
-        mean, std = torch.stack(self.policy(inputs)).cpu()
+        mean, std = self._moments(inputs)
         if not torch.isfinite(mean).all():
             self._check_too_large(array)
             raise NonFiniteError("the policy's mean is not finite")

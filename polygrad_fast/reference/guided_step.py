@@ -9,17 +9,8 @@ from torch import Tensor
 from polygrad_fast.config import SamplerConfig, check_choices
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import log_prob, score
-from polygrad_fast.protocols import Policy, policy_moments, reads_normalized
+from polygrad_fast.protocols import Policy, policy_moments
 from polygrad_fast.schedule import NoiseSchedule
-
-
-def policy_distribution(
-    policy: Policy, normalizer: Normalizer, observations_norm: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the policy's mean and std (raw actions) at normalized observations [..., S]."""
-    if not reads_normalized(policy):
-        observations_norm = normalizer.unnormalize(observations_norm, "observations")
-    return policy_moments(policy, observations_norm)
 
 
 def denoiser_actions(
@@ -103,9 +94,12 @@ def guided_step(
     policy_states = {"denoised": denoised, "posterior_mean": mean, "noisy": trajectory}
     policy_observations = policy_states[config.policy_input][..., :observation_dim]
 
+    def moments(observations: Tensor) -> tuple[Tensor, Tensor]:
+        return policy_moments(policy, normalizer, observations, normalized=True)
+
     # lines 8-12: update the actions
     if config.action_update == "score" or last_step:
-        policy_mean, policy_std = policy_distribution(policy, normalizer, policy_observations)
+        policy_mean, policy_std = moments(policy_observations)
         raw_actions = normalizer.unnormalize(actions, "actions")
 
     def clip(raw: Tensor) -> Tensor:
@@ -130,14 +124,14 @@ def guided_step(
         if config.update_states:
             with torch.enable_grad():
                 observations = policy_observations.detach().requires_grad_(True)
-                distribution = policy_distribution(policy, normalizer, observations)
+                distribution = moments(observations)
                 likelihood = log_prob(raw_actions, *distribution).sum()
                 (gradient,) = torch.autograd.grad(likelihood, observations)
             denoised[..., :observation_dim] = policy_observations + guidance_scale * gradient
             mean = posterior_mean(denoised)
         actions = normalizer.normalize(raw_actions, "actions") + noise_std * action_noise
     elif config.action_update == "sample":
-        policy_mean, policy_std = policy_distribution(policy, normalizer, policy_observations)
+        policy_mean, policy_std = moments(policy_observations)
         raw_actions = policy_mean + policy_std * action_noise
         actions = normalizer.normalize(raw_actions, "actions")
 

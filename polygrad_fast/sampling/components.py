@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.normalizer import Normalizer
-from polygrad_fast.protocols import Denoiser, Policy, weights_dtype
+from polygrad_fast.protocols import Denoiser, Policy
 from polygrad_fast.schedule import NoiseSchedule
 
 
@@ -50,18 +50,6 @@ class SampleNoise:
             if step < num_steps - 1:
                 action_noise[step] = normals(actions)
         return cls(*initial, state_noise, action_noise)
-
-
-def call_denoiser(denoiser: Denoiser, trajectory: Tensor, actions: Tensor, k: int) -> Tensor:
-    """Return a denoiser's prediction [B, H, D] at diffusion step k, in the trajectory's dtype.
-
-    A module computes in the dtype of its weights. It may overwrite `trajectory` [B, H, D] and
-    `actions` [B, H, A], and what it returns may be its own.
-    """
-    dtype = weights_dtype(denoiser, trajectory.dtype)
-    timesteps = torch.full((len(trajectory),), k, device=trajectory.device)
-    prediction = denoiser(trajectory.to(dtype), actions.to(dtype), timesteps)
-    return prediction.to(trajectory.dtype)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
+from polygrad_fast.protocols import call_denoiser
 from polygrad_fast.reference.residual_mlp import fold_normalizer
-from polygrad_fast.sampling.components import call_denoiser
 from polygrad_fast.sampling.linear import LinearOps, Weight
 from polygrad_fast.structure import change, parts
 
@@ -236,12 +236,15 @@ FOLDED_DENOISERS = {
 _FORWARDS = {kind: kind.forward for kind in (*FOLDED_DENOISERS, GaussianPolicy)}
 
 
-def why_foreign(module) -> str | None:
+def why_foreign(module, differentiated: bool = False) -> str | None:
     """Return why a denoiser or policy is to be called as it is, for instance "is a Foo" or "has a
     forward hook in blocks.0", or None where it can be folded.
 
     Only what its constructor made of exactly that type can: a subclass, a hook, a parametrization
     or a replaced part may compute something else with the same weights.
+
+    Args:
+        differentiated: whether its gradient is followed, which runs backward hooks too.
     """
     kind = type(module)
     if kind not in _FORWARDS:
@@ -249,7 +252,7 @@ def why_foreign(module) -> str | None:
     if kind.forward is not _FORWARDS[kind]:
         return f"is a {kind.__name__} with another forward"
     found = change(module, module.built)
-    if found is None and kind is GaussianPolicy:  # whose gradient `update_states` follows
+    if found is None and differentiated:
         if any(part._backward_hooks or part._backward_pre_hooks for part in parts(module)):
             found = "has a backward hook"
     return found

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.profiling import annotate
+from polygrad_fast.protocols import call_denoiser
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
-from polygrad_fast.sampling.components import SampleNoise, SamplerComponents, call_denoiser
+from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 
 
 def diffusion_step(

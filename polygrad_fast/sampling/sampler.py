@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
-from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import (
     Denoiser,
@@ -98,6 +97,8 @@ class PolicyGuidedSampler:
             raise InputError(f"engine must be one of {list(ENGINES)}, got {engine!r}")
         if isinstance(dtype, torch.dtype):
             dtype = str(dtype).removeprefix("torch.")
+        if not isinstance(dtype, str):
+            raise InputError(f"dtype must be a name or a torch.dtype, got {dtype!r}")
         for name, value, kind in (
             ("schedule", schedule, NoiseSchedule),
             ("config", config, SamplerConfig),
@@ -107,7 +108,7 @@ class PolicyGuidedSampler:
         self.config = config if config is not None else SamplerConfig.official()
         check_normalizer(normalizer)
         device = _common_device(device, denoiser, policy, normalizer)
-        _check_modules(denoiser, policy, schedule, normalizer, engine, device)
+        _check_modules(denoiser, policy, schedule, normalizer, self.config, engine, device)
         if action_bounds is not None:
             action_bounds = _check_bounds(action_bounds, denoiser.action_dim, device)
         elif self.config.denoiser_actions == "clipped":
@@ -137,11 +138,6 @@ class PolicyGuidedSampler:
         structure = _structure(c)
         self.engine, self._engine = _build_engine(engine, c, _resolve_dtype(dtype, engine, c))
         self._built_for = structure
-
-    def _check_changed_modules(self) -> None:
-        c = self.components
-        modules = c.denoiser, c.policy, c.schedule, c.normalizer
-        _check_modules(*modules, self._asked[0], c.device)
 
     def sample(
         self,
@@ -174,7 +170,8 @@ class PolicyGuidedSampler:
 
         Raises:
             InputError: wrong shape or dtype, B = 0, a value that is not finite, noise of other
-                shapes, or modules that were changed so that the engine asked for refuses them.
+                shapes, modules that were changed so that the engine asked for refuses them, or a
+                denoiser or policy that returns something else than its protocol says.
         """
         with annotate("sample"):
             with annotate("check_inputs"):
@@ -194,7 +191,6 @@ class PolicyGuidedSampler:
             autocast_off = torch.autocast(self.components.device.type, enabled=False)
             with self._lock, torch.inference_mode(False), torch.no_grad(), autocast_off:
                 if _structure(self.components) != self._built_for:
-                    self._check_changed_modules()
                     self._build()
                 trajectory, actions, chain = self._engine.sample(
                     s0_norm, guidance_scale, generator, noise, return_chain
@@ -291,6 +287,7 @@ def _check_modules(
     policy: Any,
     schedule: NoiseSchedule,
     normalizer: Normalizer,
+    config: SamplerConfig,
     engine: str,
     device: torch.device,
 ) -> None:
@@ -302,7 +299,8 @@ def _check_modules(
             got = getattr(other, name, wanted)
             if got != wanted:
                 raise InputError(f"{type(other).__name__} has {name} {got}, the denoiser {wanted}")
-    check_policy(policy, normalizer, denoiser.action_dim, ((2, denoiser.horizon),), device)
+    shapes = ((2, denoiser.horizon),)
+    check_policy(policy, normalizer, shapes, device, guides_states=config.update_states)
     for method in ("normalize", "unnormalize"):
         own = method in vars(normalizer)
         if engine != "reference" and (
@@ -318,14 +316,13 @@ def _check_modules(
 def _structure(components: SamplerComponents) -> tuple:
     """Return what an engine was built for: it folds the very parts that are there, and fixes the
     policy's two settings in its graphs."""
-    foreign, folded, settings = [], [], ()
-    for module in (components.denoiser, components.policy):
-        foreign.append(why_foreign(module) is not None)
-        if not foreign[-1]:
-            folded += parts(module)
-            if isinstance(module, GaussianPolicy):
-                settings = module.min_std, module.normed_inputs
-    return foreign, folded, settings
+    denoiser, policy = components.denoiser, components.policy
+    foreign_denoiser = why_foreign(denoiser) is not None
+    foreign_policy = why_foreign(policy, components.config.update_states) is not None
+    return (
+        None if foreign_denoiser else parts(denoiser),
+        None if foreign_policy else (parts(policy), policy.min_std, policy.normed_inputs),
+    )
 
 
 def _as_tensor(value: Any, name: str) -> Tensor:
@@ -340,7 +337,8 @@ def _as_tensor(value: Any, name: str) -> Tensor:
             array = array.astype(np.float64)  # whole numbers typed by hand
         if array.dtype.kind == "f" and array.dtype.itemsize > 8:
             array = array.astype(np.float64)
-        return torch.from_numpy(np.array(array, order="C"))
+        native = array.dtype.newbyteorder("=")
+        return torch.from_numpy(np.array(array, dtype=native, order="C"))
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"{name} must be a tensor, an array or a list of equally long lists of numbers, got "

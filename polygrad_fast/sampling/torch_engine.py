@@ -15,7 +15,7 @@ from polygrad_fast.config import check_choices
 from polygrad_fast.errors import InputError
 from polygrad_fast.policy import log_prob
 from polygrad_fast.profiling import annotate
-from polygrad_fast.reference.guided_step import policy_distribution
+from polygrad_fast.protocols import policy_moments
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.folded_networks import (
     FoldedPolicy,
@@ -124,7 +124,8 @@ class TorchEngine:
         self.components, self.dtype = components, dtype
         num_steps = components.schedule.num_train_timesteps
         self._on_gpu = device.type == "cuda"
-        foreign_policy = why_foreign(components.policy) is not None
+        follows = components.config.update_states
+        foreign_policy = why_foreign(components.policy, differentiated=follows) is not None
         foreign = foreign_policy or why_foreign(components.denoiser) is not None
         # Foreign modules may do what a capture forbids, or move their weights.
         self._captures = self._on_gpu and not foreign
@@ -437,9 +438,9 @@ class TorchEngine:
         if self._policy is None:
             c = self.components
             observations = states[..., : c.observation_dim]
-            mean, std = policy_distribution(c.policy, c.normalizer, observations)
+            mean, std = policy_moments(c.policy, c.normalizer, observations, normalized=True)
             ws.policy_mean.copy_(mean)
-            update = self._action_update(std.expand(mean.shape))
+            update = self._action_update(std)
         else:
             rows, means = states.flatten(0, 1), ws.policy_mean.flatten(0, 1)
             for part in self._parts(len(rows), POLICY_ROWS_PER_THREAD):
@@ -458,7 +459,7 @@ class TorchEngine:
             states = states.detach().clone().requires_grad_(True)
             if self._policy is None:
                 observations = states[..., : c.observation_dim]
-                mean, std = policy_distribution(c.policy, c.normalizer, observations)
+                mean, std = policy_moments(c.policy, c.normalizer, observations, normalized=True)
                 std = std / self._action_scale
             else:
                 mean = self._policy.differentiable_mean(states.flatten(0, 1))

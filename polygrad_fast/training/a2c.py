@@ -15,7 +15,7 @@ from polygrad_fast.policy import ValueFunction, entropy, log_prob
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import (
     check_trainable,
-    passes_by_forward,
+    dry_call,
     policy_moments,
     reads_normalized,
 )
@@ -47,16 +47,40 @@ def _distinct(tensor: Tensor) -> Tensor:
     return tensor[tuple(0 if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
-def _check_policy(policy: nn.Module, config: A2CConfig) -> None:
+def _moments_and_outputs(
+    policy: nn.Module, normalizer: Normalizer, inputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a policy's mean and std at inputs in the space it reads, and what its `network` gave
+    on the way."""
+    outputs = []
+    hook = policy.network.register_forward_hook(lambda network, given, out: outputs.append(out))
+    try:
+        mean, std = policy_moments(policy, normalizer, inputs, reads_normalized(policy))
+    finally:
+        hook.remove()
+    if not (len(outputs) == 1 and torch.is_tensor(outputs[0])):
+        raise InputError(
+            f"a2c.saturation_coef above 0 penalizes the tensor that policy.network returns, wanted "
+            f"one in a call of the policy {type(policy).__name__}, got "
+            f"{[type(output).__name__ for output in outputs]}"
+        )
+    return mean, std, outputs[0]
+
+
+def _check_policy(policy: nn.Module, normalizer: Normalizer, config: A2CConfig) -> None:
     """Raise InputError unless this policy can be trained with these options."""
     check_trainable("policy", policy)
-    offers = all(callable(getattr(policy, name, None)) for name in ("network", "squash"))
-    if config.saturation_coef > 0 and (not offers or passes_by_forward(policy)):
+    if config.saturation_coef == 0:
+        return
+    if not isinstance(getattr(policy, "network", None), nn.Module):
         raise InputError(
-            f"a2c.saturation_coef {config.saturation_coef} needs a policy that is "
-            f"squash(network(observations)), as a GaussianPolicy is, got "
-            f"{type(policy).__name__}; wanted a2c.saturation_coef 0 for such a policy"
+            f"a2c.saturation_coef {config.saturation_coef} needs a policy with a module `network`, "
+            f"whose outputs it penalizes, got {type(policy).__name__}; wanted a2c.saturation_coef "
+            f"0 for such a policy"
         )
+    inputs = normalizer.observations_mean.expand(2, 2, -1)
+    call = f"policy {type(policy).__name__}, called with observations {list(inputs.shape)}"
+    dry_call(policy, call, inputs.device, lambda: _moments_and_outputs(policy, normalizer, inputs))
 
 
 class ActorCritic:
@@ -64,9 +88,9 @@ class ActorCritic:
 
     Weights change in place.
 
-    Of the policy it uses what `polygrad_fast.Policy` says, and where it has them as
+    Of the policy it uses what `polygrad_fast.Policy` says, and where it has them, as a
     `GaussianPolicy`: the parameter `log_std`, whose gradient is not clipped and is reported, and
-    `network` and `squash`, which `saturation_coef` needs.
+    the module `network`, whose outputs `saturation_coef` penalizes.
 
     Args:
         policy: a module that is a `polygrad_fast.Policy`.
@@ -77,8 +101,8 @@ class ActorCritic:
             normalized rewards; None: where the policy reads normalized observations.
 
     Raises:
-        InputError: a policy that is no module with weights to train, or lacks what
-            `saturation_coef` needs.
+        InputError: a policy that is no module with weights to train, or, with `saturation_coef`,
+            does not call its `network` once.
     """
 
     def __init__(
@@ -92,7 +116,7 @@ class ActorCritic:
         self.policy, self.value_function, self.normalizer = policy, value_function, normalizer
         self.config = config if config is not None else A2CConfig()
         self.normed_inputs = reads_normalized(policy) if normed_inputs is None else normed_inputs
-        _check_policy(policy, self.config)
+        _check_policy(policy, normalizer, self.config)
         self.target_value_function = copy.deepcopy(value_function).requires_grad_(False)
         self.actor_optimizer = torch.optim.AdamW(
             policy.parameters(), lr=self.config.actor_learning_rate
@@ -173,10 +197,11 @@ class ActorCritic:
             weights = (1.0 - terminals[:, :-1]).cumprod(dim=1)
 
         if config.saturation_coef > 0:
-            policy_outputs = self.policy.network(policy_inputs)
-            mean, std = self.policy.squash(policy_outputs)
+            mean, std, policy_outputs = _moments_and_outputs(
+                self.policy, self.normalizer, policy_inputs
+            )
         else:
-            mean, std = policy_moments(self.policy, policy_inputs)
+            mean, std = self._moments(policy_inputs)
         old_log_prob = log_prob(raw_actions, mean, std)
         policy_entropy = entropy(std)
         actor_loss = -old_log_prob * advantages - config.entropy_coef * policy_entropy
@@ -191,7 +216,7 @@ class ActorCritic:
         (actor_loss + critic_loss).backward()
         max_norm = config.max_grad_norm if config.max_grad_norm is not None else math.inf
         # log-std is not clipped, as in the released code
-        log_std = getattr(self.policy, "log_std", None)
+        log_std = dict(self.policy.named_parameters()).get("log_std")
         clipped = [p for p in self.policy.parameters() if p is not log_std]
         actor_grad_norm = nn.utils.clip_grad_norm_(clipped, max_norm)
         critic_grad_norm = nn.utils.clip_grad_norm_(self.value_function.parameters(), max_norm)
@@ -199,7 +224,7 @@ class ActorCritic:
         with torch.no_grad():
             standardized = (raw_actions - mean) / std
             log_std_metrics = {}
-            if isinstance(log_std, Tensor) and log_std.grad is not None:
+            if log_std is not None and log_std.grad is not None:
                 log_std_metrics["log_std_grad_norm"] = log_std.grad.norm()
             results = {
                 "actor_loss": actor_loss,
@@ -231,6 +256,12 @@ class ActorCritic:
             )
         return metrics
 
+    def _moments(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the policy's mean and std at inputs in the space it reads."""
+        return policy_moments(
+            self.policy, self.normalizer, inputs, normalized=reads_normalized(self.policy)
+        )
+
     @torch.no_grad()
     def _step_actor(
         self, inputs: Tensor, raw_actions: Tensor, old_log_prob: Tensor, target_update: float
@@ -244,7 +275,7 @@ class ActorCritic:
 
         def update_size() -> float:
             with annotate("line_search_trial"):
-                new_log_prob = log_prob(raw_actions, *policy_moments(self.policy, inputs))
+                new_log_prob = log_prob(raw_actions, *self._moments(inputs))
                 return (new_log_prob - old_log_prob).abs().mean().item()
 
         def move(scale: float) -> float:

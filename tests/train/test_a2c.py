@@ -1,12 +1,14 @@
 import copy
 import itertools
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import parametrize
 
 import polygrad_fast as pg
 from polygrad_fast.policy import log_prob
@@ -130,16 +132,72 @@ def test_the_value_function_may_read_another_space_than_the_policy():
 def test_what_a_policy_lacks_is_said():
     arguments = pg.ValueFunction(S, 16), make_normalizer(), pg.A2CConfig(saturation_coef=0.1)
     with pytest.raises(
-        pg.InputError, match=r"saturation_coef 0.1 needs a policy that is squash.*StateDependent"
+        pg.InputError,
+        match=r"saturation_coef 0.1 needs a policy with a module `net.*StateDependent",
     ):
         pg.ActorCritic(StateDependent(), *arguments)
-    hooked = pg.GaussianPolicy(S, A, 16)
-    hooked.register_forward_hook(lambda module, inputs, output: output)
-    with pytest.raises(pg.InputError, match=r"saturation_coef 0.1 needs .*GaussianPolicy; wanted"):
-        pg.ActorCritic(hooked, *arguments)
+    policy = StateDependent()
+    policy.network = torch.nn.Identity()
+    with pytest.raises(pg.InputError, match=r"a call of the policy StateDependent, got \[\]"):
+        pg.ActorCritic(policy, *arguments)
     pg.ActorCritic(pg.GaussianPolicy(S, A, 16), *arguments)
     with pytest.raises(pg.InputError, match="policy <lambda> cannot be trained"):
         pg.ActorCritic(lambda observations: observations, *arguments)
+
+
+class Halved(pg.GaussianPolicy):
+    def distribution(self, inputs):
+        mean, std = super().distribution(inputs)
+        return 0.5 * mean, std
+
+
+class Shifted(pg.GaussianPolicy):
+    def forward(self, observations):
+        mean, std = super().forward(observations)
+        return mean + 0.5, std
+
+
+def hooked(*arguments, **options):
+    policy = pg.GaussianPolicy(*arguments, **options)
+    policy.register_forward_hook(lambda module, inputs, output: (0.1 * output[0], output[1]))
+    return policy
+
+
+@pytest.mark.parametrize("make", [pg.GaussianPolicy, Halved, Shifted, hooked])
+def test_saturation_is_penalized_in_the_policy_as_it_is(make):
+    """Its moments are its own, whichever way they come from the network's outputs."""
+    results, policies = [], []
+    for coef in (0.0, 0.1):
+        torch.manual_seed(0)
+        policies.append(make(S, A, 16, init_std=0.6))
+        config = pg.A2CConfig(saturation_coef=coef, max_grad_norm=None)
+        learner = pg.ActorCritic(policies[-1], pg.ValueFunction(S, 16), make_normalizer(), config)
+        inputs = learner.normalizer.unnormalize(make_batch()["observations"], "observations")
+        outputs = policies[-1].network(inputs[:, :-1])
+        results.append(learner.update(**make_batch()))
+    penalty = 0.1 * outputs.square().mean().item()
+    got = results[1]["actor_loss"] - results[0]["actor_loss"]
+    assert penalty > 1e-4 and got == pytest.approx(penalty, rel=1e-3)
+    for name in ("action_mean", "action_std", "policy_std"):
+        assert results[1][name] == results[0][name]
+    assert results[1]["update_size_initial"] < 0.1, "of the moments that were differentiated"
+    assert not policies[1].network._forward_hooks
+
+
+def test_a_parametrized_log_std_is_clipped_with_the_rest():
+    class Bounded(torch.nn.Module):
+        def forward(self, x):
+            return x.clamp(-1.0, 1.0)
+
+    actor_critic = make_actor_critic()
+    parametrize.register_parametrization(actor_critic.policy, "log_std", Bounded())
+    actor_critic = pg.ActorCritic(
+        actor_critic.policy, actor_critic.value_function, actor_critic.normalizer
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = actor_critic.update(**make_batch())
+    assert "log_std_grad_norm" not in metrics
 
 
 def test_a_frozen_log_std():

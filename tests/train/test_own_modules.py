@@ -209,8 +209,11 @@ class NoCopy(OwnDenoiser):
         ({"policy": OwnDenoiser()}, "policy OwnDenoiser, called as .* failed"),
         ({"policy": lambda o: (o, o)}, "policy <lambda> cannot be trained, wanted a torch.nn.Mod"),
         ({"denoiser": OwnDenoiser().double()}, "in torch.float64, training wants torch.float32"),
-        ({"denoiser": Overwritten()}, "Overwritten, .* cannot be differentiated: .*inplace"),
-        ({"policy": Detached()}, "policy Detached, called as .* cannot be differentiated"),
+        ({"denoiser": Overwritten()}, "Overwritten, .* differentiated with.*weights: .*inplace"),
+        (
+            {"policy": Detached()},
+            "policy Detached, called as .* differentiated with .*weights: there",
+        ),
     ],
 )
 def test_modules_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, own, message):
@@ -221,7 +224,7 @@ def test_modules_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
 
 def test_what_own_policies_lack_is_said():
     config = tiny_config(a2c=pg.A2CConfig(saturation_coef=0.1))
-    with pytest.raises(pg.InputError, match="saturation_coef 0.1 needs a policy that is squash"):
+    with pytest.raises(pg.InputError, match="saturation_coef 0.1 needs a policy with a module"):
         pg.PolyGRAD("Pendulum-v1", config=config, policy=OwnPolicy())
 
 
@@ -248,6 +251,50 @@ def test_lora_in_the_built_in_policy_is_an_own_policy():
     assert policy.network[3].up.abs().sum() > 0
     assert torch.equal(policy.network[3].weight, kept)
     assert rows[-1]["a2c/log_std_grad_norm"] > 0
+
+
+class NormedPolicy(OwnPolicy):
+    """Reads normalized observations, and knows no normalizer."""
+
+    normed_inputs = True
+
+    def forward(self, observations):
+        raise NotImplementedError
+
+    def distribution(self, inputs):
+        return OwnPolicy.forward(self, inputs)
+
+
+@pytest.mark.parametrize("kind", ["own", "GaussianPolicy"])
+def test_a_policy_acts_on_what_it_is_trained_on(kind):
+    """On the agent's moments, whatever normalizer it came with."""
+    policy = NormedPolicy()
+    if kind == "GaussianPolicy":
+        options = {"normed_inputs": True, "normalizer": pg.Normalizer(S, A)}
+        policy = pg.GaussianPolicy(S, A, 16, **options)
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), policy=policy)
+    agent.learn(80)
+    observations = np.array([[0.6, -0.8, 3.0], [1.0, 0.0, -7.0]], dtype=np.float32)
+    inputs = agent.normalizer.normalize(torch.from_numpy(observations), "observations")
+    with torch.no_grad():
+        mean, _ = policy.distribution(inputs)
+    wanted = agent.action_scaler.to_environment(mean.numpy())
+    got, _ = agent.predict(observations, deterministic=True)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    assert agent.evaluate(1).mean_reward < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_policy_may_return_another_dtype(dtype):
+    class Converting(OwnPolicy):
+        def forward(self, observations):
+            mean, std = super().forward(observations)
+            return mean.to(dtype), std
+
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), policy=Converting())
+    agent.learn(60)
+    for deterministic in (False, True):
+        assert agent.predict(np.zeros(S), deterministic)[0].dtype == np.float32
 
 
 def test_a_policy_may_overwrite_what_it_reads():

@@ -86,7 +86,7 @@ def test_the_protocols_are_public_and_met_by_the_built_in_networks():
     assert isinstance(pg.ResidualMLPDenoiser(S, A, H, 8, 1), pg.Denoiser)
     assert isinstance(pg.TransformerDenoiser(S, A, H, 8, 1), pg.Denoiser)
     assert isinstance(OwnDenoiser(), pg.Denoiser) and not isinstance(OwnPolicy(), pg.Denoiser)
-    assert isinstance(pg.GaussianPolicy(S, A), pg.Policy) and isinstance(constant(), pg.Policy)
+    assert {"Denoiser", "Policy"} <= set(pg.__all__)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -114,13 +114,18 @@ def test_engines_agree_on_own_modules():
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_denoiser_computes_in_its_weights_dtype(engine, dtype):
-    denoiser = OwnDenoiser()
-    wanted = sample(make_sampler(engine, denoiser=denoiser))
-    got = sample(make_sampler(engine, denoiser=copy.deepcopy(denoiser).to(dtype)))
+@pytest.mark.parametrize("name", ["denoiser", "policy"])
+def test_a_module_computes_in_its_weights_dtype(name, engine, dtype):
+    torch.manual_seed(3)
+    module = OwnDenoiser() if name == "denoiser" else OwnPolicy()
+    wanted = sample(make_sampler(engine, **{name: module}))
+    got = sample(make_sampler(engine, **{name: copy.deepcopy(module).to(dtype)}))
     assert got.observations.dtype == got.actions.dtype == torch.float32
-    error = (got.observations - wanted.observations).abs().max()
-    assert error < (1e-4 if dtype == torch.float64 else 0.5)
+    error = max(
+        (getattr(got, field) - getattr(wanted, field)).abs().max()
+        for field in ("observations", "actions")
+    )
+    assert 0 < error < (1e-4 if dtype == torch.float64 else 0.5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -199,7 +204,7 @@ DENOISERS = {
         r"prediction of shape \[3, 4, 2\], wanted \[3, 4, 5\]",
     ),
     "exchanged axes": (prediction_of(lambda x, u, k: x.mT), r"shape \[3, 5, 4\], wanted \[3, 4,"),
-    "a pair": (prediction_of(lambda x, u, k: (x, u)), "returned tuple as a prediction, wanted a t"),
+    "a pair": (prediction_of(lambda x, u, k: (x, u)), "a prediction that is a tuple, wanted a ten"),
     "integers": (prediction_of(lambda x, u, k: x.long()), "of torch.int64, wanted floating point"),
     "other arguments": (prediction_of(lambda x, k: x), "called as denoiser.*, failed: .*argument"),
 }
@@ -241,7 +246,7 @@ POLICIES = {
         lambda o: torch.distributions.Normal(o, 1.0),
         r"returned Normal, wanted the pair \(mean, std\)",
     ),
-    "numbers": (lambda o: (0.0, 1.0), "returned float as a mean, wanted a tensor"),
+    "numbers": (lambda o: (0.0, 1.0), "a mean that is a float, wanted a tensor"),
     "integers": (
         lambda o: tuple(torch.ones(*o.shape[:-1], A, dtype=torch.int64) for _ in range(2)),
         "a mean of torch.int64, wanted floating point",
@@ -286,6 +291,62 @@ def test_a_policy_on_normalized_observations_must_have_one_meaning():
     plain.register_forward_hook(lambda module, inputs, output: output)
     with pytest.raises(pg.InputError, match="which policy.distribution passes by"):
         sample(sampler)
+
+
+class NormedPolicy(OwnPolicy):
+    normed_inputs = True
+
+    def distribution(self, inputs):
+        return OwnPolicy.forward(self, inputs)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_hook_that_distribution_passes_by_is_seen_at_any_time(engine):
+    policy = NormedPolicy()
+    sampler = make_sampler(engine, policy=policy)
+    wanted = sample(sampler).actions
+    hook = policy.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(
+        pg.InputError, match="policy NormedPolicy has .* put the hook on a part of it"
+    ):
+        sample(sampler)
+    hook.remove()
+    seen = []
+    policy.linear.register_forward_hook(lambda module, inputs, output: seen.append(1))
+    assert torch.equal(sample(sampler).actions, wanted) and len(seen) == K
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_module_that_returns_something_else_later_is_refused(engine):
+    """Numbers of another shape would be broadcast."""
+    denoiser, policy = OwnDenoiser(), OwnPolicy()
+    sampler = make_sampler(engine, denoiser=denoiser, policy=policy)
+    sample(sampler)
+    policy.forward = lambda o: (o[..., :1], torch.ones_like(o[..., :1]))
+    with pytest.raises(pg.InputError, match=r"policy OwnPolicy, .* mean of shape \[5, 4, 1\]"):
+        sample(sampler)
+    del policy.forward
+    denoiser.forward = lambda x, u, k: x[:, :1]
+    with pytest.raises(pg.InputError, match=r"denoiser OwnDenoiser, .* of shape \[5, 1, 5\]"):
+        sample(sampler)
+
+
+def test_moving_states_needs_a_differentiable_policy():
+    config = pg.SamplerConfig.official(update_states=True)
+    for engine in ENGINES:
+        for policy in (constant(), lambda o: (o.detach()[..., :A], o.detach()[..., :A].exp())):
+            make_sampler(engine, policy=policy)
+            with pytest.raises(
+                pg.InputError, match="respect to the observations, which update_states=True wants"
+            ):
+                make_sampler(engine, policy=policy, config=config)
+    results = [sample(make_sampler(e, policy=OwnPolicy(), config=config)) for e in ENGINES]
+    assert_close(*results)
+
+
+def test_a_normalizer_in_another_dtype():
+    with pytest.raises(pg.InputError, match="normalizer: observations_mean .*float32, got .*64"):
+        make_sampler(normalizer=pg.Normalizer(S, A).double())
 
 
 class Careless(OwnDenoiser):

@@ -754,6 +754,7 @@ def test_accepted_inputs(engine):
         for observations in (
             frozen,
             s0.numpy().astype(np.longdouble),
+            s0.numpy().astype(">f4"),
             s0.numpy()[::-1][::-1],
             s0.tolist(),
             list(s0),
@@ -783,6 +784,7 @@ def test_accepted_inputs(engine):
         ("normalizer", nn.Identity(), "normalizer must be a polygrad_fast.Normalizer.*Identity"),
         ("dtype", torch.int8, "dtype.*got.*'int8'"),
         ("dtype", 3, "dtype.*got.*3"),
+        ("dtype", ["float32"], "dtype must be a name or a torch.dtype, got .*'float32'"),
         ("device", 1.5, "device 1.5 is unknown"),
     ],
 )

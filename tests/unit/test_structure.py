@@ -199,6 +199,18 @@ def test_a_backward_hook_on_the_policy_is_called_where_its_gradient_is_followed(
     parts["policy"].network[0].register_full_backward_hook(lambda *arguments: calls.append(1))
     sample(sampler)
     assert len(calls) == K - 1
+    assert why_foreign(parts["policy"], differentiated=True) == "has a backward hook"
+    assert why_foreign(parts["policy"]) is None, "where no gradient is followed"
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_a_hook_that_records_sees_the_sample_only(engine):
+    parts = make_parts()
+    sampler, seen = pg.PolicyGuidedSampler(**parts, engine=engine), []
+    for part in (parts["denoiser"].blocks[0], parts["policy"].network[0]):
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    sample(sampler)
+    assert len(seen) == 2 * K and all(len(output) == B for output in seen)
 
 
 def test_a_change_that_is_undone_is_folded_again():

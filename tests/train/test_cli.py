@@ -334,23 +334,28 @@ RACING = """
     gymnasium.register("Racing-v0", "racing:make", max_episode_steps=200)
     HERE = pathlib.Path(__file__).parent
     def make(**options):
-        # Every process waits here for the other, right before the run directory is made.
+        # Every process waits here for the other, before it makes its run directory; one of them
+        # also for the other's, where the test says so.
         (HERE / f"ready-{os.getpid()}").touch()
         while len(list(HERE.glob("ready-*"))) < 2:
+            time.sleep(0.001)
+        while not os.path.exists(os.environ.get("WAIT_FOR", HERE)):
             time.sleep(0.001)
         return gymnasium.make("Pendulum-v1", **options).unwrapped
 """
 
 
-def test_of_two_runs_begun_at_once_in_one_directory_one_goes_on(tmp_path):
+@pytest.mark.parametrize("order", ["at once", "one after the other"])
+def test_of_two_runs_begun_at_once_in_one_directory_one_goes_on(tmp_path, order):
     (tmp_path / "racing.py").write_text(textwrap.dedent(RACING))
     run = tmp_path / "run"
 
     def start(seed):
         words = train(run, "--env-id", "racing:Racing-v0", "--seed", str(seed), total=60)
+        waits = {"WAIT_FOR": str(run / "config.json")} if (seed, order[:3]) == (2, "one") else {}
         return subprocess.Popen(
             [sys.executable, "-m", "polygrad_fast", *words],
-            env={**ONE_THREAD, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+            env={**ONE_THREAD, **waits, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -206,12 +206,12 @@ def test_an_episode_that_cannot_be_restored_ends_in_the_replay_buffer(tmp_path):
     agent, _ = make_agent()
     agent.learn(14)  # two steps into an episode of six
     agent.save(tmp_path / "saved")
+    loaded = pg.PolyGRAD.load(tmp_path / "saved", env=Line, device="cpu")
+    windows = loaded.replay.num_windows
     # the number of the episode is the environment's memory, so that a new one starts
     with pytest.warns(UserWarning, match="not deterministic"):
-        loaded = pg.PolyGRAD.load(tmp_path / "saved", env=Line, device="cpu")
+        loaded.learn(2)
     assert agent.replay.num_episodes == 3 and loaded.replay.num_episodes == 4
-    windows = loaded.replay.num_windows
-    loaded.learn(2)
     assert loaded.replay.num_windows == windows  # two steps are no window, whatever came before
     loaded.learn(1)
     assert loaded.replay.num_windows == windows + 1

@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.agent import _Speed
 from polygrad_fast.benchmarking import sampler_case
 from polygrad_fast.benchmarking.work import Work, parameter_bytes, tensor_bytes
 from polygrad_fast.config import DenoiserConfig
@@ -394,7 +393,7 @@ def make_agent(preset, env_id, batch, engine, dtype, device) -> pg.PolyGRAD:
     agent = pg.PolyGRAD(env_id, preset, 0, device, config)
     agent.environment.reset()
     while agent.num_timesteps < config.learning_starts:
-        agent._step(_Speed(0))
+        agent.step()
     return agent
 
 
@@ -406,12 +405,12 @@ def test_whole_update(bench, preset, env_id, batch, engine, dtype):
         sampler_case.matmul_precision("float32"),
     ):
         agent = make_agent(preset, env_id, batch, engine, dtype, bench.device)
-        config, speed = agent.config, _Speed(0)
+        config = agent.config
         env_steps = round(1 / config.policy_updates_per_env_step)
 
         def update():
             for _ in range(env_steps):
-                agent._step(speed)
+                agent.step()
 
         update()
         c = agent.sampler.components

@@ -18,7 +18,6 @@ import sys
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.agent import _Speed
 from polygrad_fast.benchmarking import profiled
 from polygrad_fast.config import PRESETS
 
@@ -58,12 +57,11 @@ def build(options: argparse.Namespace) -> pg.PolyGRAD:
 def run(options: argparse.Namespace) -> None:
     """Fill the buffer, warm up, train inside the capture range, report."""
     agent = build(options)
-    speed = _Speed(0)
     agent.environment.reset()
 
     def train(num_steps: int) -> None:
         for _ in range(num_steps):
-            agent._step(speed)
+            agent.step()
 
     def steps_for(policy_updates: int) -> int:
         return math.ceil(policy_updates / agent.config.policy_updates_per_env_step)

@@ -345,6 +345,22 @@ class PolyGRAD:
                 raise self._explained(KeyboardInterrupt())
         return self
 
+    def step(self) -> None:
+        """Take one environment step and all updates due after it, as `learn` does, but without
+        evaluations, metrics and checkpoints: for loops and measurements of one's own.
+
+        Raises:
+            InputError: the environment returned something unusable.
+            NonFiniteError: an update met NaN.
+        """
+        speed = _Speed(self.num_timesteps)
+        self._stop_requested = False
+        self._restore_environment()
+        if self._updates_left is None:
+            self._interact(speed)
+        self._take_updates(speed)
+        self.num_timesteps, self._updates_left = self.num_timesteps + 1, None
+
     def stop(self) -> None:
         """Let the running `learn` end after its current update, with a checkpoint; safe in a signal
         handler."""
@@ -543,7 +559,7 @@ class PolyGRAD:
                 if self._stop_requested:
                     return False
                 start = time.perf_counter()
-                with self._indivisible(), annotate(name):
+                with self._indivisible():
                     take(speed)
                     self._updates_left[name] -= 1
                 speed.durations.add(name, time.perf_counter() - start)
@@ -554,46 +570,50 @@ class PolyGRAD:
             self.normalizer.update(self.replay.moments(), self.config.normalizer.min_std())
 
     def _update_denoiser(self, speed: _Speed) -> None:
-        windows = self.replay.sample(self.config.denoiser.batch_size, self.generator)
-        trajectory = self.normalizer.normalize_trajectory(
-            windows.observations, windows.rewards, windows.terminals
-        )
-        actions = self.normalizer.normalize(windows.actions, "actions")
-        losses = self.denoiser_trainer.update(trajectory, actions, self.generator)
-        values = torch.stack(list(losses.values())).tolist()
-        for name, value in zip(losses, values, strict=True):
-            if not math.isfinite(value):
-                raise NonFiniteError(f"the denoiser's {name} is {value}")
-            self._add_metric(f"denoiser/{name}", value)
-        speed.updates += 1
+        with annotate("denoiser_update"):
+            windows = self.replay.sample(self.config.denoiser.batch_size, self.generator)
+            trajectory = self.normalizer.normalize_trajectory(
+                windows.observations, windows.rewards, windows.terminals
+            )
+            actions = self.normalizer.normalize(windows.actions, "actions")
+            losses = self.denoiser_trainer.update(trajectory, actions, self.generator)
+            values = torch.stack(list(losses.values())).tolist()
+            for name, value in zip(losses, values, strict=True):
+                if not math.isfinite(value):
+                    raise NonFiniteError(f"the denoiser's {name} is {value}")
+                self._add_metric(f"denoiser/{name}", value)
+            speed.updates += 1
 
     def _update_policy(self, speed: _Speed) -> None:
-        start = time.perf_counter()
-        batch = self.imagine(self.config.imagined_batch_size, normalized=True)
-        with annotate("check_finite"):
-            fields = ("observations", "actions", "rewards", "terminals")
-            finite = torch.stack([torch.isfinite(getattr(batch, name)).all() for name in fields])
-            for name, fine in zip(fields, finite.tolist(), strict=True):
-                if not fine:
-                    raise NonFiniteError(f"the imagined {name} are not finite")
-        speed.add_sample(time.perf_counter() - start)
-        terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
-        with annotate("a2c_update"):
-            metrics = self.actor_critic.update(
-                batch.observations,
-                batch.actions,
-                batch.rewards,
-                (terminals > 0.5).to(batch.rewards.dtype),
-                progress=min(1.0, (self.num_timesteps + 1) / self._target_timesteps),
-            )
-        statistic = {"std": "action_std", "mean_abs": "action_mean_abs"}
-        if self.config.sampler.action_update == "score":
-            with annotate("guidance_update"):
-                self.guidance.update(metrics[statistic[self.config.guidance.statistic]])
-        metrics["guidance_scale"] = self.guidance.value
-        for name, value in metrics.items():
-            self._add_metric(f"a2c/{name}", value)
-        speed.updates += 1
+        with annotate("policy_update"):
+            start = time.perf_counter()
+            batch = self.imagine(self.config.imagined_batch_size, normalized=True)
+            with annotate("check_finite"):
+                fields = ("observations", "actions", "rewards", "terminals")
+                finite = torch.stack(
+                    [torch.isfinite(getattr(batch, name)).all() for name in fields]
+                )
+                for name, fine in zip(fields, finite.tolist(), strict=True):
+                    if not fine:
+                        raise NonFiniteError(f"the imagined {name} are not finite")
+            speed.add_sample(time.perf_counter() - start)
+            terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
+            with annotate("a2c_update"):
+                metrics = self.actor_critic.update(
+                    batch.observations,
+                    batch.actions,
+                    batch.rewards,
+                    (terminals > 0.5).to(batch.rewards.dtype),
+                    progress=min(1.0, (self.num_timesteps + 1) / self._target_timesteps),
+                )
+            statistic = {"std": "action_std", "mean_abs": "action_mean_abs"}
+            if self.config.sampler.action_update == "score":
+                with annotate("guidance_update"):
+                    self.guidance.update(metrics[statistic[self.config.guidance.statistic]])
+            metrics["guidance_scale"] = self.guidance.value
+            for name, value in metrics.items():
+                self._add_metric(f"a2c/{name}", value)
+            speed.updates += 1
 
     def imagine(self, num_trajectories: int, normalized: bool = False) -> TrajectoryBatch:
         """Imagine trajectories under the current policy, from observations in the replay buffer.

@@ -241,7 +241,7 @@ def _draw(folder: Path, shown: Figure) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path = folder / shown.name
-    picture = figure.Figure(dpi=100, layout="constrained")
+    picture = figure.Figure(dpi=75, layout="constrained")
     FigureCanvasAgg(picture)
     shown.draw(picture)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -432,8 +432,8 @@ class PolyGRAD:
         is_long = left.seconds > 86400
         if not left.measured and not is_long:
             return False
-        bar.set_postfix_str(self._postfix({}, left))
         if is_long:
+            bar.clear()  # the warning gets a line of its own
             advice = "fewer environment steps or a smaller imagined_batch_size shorten the run"
             if self.device.type == "cpu" and self.preset != "quick":
                 advice = "the preset 'quick' is made for a CPU"
@@ -443,6 +443,7 @@ class PolyGRAD:
                 f"on {self.device.type!r}; {advice}",
                 stacklevel=4,
             )
+        bar.set_postfix_str(self._postfix({}, left))
         return True
 
     def _time_left(self, step: int, speed: _Speed) -> TimeLeft:

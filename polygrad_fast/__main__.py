@@ -3,12 +3,12 @@
 import signal
 import sys
 
-from polygrad_fast.training.interrupts import interruptible_imports
+from polygrad_fast.training.interrupts import end_on_interrupt
 
 
 def main() -> int:
     """Run the command line and leave the process to end."""
-    with interruptible_imports():
+    with end_on_interrupt():
         from polygrad_fast import cli
     try:
         return cli.main()

@@ -57,10 +57,10 @@ from polygrad_fast.training.denoiser import (
 )
 from polygrad_fast.training.estimate import (
     Durations,
-    in_words,
+    TimeLeft,
     num_updates,
     remaining_counts,
-    remaining_seconds,
+    time_left,
 )
 from polygrad_fast.training.guidance import GuidanceTuner
 from polygrad_fast.training.interrupts import stop_on_signals
@@ -404,8 +404,8 @@ class PolyGRAD:
         unsaved = estimated = False
 
         def write(step: int, metrics: dict[str, float]) -> None:
-            remaining = self._remaining_seconds(step, speed) if estimated else None
-            bar.set_postfix_str(self._postfix(metrics, remaining))
+            left = self._time_left(step, speed) if estimated else None
+            bar.set_postfix_str(self._postfix(metrics, left))
             for sink in sinks:
                 sink.write(step, metrics)
 
@@ -471,27 +471,29 @@ class PolyGRAD:
         return error
 
     def _estimate(self, bar, speed: _Speed) -> bool:
-        """Show how long the rest takes, and warn if that is long; return False if it is not known
+        """Show how long the rest takes, and warn if that is long; return False if neither is known
         yet."""
-        remaining = self._remaining_seconds(self.num_timesteps, speed)
-        if remaining is None:
+        left = self._time_left(self.num_timesteps, speed)
+        is_long = left.seconds > 86400
+        if not left.measured and not is_long:
             return False
-        bar.set_postfix_str(self._postfix({}, remaining))
-        if remaining > 86400:
+        if is_long:
+            bar.clear()  # the warning gets a line of its own
             advice = "fewer environment steps or a smaller imagined_batch_size shorten the run"
             if self.device.type == "cpu" and self.preset != "quick":
                 advice = "the preset 'quick' is made for a CPU"
             warnings.warn(
                 f"at the speed measured so far, the remaining "
-                f"{self._target_timesteps - self.num_timesteps:,} environment steps take about "
-                f"{in_words(remaining)} on {self.device.type!r}; {advice}",
+                f"{self._target_timesteps - self.num_timesteps:,} environment steps take {left} "
+                f"on {self.device.type!r}; {advice}",
                 stacklevel=4,
             )
+        bar.set_postfix_str(self._postfix({}, left))
         return True
 
-    def _remaining_seconds(self, step: int, speed: _Speed) -> float | None:
+    def _time_left(self, step: int, speed: _Speed) -> TimeLeft:
         counts = remaining_counts(self.config, step, self._target_timesteps)
-        return remaining_seconds(speed.durations.typical(), counts)
+        return time_left(speed.durations.typical(), counts)
 
     @contextlib.contextmanager
     def _indivisible(self) -> Iterator[None]:
@@ -778,7 +780,7 @@ class PolyGRAD:
             "eval/best_mean_reward": self._best_mean_reward,
         }
 
-    def _postfix(self, metrics: dict[str, float], remaining: float | None) -> str:
+    def _postfix(self, metrics: dict[str, float], left: TimeLeft | None) -> str:
         shown = []
         if "time/env_steps_per_s" in metrics:
             shown.append(f"{metrics['time/env_steps_per_s']:.0f} env steps/s")
@@ -788,8 +790,8 @@ class PolyGRAD:
             shown.append(f"{metrics['time/sample_ms']:.1f} ms/sample")
         if self._best_mean_reward is not None:
             shown.append(f"best return {self._best_mean_reward:.0f}")
-        if remaining is not None:
-            shown.append(f"about {in_words(remaining)} left")
+        if left is not None:
+            shown.append(f"{left} left")
         return ", ".join(shown)
 
     def _open_logs(self) -> list[MetricsLog | TensorboardLog]:

@@ -28,7 +28,7 @@ from polygrad_fast._version import __version__
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.training.estimate import num_updates
-from polygrad_fast.training.interrupts import interruptible_imports, stop_on_signals
+from polygrad_fast.training.interrupts import end_on_interrupt, stop_on_signals
 from polygrad_fast.training.run_directory import difference, read_run_config
 from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
 
@@ -264,15 +264,14 @@ def _first_sentence(boxed: str) -> str:
 
 
 def _train(command: Train) -> None:
-    with interruptible_imports():
-        from polygrad_fast.agent import PolyGRAD
     total = command.config.total_timesteps
     run_dir = Path(
         command.run_dir
         or f"runs/{command.env_id}-{command.preset}-{command.seed}".replace(":", "-")
     )
+    with end_on_interrupt():
+        agent = _agent_to_train(command, run_dir)
     if command.resume:
-        agent = PolyGRAD.resume(run_dir, device=command.device, tensorboard=command.tensorboard)
         if total < agent.num_timesteps:
             raise InputError(
                 f"--total-timesteps {total} given, but the run is at environment step "
@@ -280,15 +279,6 @@ def _train(command: Train) -> None:
             )
         begin = f"resuming {run_dir} at environment step {agent.num_timesteps:,} of {total:,}"
     else:
-        agent = PolyGRAD(
-            command.env_id,
-            command.preset,
-            command.seed,
-            command.device,
-            command.config,
-            run_dir,
-            command.tensorboard,
-        )
         begin = f"training {agent.env_id} ({command.preset}, seed {agent.seed}) in {run_dir}"
     with agent.locked():
         if total != agent.config.total_timesteps:
@@ -301,6 +291,22 @@ def _train(command: Train) -> None:
     if agent.num_timesteps < total:
         again = f"polygrad-fast train --resume --run-dir {shlex.quote(str(run_dir))}"
         print(f"stopped; `{again}` continues")
+
+
+def _agent_to_train(command: Train, run_dir: Path) -> PolyGRAD:
+    from polygrad_fast.agent import PolyGRAD
+
+    if command.resume:
+        return PolyGRAD.resume(run_dir, device=command.device, tensorboard=command.tensorboard)
+    return PolyGRAD(
+        command.env_id,
+        command.preset,
+        command.seed,
+        command.device,
+        command.config,
+        run_dir,
+        command.tensorboard,
+    )
 
 
 def _summarize(agent: PolyGRAD, run_dir: Path) -> None:
@@ -366,9 +372,6 @@ def _result(rows: list[dict[str, float]], agent: PolyGRAD) -> str:
 
 
 def _evaluate(command: Evaluate) -> None:
-    with interruptible_imports():
-        from polygrad_fast.agent import PolyGRAD
-        from polygrad_fast.evaluation.video import record_episode
     if command.episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {command.episodes}")
     if command.seed < 0:
@@ -376,7 +379,11 @@ def _evaluate(command: Evaluate) -> None:
     if command.video is not None:
         _check_writable(command.video)
     read_run_config(command.run_dir)
-    agent = PolyGRAD.load(command.run_dir, device=command.device, checkpoint=command.checkpoint)
+    with end_on_interrupt():
+        from polygrad_fast.agent import PolyGRAD
+        from polygrad_fast.evaluation.video import record_episode
+
+        agent = PolyGRAD.load(command.run_dir, device=command.device, checkpoint=command.checkpoint)
     if command.video is not None:
         record_episode(agent, command.video, command.seed)
         print(f"video in {command.video}")
@@ -394,15 +401,16 @@ def _evaluate(command: Evaluate) -> None:
 
 
 def _sample(command: Sample) -> None:
-    with interruptible_imports():
-        import numpy as np
-
-        from polygrad_fast.agent import PolyGRAD
     if command.num < 1:
         raise InputError(f"--num must be at least 1, got {command.num}")
     _check_writable(command.out)
     read_run_config(command.run_dir)
-    agent = PolyGRAD.load(command.run_dir, device=command.device)
+    with end_on_interrupt():
+        import numpy as np
+
+        from polygrad_fast.agent import PolyGRAD
+
+        agent = PolyGRAD.load(command.run_dir, device=command.device)
     batch = agent.imagine(command.num)
     arrays = {
         name: getattr(batch, name).cpu().numpy()

@@ -159,28 +159,30 @@ class CheckpointManager:
         return _save(self.directory / "best", weights, None, metadata, sequence=0)
 
     def latest(self) -> Path | None:
-        """The undamaged checkpoint saved last, or None. Warns of each damaged one it skips."""
+        """The undamaged checkpoint saved last, or None. Warns of each damaged one that is newer."""
+        skipped = []
         for path in sorted(self._steps(), key=_age_key, reverse=True):
-            if _usable(path):
+            wrong = _wrong_with(path)
+            if wrong is None:
+                for reason in skipped:
+                    warnings.warn(f"skipped a damaged checkpoint: {reason}", stacklevel=2)
                 return path
+            if path.exists():  # else another process has pruned it meanwhile
+                skipped.append(wrong)
         return None
 
     def best(self) -> Path | None:
-        """The best checkpoint, or None. Warns if there is one and it is damaged."""
+        """The best checkpoint, or None, also where it is damaged."""
         path = _resolve(self.directory / "best")
-        return path if path.is_dir() and _usable(path) else None
+        return path if _wrong_with(path) is None else None
 
     def damage(self, kind: str) -> list[str]:
         """What is wrong with each damaged checkpoint of a kind, "last" or "best", newest first."""
         best = _resolve(self.directory / "best")
         steps = sorted(self._steps(), key=_age_key, reverse=True)
-        found = []
-        for path in steps if kind == "last" else [best] * best.exists():
-            try:
-                _verify(path)
-            except CheckpointError as error:
-                found.append(str(error))
-        return found
+        paths = steps if kind == "last" else [best]
+        found = [_wrong_with(path) for path in paths if path.exists()]
+        return [wrong for wrong in found if wrong is not None]
 
     def has_saved(self) -> bool:
         """Whether a step checkpoint has ever been saved here, even if none is left."""
@@ -275,14 +277,12 @@ def _verify(directory: Path) -> dict:
     return files
 
 
-def _usable(path: Path) -> bool:
+def _wrong_with(path: Path) -> str | None:
     try:
         _verify(path)
     except CheckpointError as error:
-        if path.exists():  # else another process has pruned it meanwhile
-            warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=3)
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def _looks_complete(path: Path) -> bool:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from polygrad_fast.config import TrainConfig
 
@@ -40,16 +41,22 @@ def remaining_counts(config: TrainConfig, step: int, target: int) -> dict[str, i
     return {"env_step": target - step} | counts if target > step else {}
 
 
-def remaining_seconds(seconds: Mapping[str, float], counts: Mapping[str, int]) -> float | None:
-    """Return what `counts` take at `seconds` each; None where an update that is still to come has
-    not been measured. Evaluations not measured yet are left out."""
-    total = 0.0
-    for name, count in counts.items():
-        if name in seconds:
-            total += count * seconds[name]
-        elif count and name != "evaluation":
-            return None
-    return total
+class TimeLeft(NamedTuple):
+    """Seconds that a training still takes; a lower bound where something that is still to come has
+    not been measured yet (evaluations apart, which are left out until they are)."""
+
+    seconds: float
+    measured: bool
+
+    def __str__(self) -> str:
+        return f"{'about' if self.measured else 'more than'} {in_words(self.seconds)}"
+
+
+def time_left(seconds: Mapping[str, float], counts: Mapping[str, int]) -> TimeLeft:
+    """Return what `counts` take at `seconds` each."""
+    total = sum(count * seconds.get(name, 0.0) for name, count in counts.items())
+    unknown = {name for name, count in counts.items() if count and name not in seconds}
+    return TimeLeft(total, unknown <= {"evaluation"})
 
 
 class Durations:

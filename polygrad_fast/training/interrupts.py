@@ -1,4 +1,4 @@
-"""What Ctrl-C does: it ends a training after its current update, and imports at once."""
+"""What Ctrl-C does: it ends a training after its current update, and what comes before at once."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ def stop_on_signals(stop: Callable[[], None], signals: Iterable[int]) -> Iterato
 
 
 @contextlib.contextmanager
-def interruptible_imports() -> Iterator[None]:
-    """Let Ctrl-C end the process at once and in a sentence: a KeyboardInterrupt that is raised
-    within the import of a C++ module, as of torch, aborts it or becomes an ImportError."""
+def end_on_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once and in a sentence, where nothing is lost by that.
+
+    A KeyboardInterrupt would do less: raised while torch is imported, or does what it puts off to
+    its first use, it can abort the process, become an ImportError, or be swallowed.
+    """
 
     def end(number: int, frame: object) -> None:
         with contextlib.suppress(OSError):

@@ -10,9 +10,10 @@ import polygrad_fast as pg
 from polygrad_fast.agent import _due
 from polygrad_fast.training.estimate import (
     Durations,
+    TimeLeft,
     in_words,
     remaining_counts,
-    remaining_seconds,
+    time_left,
 )
 
 
@@ -47,11 +48,16 @@ def test_counts_are_those_of_the_training_loop(step, left, starts, delay, ratio,
 def test_seconds_are_counts_times_measured_seconds():
     counts = {"env_step": 1000, "denoiser_update": 1000, "policy_update": 250, "evaluation": 2}
     seconds = {"env_step": 1e-3, "denoiser_update": 0.05, "policy_update": 10.0}
-    assert remaining_seconds(seconds, counts) == pytest.approx(1 + 50 + 2500)
-    assert remaining_seconds(seconds | {"evaluation": 3.0}, counts) == pytest.approx(2557)
-    assert remaining_seconds({"env_step": 1e-3}, counts) is None  # the prefill tells nothing
-    assert remaining_seconds({"env_step": 1e-3}, {"env_step": 5}) == pytest.approx(5e-3)
-    assert remaining_seconds({}, {}) == 0
+    assert time_left(seconds, counts) == (pytest.approx(1 + 50 + 2500), True)
+    assert time_left(seconds | {"evaluation": 3.0}, counts) == (pytest.approx(2557), True)
+    # the prefill tells nothing, denoiser updates before the first policy update something
+    assert time_left({"env_step": 1e-3}, counts) == (pytest.approx(1), False)
+    del seconds["policy_update"]
+    assert time_left(seconds, counts) == (pytest.approx(51), False)
+    assert time_left(seconds, counts | {"policy_update": 0}) == (pytest.approx(51), True)
+    assert time_left({}, {}) == (0, True)
+    assert str(TimeLeft(720, True)) == "about 12 min"
+    assert str(TimeLeft(6.7 * 3600, False)) == "more than 6.7 h"
 
 
 def test_the_first_slow_update_does_not_count():

@@ -30,6 +30,7 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
+from polygrad_fast.sampling.folded_networks import why_foreign
 from polygrad_fast.schedule import TABLES, NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
 from polygrad_fast.training.run_log import write_bytes_atomic
@@ -159,6 +160,13 @@ def export_checkpoint(
     step = parts.step if step is None else step
     if not _is_integer(step) or step < 0:
         raise InputError(f"step must be an integer of at least 0, got {step!r}")
+    for name, module in (("denoiser", parts.denoiser), ("policy", parts.policy)):
+        foreign = why_foreign(module)
+        if foreign is not None:
+            raise InputError(
+                f"the released code cannot use the weights of a {name} that {foreign}, wanted one "
+                f"of this library's as its constructor makes it"
+            )
     weights = export_denoiser(parts.denoiser.state_dict(), parts.denoiser)
     diffusion = {name: getattr(parts.schedule, name) for name in TABLES}
     noise_variance = 1.0 - parts.schedule.alphas_cumprod

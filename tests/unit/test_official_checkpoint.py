@@ -286,8 +286,35 @@ def test_other_sources_are_told(tmp_path):
     with pytest.raises(pg.InputError, match="wanted a PolyGRAD agent.*got Linear"):
         official.export_checkpoint(torch.nn.Linear(2, 2), tmp_path)
     parts = dataclasses.replace(make_parts(), denoiser=torch.nn.Linear(2, 2))
-    with pytest.raises(pg.InputError, match="wanted a ResidualMLPDenoiser.*got Linear"):
+    with pytest.raises(pg.InputError, match="weights of a denoiser that is a Linear, wanted one"):
         official.export_checkpoint(parts, tmp_path)
+
+
+def double_output(module):
+    module.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def own_squash(policy):
+    policy.squash = lambda outputs: (2 * outputs, policy.std.expand_as(outputs))
+
+
+@pytest.mark.parametrize(
+    "name, edit, message",
+    [
+        ("denoiser", lambda d: double_output(d.blocks[0]), "denoiser that has a forward hook in"),
+        ("denoiser", lambda d: setattr(d.norm, "eps", 1.0), "denoiser that has another eps in"),
+        ("policy", lambda p: double_output(p.network), "policy that has a forward hook in network"),
+        ("policy", own_squash, "policy that has a squash of its own"),
+        ("policy", lambda p: p.network.__setitem__(2, torch.nn.Tanh()), "has a Tanh in network.2"),
+    ],
+)
+def test_changed_networks_are_not_exported(name, edit, message, tmp_path):
+    """Their weights alone would be another network."""
+    parts = make_parts()
+    edit(getattr(parts, name))
+    with pytest.raises(pg.InputError, match=f"cannot use the weights of a .*{message}"):
+        official.export_checkpoint(parts, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def change(path, name, edit):

@@ -217,6 +217,20 @@ def test_construction_errors(tmp_path):
     assert files_of(run_dir) == before
 
 
+def test_a_run_begun_by_another_meanwhile_stays_as_it_is(tmp_path):
+    """Another one begins, and is done, while this one makes its environment."""
+    run_dir = tmp_path / "run"
+
+    def make():
+        if not run_dir.exists():
+            pg.PolyGRAD("Pendulum-v1", seed=1, config=tiny_config(), run_dir=run_dir)
+        return gymnasium.make("Pendulum-v1")
+
+    with pytest.raises(pg.InputError, match="already holds a run"):
+        pg.PolyGRAD(make, seed=2, config=tiny_config(), run_dir=run_dir)
+    assert json.loads((run_dir / "config.json").read_text())["seed"] == 1
+
+
 def test_checkpoint_of_another_configuration(tmp_path):
     for name, horizon in (("a", 4), ("b", 5)):
         config = tiny_config(horizon=horizon)

@@ -358,8 +358,8 @@ class PolyGRAD:
         self._restore_environment()
         if self._updates_left is None:
             self._interact(speed)
-        self._take_updates(speed)
-        self.num_timesteps, self._updates_left = self.num_timesteps + 1, None
+        if self._take_updates(speed):  # else `stop` left some for the next call
+            self.num_timesteps, self._updates_left = self.num_timesteps + 1, None
 
     def stop(self) -> None:
         """Let the running `learn` end after its current update, with a checkpoint; safe in a signal

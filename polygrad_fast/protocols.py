@@ -1,4 +1,4 @@
-"""What a denoiser and a policy of your own must offer, and the check that they do.
+"""What a denoiser and a policy of your own must offer, the calls of them, and the checks before.
 
 B batch, H horizon, S observation, A action, D = S + 2 (observation, reward, terminal flag), K
 diffusion steps.

@@ -979,3 +979,25 @@ def test_a_damaged_best_checkpoint_is_called_damaged(tmp_path):
         pytest.raises(pg.CheckpointError, match="can be used: .*weights.safetensors has 4 bytes"),
     ):
         pg.PolyGRAD.load(tmp_path, checkpoint="best")
+
+
+def test_a_step_of_ones_own_is_that_of_learning_and_counts_once_it_is_finished(monkeypatch):
+    # `step` anneals to the end of the configured run, and leaves the threads alone
+    config = tiny_config(total_timesteps=60, cpu_threads=None)
+    learning, stepping = (pg.PolyGRAD("Pendulum-v1", config=config) for _ in range(2))
+    learning.learn(60)
+    update = stepping._update_denoiser
+
+    def stopped(speed):
+        update(speed)
+        if stepping.replay.total_steps == 40:
+            stepping.stop()
+
+    monkeypatch.setattr(stepping, "_update_denoiser", stopped)
+    calls = 0
+    while stepping.num_timesteps < 60:
+        stepping.step()
+        calls += 1
+    assert calls == 64  # the five updates after the prefill took a call each
+    for name, weight in learning._weights().items():
+        assert torch.equal(weight, stepping._weights()[name]), name

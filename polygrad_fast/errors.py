@@ -13,3 +13,8 @@ class CheckpointError(InputError):
 class NonFiniteError(RuntimeError):
     """Training met NaN or infinity. The message names the step, the quantity and the last
     checkpoint."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__

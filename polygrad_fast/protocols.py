@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from polygrad_fast.errors import InputError
+from polygrad_fast.errors import InputError, first_line
 from polygrad_fast.normalizer import Normalizer
 
 
@@ -338,7 +338,7 @@ def dry_call(
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{call}, {failed}: {reason}") from error
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from polygrad_fast.compat.weights import export_denoiser, load_denoiser, load_policy
-from polygrad_fast.errors import InputError
+from polygrad_fast.errors import InputError, first_line
 from polygrad_fast.normalizer import EPSILON, Normalizer
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.structure import is_setting, structure
@@ -113,7 +113,7 @@ def _compare_denoisers(live: nn.Module, module: nn.Module, num_steps: int) -> No
         weights = _randomize(twin)
         wanted = twin(*inputs)
     except Exception as error:
-        raise InputError(f"diffusion_model.model cannot be called: {_first_line(error)}") from error
+        raise InputError(f"diffusion_model.model cannot be called: {first_line(error)}") from error
     for name, tensor in export_denoiser(module.state_dict(), module).items():
         tensor.copy_(weights[name])
     if not _same(module(*inputs).flatten(1), wanted.flatten(1)):
@@ -233,7 +233,7 @@ def _check_policy(
     try:
         distribution = policy(probe, normed_input=True)
     except Exception as error:
-        raise InputError(f"{what} failed: {_first_line(error)}") from error
+        raise InputError(f"{what} failed: {first_line(error)}") from error
     base = distribution
     if isinstance(base, torch.distributions.Independent):
         base = base.base_dist
@@ -285,7 +285,7 @@ def moments(normalizer: Any, field: str, dim: int, device: torch.device) -> tupl
     except Exception as error:
         raise InputError(
             f"{what}: wanted normalize(x, field) and unnormalize(x, field) as in the released "
-            f"DatasetNormalizer, but the call failed: {_first_line(error)}"
+            f"DatasetNormalizer, but the call failed: {first_line(error)}"
         ) from error
     offset, scale = raw[0], (raw[1] - raw[0]) / points[1]
     if not (scale >= 0.99 * EPSILON).all():  # a slope of 1e-6 comes out rounded
@@ -353,7 +353,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors [rows, values] agree up to PROBE_TOLERANCE of each row's largest."""
     limit = PROBE_TOLERANCE * b.abs().amax(-1, keepdim=True).clamp(min=1e-6)
     return a.shape == b.shape and bool(((a - b).abs() <= limit).all())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

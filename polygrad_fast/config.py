@@ -199,6 +199,28 @@ class DenoiserConfig(_Options):
 
 
 @dataclass(frozen=True)
+class AutoregressiveConfig(_Options):
+    """The autoregressive world model's network and its training."""
+
+    hidden_dim: int = 256
+    num_layers: int = 3
+    learning_rate: float = 1e-3
+    batch_size: int = 64
+    """Windows per update; each holds as many transitions as it has steps, less one."""
+    ema_decay: float = 0.95
+    ema_interval: int = 1
+    updates_per_env_step: float = 0.5
+    pretrain_updates: int = 0
+    """Updates right after the prefill."""
+
+    def _check_ranges(self) -> None:
+        self._check_at_least(1, "hidden_dim", "num_layers", "batch_size", "ema_interval")
+        self._check_at_least(0, "updates_per_env_step", "pretrain_updates")
+        self._check_positive("learning_rate")
+        self._check(0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]")
+
+
+@dataclass(frozen=True)
 class A2CConfig(_Options):
     """Advantage actor-critic in imagination (table 1). The defaults are the released settings."""
 

@@ -1,0 +1,6 @@
+"""World models: one file each, behind the interface in `base`."""
+
+from polygrad_fast.world_models.base import WorldModel
+from polygrad_fast.world_models.trajectory_diffusion import TrajectoryDiffusion
+
+__all__ = ["TrajectoryDiffusion", "WorldModel"]

@@ -113,7 +113,7 @@ def pytest_configure(config):
         )
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
-    # before the first row makes the checkout dirty
+    # now: an edit during the session must not change what its rows say of the code that runs
     config.stash[SESSION].provenance(torch.device(device))
     config.stash[SESSION].provenance(torch.device("cpu"))
     config.stash[LEFT_OUT] = []

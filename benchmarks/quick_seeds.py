@@ -1,20 +1,26 @@
-"""Train the quick preset on several seeds and store what the policies score.
+"""Train a preset on several seeds and store what its policies score on episodes of their own.
 
-    python benchmarks/quick_seeds.py --env-id InvertedPendulum-v5 --seeds 10 11 12 13 14
+    python benchmarks/quick_seeds.py --env-id Pendulum-v1 Hopper-v5 --seeds 100 101 102 --jobs 2
 
-Each seed is trained and evaluated by the command line, one process after the other, with one
-thread each. Rows go to benchmarks/results/quick_seeds.jsonl in place of those of the same
-environment; `polygrad-fast bench report` makes the README's table of them.
+Of each seed the untrained policy, the best checkpoint and the last one play the same fresh
+episodes, whose seed follows from environment, preset and training seed: no two rows share episodes,
+and none are those of the evaluations that chose the best checkpoint. Every seed is a process with
+one thread. A row is written to benchmarks/results/quick_seeds.jsonl as soon as its seed is done, in
+place of one of the same case and machine; after an interruption `--resume` measures the rest.
+`polygrad-fast bench report` makes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,80 +28,172 @@ from pathlib import Path
 
 import torch
 
-from polygrad_fast.benchmarking.rows import Row, provenance, read_rows, write_rows
+from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.benchmarking.rows import Provenance, Row, RowFile, provenance
+from polygrad_fast.config import PRESETS, TrainConfig
+from polygrad_fast.errors import InputError
 from polygrad_fast.training.run_log import read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "quick_seeds.jsonl"
+FIRST_EVALUATION_SEED = 2**31
+"""Training seeds are below: an agent's own evaluations are seeded by its training seed."""
 
 
-def run_seed(env_id: str, seed: int, episodes: int) -> dict[str, float]:
-    """Train one seed and evaluate its best and last checkpoints on fresh episodes; return the
-    row's values."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def evaluation_seed(env_id: str, preset: str, seed: int) -> int:
+    """Return the seed of a row's fresh episodes, in [2^31, 2^32)."""
+    digest = hashlib.sha256(f"{env_id} {preset} {seed}".encode()).digest()
+    return FIRST_EVALUATION_SEED + int.from_bytes(digest[:8], "big") % FIRST_EVALUATION_SEED
 
-    def polygrad_fast(*arguments: str) -> str:
-        command = [sys.executable, "-m", "polygrad_fast.cli", *arguments]
-        result = subprocess.run(
-            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
-        )
-        return result.stdout
 
+def tiny(config: TrainConfig) -> TrainConfig:
+    """Return a configuration that only tries the mechanics."""
+    return dataclasses.replace(
+        config,
+        denoiser=dataclasses.replace(config.denoiser, pretrain_updates=2),
+        total_timesteps=90,
+        learning_starts=60,
+        imagined_batch_size=8,
+        eval_interval=20,
+        eval_episodes=2,
+        log_interval=10,
+    )
+
+
+def run_seed(
+    env_id: str, preset: str, seed: int, episodes: int, smoke: bool
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Train one seed and return the row's values and its learning curve."""
+    torch.set_num_threads(1)
+    config = TrainConfig.from_preset(preset, env_id)
+    config = tiny(config) if smoke else config
+    fresh = evaluation_seed(env_id, preset, seed)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
+        agents = {"untrained": PolyGRAD(env_id, preset, seed, "cpu", config)}
+        agent = PolyGRAD(env_id, preset, seed, "cpu", config, run_dir)
         start = time.perf_counter()
-        polygrad_fast(
-            *("train", "--env-id", env_id, "--preset", "quick", "--seed", str(seed)),
-            *("--run-dir", str(run_dir), "--no-progress"),
-        )
+        agent.learn(config.total_timesteps)
         seconds = time.perf_counter() - start
-        scores = {
-            checkpoint: json.loads(
-                polygrad_fast(
-                    *("evaluate", str(run_dir), "--episodes", str(episodes)),
-                    *("--checkpoint", checkpoint),
-                ).splitlines()[-1]
-            )
-            for checkpoint in ("best", "last")
-        }
-        rows = read_metrics(run_dir / "metrics.csv")
-    return {
-        "env_steps": rows[-1]["env_step"],
+        for checkpoint in ("best", "last"):
+            agents[checkpoint] = PolyGRAD.load(run_dir, device="cpu", checkpoint=checkpoint)
+        metrics = read_metrics(run_dir / "metrics.csv")
+    values = {
+        "train_steps": agents["last"].num_timesteps,
         "train_seconds": round(seconds, 1),
-        "untrained_mean_reward": round(rows[0]["eval/mean_reward"], 1),
-        "best_mean_reward": round(scores["best"]["mean_reward"], 1),
-        "best_std_reward": round(scores["best"]["std_reward"], 1),
-        "last_mean_reward": round(scores["last"]["mean_reward"], 1),
-        "last_std_reward": round(scores["last"]["std_reward"], 1),
+        "best_step": agents["best"].num_timesteps,
+        **selection_cost(metrics, config.eval_episodes),
         "episodes": episodes,
+        "evaluation_seed": fresh,
+    }
+    for name, agent in agents.items():
+        scores = agent.evaluate(episodes, fresh)
+        values[f"{name}_mean_reward"] = round(scores.mean_reward, 2)
+        values[f"{name}_std_reward"] = round(scores.std_reward, 2)
+    return values, learning_curve(metrics)
+
+
+def learning_curve(metrics: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Return environment steps and mean returns of the evaluations during training."""
+    evaluations = [row for row in metrics if "eval/mean_reward" in row]
+    return {
+        "env_step": [row["env_step"] for row in evaluations],
+        "mean_reward": [round(row["eval/mean_reward"], 2) for row in evaluations],
     }
 
 
-def main() -> None:
-    """Run the seeds given on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--env-id", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--episodes", type=int, default=10)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as the processes that train
-    command = shlex.join(["python", "benchmarks/quick_seeds.py", *sys.argv[1:]])
-    # before the first row makes the checkout dirty
-    facts = dataclasses.asdict(provenance(torch.device("cpu"), command))
-    stored = read_rows(RESULTS) if RESULTS.exists() else []
-    rows = [row for row in stored if row.case["env_id"] != arguments.env_id]
-    for seed in arguments.seeds:
-        row = Row(
-            **facts,
+def selection_cost(metrics: list[dict[str, float]], eval_episodes: int) -> dict[str, int]:
+    """Return the number of evaluations during training, which choose the best checkpoint, and the
+    environment steps that they took."""
+    lengths = [
+        row["eval/mean_episode_length"] for row in metrics if "eval/mean_episode_length" in row
+    ]
+    return {
+        "selection_evaluations": len(lengths),
+        "selection_steps": round(sum(lengths) * eval_episodes),
+    }
+
+
+def rows_of(options: argparse.Namespace, facts: Provenance) -> list[Row]:
+    """Return a row without values for every environment and seed."""
+    return [
+        Row(
+            **dataclasses.asdict(facts),
             benchmark="quick_seeds",
             dtype="float32",
-            case={"env_id": arguments.env_id, "seed": seed},
-            status="ok",
-            values=run_seed(arguments.env_id, seed, arguments.episodes),
+            case={"env_id": env_id, "preset": options.preset, "seed": seed},
+            status="error",
+            error="not run",
+            smoke=options.smoke,
         )
-        rows.append(row)
-        print(row.name, json.dumps(row.values), flush=True)
-        write_rows(RESULTS, rows)
+        for env_id, seed in itertools.product(options.env_id, options.seeds)
+    ]
+
+
+def measure(options: argparse.Namespace, file: RowFile, rows: list[Row]) -> int:
+    """Run the rows' seeds, `jobs` at a time, and store each as it ends; return how many failed."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the new processes
+    failed = 0
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn, max_tasks_per_child=1) as pool:
+        running = {
+            pool.submit(run_seed, *row.case.values(), options.episodes, options.smoke): row
+            for row in rows
+        }
+        try:
+            for future in concurrent.futures.as_completed(running):
+                row, error = running[future], future.exception()
+                if error is None:
+                    values, curves = future.result()
+                    values["jobs"] = options.jobs
+                    row = dataclasses.replace(
+                        row, status="ok", error=None, values=values, curves=curves
+                    )
+                else:
+                    failed += 1
+                    row = dataclasses.replace(row, error=f"{type(error).__name__}: {error}")
+                file.add(row)
+                print(row.name, row.error or json.dumps(row.values), flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the environments and seeds given on the command line; 1 if one of them failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--env-id", nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", required=True, help="below 2^31")
+    parser.add_argument("--preset", choices=list(PRESETS), default="quick")
+    parser.add_argument("--episodes", type=int, default=100, help="fresh ones (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (%(default)s)")
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
+    parser.add_argument("--resume", action="store_true", help="leave out rows of this commit")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the mechanics")
+    options = parser.parse_args(arguments)
+    for name, least in (("episodes", 1), ("jobs", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    for seed in options.seeds:
+        if not 0 <= seed < FIRST_EVALUATION_SEED:
+            parser.error(f"--seeds must be in [0, 2^31), got {seed}")
+    torch.set_num_threads(1)  # as the processes that train
+    command = shlex.join(["python", "benchmarks/quick_seeds.py", *arguments])
+    try:
+        for env_id in options.env_id:
+            PolyGRAD(env_id, options.preset, device="cpu")  # refused now or never
+        file = RowFile(options.rows)
+    except InputError as error:
+        parser.error(str(error))
+    rows = rows_of(options, provenance(torch.device("cpu"), command))
+    if options.resume:
+        rows = [row for row in rows if row.dirty or not file.holds(row)]
+    failed = measure(options, file, rows)
+    if failed:
+        print(f"{failed} of {len(rows)} seeds failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polygrad_fast.config import check_choices
 from polygrad_fast.kernels.residual_mlp import is_interpreted, round_to_tf32
 
 FP16_MAX = tl.constexpr(65504.0)
@@ -601,6 +602,7 @@ def schedule_table(schedule, options: StepOptions, config) -> Tensor:
 
 def step_options(config) -> StepOptions:
     """Return what the kernel needs of a `SamplerConfig`."""
+    check_choices(config)
     return StepOptions(
         prediction_type=config.prediction_type,
         action_update=config.action_update,
@@ -708,7 +710,11 @@ def guided_step(
     where that is float32, like the first. tf32 operands are rounded to nearest. A normal is a
     function of (seed, call, trajectory, step, element) alone. Neither synchronizes nor allocates;
     may be captured. Compiled anew for the last step, whose mathematics differ.
+
+    Raises:
+        InputError: an option has a value that is none of its names.
     """
+    check_choices(options)
     batch, horizon, state_dim = trajectory.shape
     action_dim = actions.shape[-1]
     rows = batch * horizon

@@ -8,11 +8,11 @@ import dataclasses
 import importlib.util
 import json
 import math
-import numbers
 import random
+import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polygrad_fast.arguments import as_integer, as_path
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.data import (
     ActionScaler,
@@ -35,21 +36,37 @@ from polygrad_fast.evaluation.returns import EpisodeStatistics, evaluate_policy
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.profiling import annotate
+from polygrad_fast.protocols import check_denoiser, check_policy
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
 from polygrad_fast.schedule import NoiseSchedule
 from polygrad_fast.training.a2c import ActorCritic
 from polygrad_fast.training.checkpoint import (
     CheckpointManager,
     load_checkpoint,
+    read_metadata,
     save_checkpoint,
 )
-from polygrad_fast.training.denoiser import DenoiserTrainer, build_denoiser
+from polygrad_fast.training.denoiser import (
+    DenoiserTrainer,
+    build_denoiser,
+    warn_of_amplified_errors,
+)
+from polygrad_fast.training.estimate import (
+    Durations,
+    in_words,
+    num_updates,
+    remaining_counts,
+    remaining_seconds,
+)
 from polygrad_fast.training.guidance import GuidanceTuner
+from polygrad_fast.training.interrupts import stop_on_signals
 from polygrad_fast.training.run_directory import (
-    comparable,
     difference,
     locked,
+    options_of,
     read_run_config,
+    refuse_another_run,
+    refuse_lost_progress,
 )
 from polygrad_fast.training.run_log import MetricsLog, TensorboardLog, versions, write_json_atomic
 
@@ -67,14 +84,25 @@ class PolyGRAD:
         config: a full configuration instead of a preset.
         run_dir: where metrics, checkpoints and versions go; None: nothing is written.
         tensorboard: also write TensorBoard events to `run_dir`; needs the extra `tensorboard`.
+        denoiser: a network of your own instead of the configured one, a module that is a
+            `polygrad_fast.Denoiser` for `config.horizon`. It is moved to the device and trained in
+            place, in the mode it is in; what imagines is its averaged copy, in evaluation mode. Of
+            `config.denoiser` only the options of training apply.
+        policy: a policy of your own, a module that is a `polygrad_fast.Policy` for actions in
+            `action_scaler`'s units ([-1, 1] with `config.rescale_actions`). It is trained in place
+            and acts and imagines in the mode it is in. Of `config.policy` the sizes of the value
+            function and `normed_inputs`, for it, apply; `a2c.saturation_coef` above 0 needs
+            GaussianPolicy's `network` and `squash`.
 
     Attributes:
-        num_timesteps: environment steps taken so far, the prefill included.
+        num_timesteps: environment steps taken so far, the prefill included, with all updates due
+            after them.
         policy, denoiser, normalizer, replay: what is being trained, on what.
 
     Raises:
         InputError: unknown environment or preset, unsuitable spaces, a device that is not there,
-            or a `run_dir` that holds another run.
+            an own module that cannot be used, a `run_dir` that holds another run, or an argument
+            of another type.
     """
 
     def __init__(
@@ -82,11 +110,21 @@ class PolyGRAD:
         env: str | gymnasium.Env | Callable[[], gymnasium.Env],
         preset: str = "default",
         seed: int = 0,
-        device: str | torch.device = "auto",
+        device: str | torch.device | None = "auto",
         config: TrainConfig | None = None,
         run_dir: str | Path | None = None,
         tensorboard: bool = False,
+        denoiser: torch.nn.Module | None = None,
+        policy: torch.nn.Module | None = None,
     ):
+        if config is not None and not isinstance(config, TrainConfig):
+            raise InputError(
+                f"config must be a TrainConfig (for instance TrainConfig.from_preset('quick')), "
+                f"got {config!r}"
+            )
+        if run_dir is not None:
+            run_dir = as_path(run_dir, "run_dir")
+            refuse_another_run(run_dir)
         self._env_source = env
         environment = _make(env)
         observation_dim, action_dim = check_spaces(environment)
@@ -94,9 +132,7 @@ class PolyGRAD:
         self.env_id = env if isinstance(env, str) else environment_name(environment)
         config = config if config is not None else TrainConfig.from_preset(preset, self.env_id)
         self.config = config.resolved(self.env_id)
-        if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
-            raise InputError(f"seed must be an integer in [0, 2^32), got {seed!r}")
-        self.preset, self.seed = preset, int(seed)
+        self.preset, self.seed = preset, as_integer(seed, "seed", 0, below=2**32)
         self.device = _resolve_device(device)
 
         # independent streams, also between neighbouring seeds
@@ -119,23 +155,39 @@ class PolyGRAD:
         self.normalizer = Normalizer(observation_dim, action_dim).to(self.device)
         num_steps = c.schedule.num_train_timesteps
         schedule = NoiseSchedule.cosine(num_steps, c.schedule.tau).to(self.device)
-        denoiser = build_denoiser(c.denoiser, observation_dim, action_dim, c.horizon, num_steps)
+        own = {"denoiser": denoiser, "policy": policy}
+        self._own_modules = {
+            name: f"{type(module).__module__}.{type(module).__qualname__}"
+            for name, module in own.items()
+            if module is not None
+        }
+        if denoiser is None:
+            denoiser = build_denoiser(c.denoiser, observation_dim, action_dim, c.horizon, num_steps)
+        else:
+            self._check_own_denoiser(denoiser)
         self.denoiser_trainer = DenoiserTrainer(
             denoiser.to(self.device), schedule, c.denoiser, c.sampler
         )
-        policy = GaussianPolicy(
-            observation_dim,
-            action_dim,
-            c.policy.hidden_dim,
-            c.policy.num_layers,
-            c.policy.init_std,
-            c.policy.min_std,
-            c.policy.normed_inputs,
-            self.normalizer,
-        )
+        if policy is None:
+            policy = GaussianPolicy(
+                observation_dim,
+                action_dim,
+                c.policy.hidden_dim,
+                c.policy.num_layers,
+                c.policy.init_std,
+                c.policy.min_std,
+                c.policy.normed_inputs,
+                self.normalizer,
+            )
+        else:
+            self._check_own_policy(policy)
         value_function = ValueFunction(observation_dim, c.policy.hidden_dim, c.policy.num_layers)
         self.actor_critic = ActorCritic(
-            policy.to(self.device), value_function.to(self.device), self.normalizer, c.a2c
+            policy.to(self.device),
+            value_function.to(self.device),
+            self.normalizer,
+            c.a2c,
+            c.policy.normed_inputs,
         )
         self.guidance = GuidanceTuner(c.guidance)
         self.sampler = PolicyGuidedSampler(
@@ -154,6 +206,11 @@ class PolyGRAD:
         self._target_timesteps = c.total_timesteps
         self._best_mean_reward: float | None = None
         self._sums: dict[str, list[float]] = {}
+        self._action: np.ndarray | None = None  # drawn, but not taken yet
+        self._begun: dict[str, int] | None = None  # updates left of a step whose row is missing
+        self._consistent = True  # whether training can go on from the state as it is
+        self._environment_state: dict[str, Any] | None = None  # to restore after an error
+        self._locked = False
         self._evaluation_environments = [self.make_evaluation_environment()]
         self._stop_requested = False
         self._can_learn = True
@@ -168,10 +225,36 @@ class PolyGRAD:
         self.run_dir: Path | None = None
         self._checkpoints: CheckpointManager | None = None
         if run_dir is not None:
-            self._open_run_dir(Path(run_dir))
+            self._open_run_dir(run_dir)
+
+    def _check_own_denoiser(self, denoiser: torch.nn.Module) -> None:
+        """Raise InputError unless this is a denoiser for the environment and configuration."""
+        if isinstance(denoiser, torch.nn.Module):
+            denoiser.to(self.device)
+        num_steps = self.config.schedule.num_train_timesteps
+        check_denoiser(denoiser, num_steps, self.device, trained=True)
+        for name, wanted in (
+            ("observation_dim", self.environment.observation_dim),
+            ("action_dim", self.environment.action_dim),
+            ("horizon", self.config.horizon),
+        ):
+            got = getattr(denoiser, name)
+            if got != wanted:
+                source = "config" if name == "horizon" else f"environment {self.env_id}"
+                raise InputError(
+                    f"denoiser {type(denoiser).__name__} has {name} {got}, the {source} {wanted}"
+                )
+
+    def _check_own_policy(self, policy: torch.nn.Module) -> None:
+        """Raise InputError unless this is a policy for the environment that can be trained."""
+        if isinstance(policy, torch.nn.Module):
+            policy.to(self.device)
+        shapes = (), (3,), (2, self.config.horizon)  # as it acts, evaluates and imagines
+        action_dim = self.environment.action_dim
+        check_policy(policy, self.normalizer, action_dim, shapes, self.device, trained=True)
 
     @property
-    def policy(self) -> GaussianPolicy:
+    def policy(self) -> torch.nn.Module:
         """The current policy."""
         return self.actor_critic.policy
 
@@ -188,8 +271,12 @@ class PolyGRAD:
     ) -> PolyGRAD:
         """Train for `total_timesteps` further environment steps (Algorithm 3).
 
-        What is annealed runs from the current step to the end of this call; every call ends with an
-        evaluation and, in a run directory, a checkpoint.
+        What is annealed runs from the current step to the end of this call, where an evaluation
+        follows. In a run directory every call ends with a checkpoint, from which `resume` continues
+        exactly: also one that is stopped, even between two updates, or ended by an error of the
+        environment, the callback or the disk. Only an error within an update (NaN) leaves no state
+        to continue from: then the last checkpoint is what was saved before. Ctrl-C waits for the
+        current update, then raises KeyboardInterrupt.
 
         Args:
             total_timesteps: at least 1; the random prefill counts.
@@ -201,106 +288,247 @@ class PolyGRAD:
             The agent.
 
         Raises:
-            InputError: total_timesteps < 1, another process trains in the run directory, or the
-                environment returned something unusable.
+            InputError: total_timesteps < 1, another process trains in the run directory or has
+                trained there meanwhile, or the environment returned something unusable.
             NonFiniteError: training met NaN; names step, quantity and last checkpoint.
+            OSError: a file cannot be written; names file, step and last checkpoint.
         """
-        if not isinstance(total_timesteps, numbers.Integral) or total_timesteps < 1:
-            raise InputError(
-                f"total_timesteps must be an integer of at least 1, got {total_timesteps!r}"
-            )
+        total_timesteps = as_integer(total_timesteps, "total_timesteps", 1)
         if callback is not None and not callable(callback):
             raise InputError(f"callback must be callable, got {callback!r}")
         if not self._can_learn:
             raise InputError(
                 "the best checkpoint holds weights only; load the last one to continue training"
             )
-        self._target_timesteps = self.num_timesteps + int(total_timesteps)
+        if self.num_timesteps == 0:
+            trainer = self.denoiser_trainer
+            warn_of_amplified_errors(trainer.schedule, trainer.sampler_config, stacklevel=2)
+        self._target_timesteps = self.num_timesteps + total_timesteps
         self._stop_requested = False
         with contextlib.ExitStack() as stack:
             if self.config.cpu_threads is not None and self.device.type == "cpu":
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(self.config.cpu_threads)
-            if self.run_dir is not None:
-                stack.enter_context(locked(self.run_dir))
-            sinks = [stack.enter_context(sink) for sink in self._open_logs()]
-            bar = stack.enter_context(
-                _progress_bar(self.num_timesteps, self._target_timesteps, progress_bar)
-            )
+            stack.enter_context(self.locked())
+            in_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            signals = [signal.SIGINT] if in_python else []
+            interrupts = stack.enter_context(stop_on_signals(self.stop, signals))
             try:
+                sinks = [stack.enter_context(sink) for sink in self._open_logs()]
+                bar = stack.enter_context(
+                    _progress_bar(self.num_timesteps, self._target_timesteps, progress_bar)
+                )
                 self._run(bar, sinks, callback)
-            except (NonFiniteError, InputError) as error:
-                raise type(error)(
-                    f"training stopped at environment step {self.num_timesteps}: {error}; "
-                    f"{self._last_checkpoint()}"
-                ) from error
+                if interrupts:
+                    raise KeyboardInterrupt
+            except BaseException as error:
+                explained = self._explained(error)
+                if explained is error:
+                    raise
+                raise explained from error
         return self
 
     def stop(self) -> None:
-        """Let the running `learn` end after its current step, with a checkpoint; safe in a signal
+        """Let the running `learn` end after its current update, with a checkpoint; safe in a signal
         handler."""
         self._stop_requested = True
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in the run directory, as `learn` does.
+
+        Raises:
+            InputError: another process is training there, or has since this agent was made or
+                loaded.
+        """
+        if self.run_dir is None or self._locked:
+            yield
+            return
+        with locked(self.run_dir):
+            if self._checkpoints.others_saved():
+                raise InputError(
+                    f"another process has trained in {self.run_dir} since this agent was made or "
+                    f"loaded; load it again"
+                )
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
     def _run(self, bar, sinks: list, callback: Callback | None) -> None:
         """Take steps until the target, or until told to stop."""
         speed = _Speed(self.num_timesteps)
+        unsaved = estimated = False
 
-        def report(metrics: dict[str, float]) -> None:
-            bar.set_postfix_str(self._postfix(metrics))
+        def write(metrics: dict[str, float]) -> None:
+            remaining = self._remaining_seconds(speed) if estimated else None
+            bar.set_postfix_str(self._postfix(metrics, remaining))
             for sink in sinks:
                 sink.write(self.num_timesteps, metrics)
+
+        def tell(metrics: dict[str, float]) -> None:
             if callback is not None and callback(self, metrics) is False:
                 self.stop()
 
         if self.num_timesteps == 0:
-            report(self._evaluate_and_keep_best())
+            metrics = self._timed_evaluation(speed)
+            write(metrics)
+            tell(metrics)
+        self._restore_environment()
+        try:
+            if self._begun is not None:
+                self.num_timesteps += 1  # not counted while it waited
+            while self._begun is not None or (
+                self.num_timesteps < self._target_timesteps and not self._stop_requested
+            ):
+                unsaved = True
+                finished = self._step(speed) if self._begun is None else self._take_updates(speed)
+                if not finished:
+                    break
+                metrics = self._due_metrics(speed)
+                if metrics:
+                    write(metrics)
+                    self._sums = {}
+                self._begun = None
+                bar.update(1)
+                if metrics:
+                    tell(metrics)
+                if not estimated and self.num_timesteps > self.config.learning_starts:
+                    estimated = self._estimate(bar, speed)
+                if self.num_timesteps % self.config.checkpoint_interval == 0:
+                    self._save_checkpoint()
+                    unsaved = False
+        finally:
+            if self._begun is not None:
+                self.num_timesteps -= 1
+        if unsaved:
+            self._save_checkpoint()
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """Save the state if it is one to continue from; return the error with the step and the
+        last checkpoint in it, or in its notes."""
+        if self._environment_state is None:
+            self._environment_state = self.environment.state_dict()
+        at_once = isinstance(error, KeyboardInterrupt) and self._stop_requested
+        if self._consistent and self.num_timesteps > 0 and not at_once:
+            # where saving itself fails, the last checkpoint is an older one
+            with contextlib.suppress(OSError, NonFiniteError):
+                self._save_checkpoint()
+        step = self.num_timesteps + (self._begun is not None)
+        where, last = f"training stopped at environment step {step}", self._last_checkpoint()
+        if isinstance(error, (InputError, NonFiniteError)):
+            return type(error)(f"{where}: {error}; {last}")
+        if isinstance(error, OSError):
+            name = f"{error.filename}: " if error.filename else ""
+            message = f"{where}: {name}{error.strerror or error}; {last}"
+            return OSError(message) if error.errno is None else OSError(error.errno, message)
+        error.add_note(f"{where}; {last}")
+        return error
+
+    def _estimate(self, bar, speed: _Speed) -> bool:
+        """Show how long the rest takes, and warn if that is long; return False if it is not known
+        yet."""
+        remaining = self._remaining_seconds(speed)
+        if remaining is None:
+            return False
+        bar.set_postfix_str(self._postfix({}, remaining))
+        if remaining > 86400:
+            advice = "fewer environment steps or a smaller imagined_batch_size shorten the run"
+            if self.device.type == "cpu" and self.preset != "quick":
+                advice = "the preset 'quick' is made for a CPU"
+            warnings.warn(
+                f"at the speed measured so far, the remaining "
+                f"{self._target_timesteps - self.num_timesteps:,} environment steps take about "
+                f"{in_words(remaining)} on {self.device.type!r}; {advice}",
+                stacklevel=4,
+            )
+        return True
+
+    def _remaining_seconds(self, speed: _Speed) -> float | None:
+        counts = remaining_counts(self.config, self.num_timesteps, self._target_timesteps)
+        return remaining_seconds(speed.durations.typical(), counts)
+
+    @contextlib.contextmanager
+    def _indivisible(self) -> Iterator[None]:
+        """What an error inside leaves half done is no state to continue from."""
+        self._consistent = False
+        yield
+        self._consistent = True
+
+    def _restore_environment(self) -> None:
+        """Make the environment one in which a step can be taken, also after an error in it."""
+        if self._environment_state is not None:
+            self._load_environment(self._environment_state)
+            self._environment_state = None
         if not self.environment.running:
             self.environment.reset()
-        while self.num_timesteps < self._target_timesteps and not self._stop_requested:
-            self._step(speed)
-            bar.update(1)
-            metrics = self._due_metrics(speed)
-            if metrics:
-                report(metrics)
-            self._checkpoint_if_due()
 
-    def _step(self, speed: _Speed) -> None:
-        """Take one environment step and the updates that are due after it."""
+    def _step(self, speed: _Speed) -> bool:
+        """Take one environment step and the updates that are due after it.
+
+        Returns:
+            False where `stop` left updates, for `_take_updates`.
+        """
         c = self.config
+        start = time.perf_counter()
         observation = self.environment.observation
-        with annotate("act"):
-            if self.num_timesteps < c.learning_starts:
-                action = self.action_scaler.from_environment(self.environment.sample_action())
-            else:
-                action = self._act(observation)
+        if self._action is None:  # else the environment failed in this step before
+            with annotate("act"), self._indivisible():
+                if self.num_timesteps < c.learning_starts:
+                    sampled = self.environment.sample_action()
+                    self._action = self.action_scaler.from_environment(sampled)
+                else:
+                    self._action = self._act(observation)
+        action = self._action
         environment_action = self.action_scaler.to_environment(action)
         with annotate("env_step"):
             _, reward, terminated, truncated = self.environment.step(environment_action)
-        if c.sampler.denoiser_actions == "clipped":
-            action = np.clip(action, self.action_scaler.low, self.action_scaler.high)
-        with annotate("replay_add"):
-            self.replay.add(observation, action, reward, terminated, truncated)
-        self.num_timesteps += 1
-        if terminated or truncated:
-            self._add_metric("train/episode_return", self.environment.episode_return)
-            self._add_metric("train/episode_length", self.environment.episode_length)
-            if self.num_timesteps > c.learning_starts and c.normalizer.refresh == "episode":
+        with self._indivisible():
+            if c.sampler.denoiser_actions == "clipped":
+                action = np.clip(action, self.action_scaler.low, self.action_scaler.high)
+            with annotate("replay_add"):
+                self.replay.add(observation, action, reward, terminated, truncated)
+            self._action = None
+            self.num_timesteps += 1
+            if terminated or truncated:
+                self._add_metric("train/episode_return", self.environment.episode_return)
+                self._add_metric("train/episode_length", self.environment.episode_length)
+                if self.num_timesteps > c.learning_starts and c.normalizer.refresh == "episode":
+                    self._refresh_normalizer()
+            trained_steps = self.num_timesteps - c.learning_starts
+            if trained_steps == 0:
                 self._refresh_normalizer()
+            pretrain = c.denoiser.pretrain_updates if trained_steps == 0 else 0
+            delayed = trained_steps - c.policy_delay_steps
+            self._begun = {
+                "denoiser_update": pretrain + _due(trained_steps, c.denoiser.updates_per_env_step),
+                "policy_update": _due(delayed, c.policy_updates_per_env_step),
+            }
+        if terminated or truncated:
             with annotate("env_reset"):
                 self.environment.reset()
+        speed.durations.add("env_step", time.perf_counter() - start)
+        return self._take_updates(speed)
 
-        trained_steps = self.num_timesteps - c.learning_starts
-        if trained_steps == 0:
-            self._refresh_normalizer()
-            for _ in range(c.denoiser.pretrain_updates):
-                with annotate("denoiser_update"):
-                    self._update_denoiser(speed)
-        for _ in range(_due(trained_steps, c.denoiser.updates_per_env_step)):
-            with annotate("denoiser_update"):
+    def _take_updates(self, speed: _Speed) -> bool:
+        """Take the updates that the begun step still lacks; return False where `stop` left some."""
+        while self._begun["denoiser_update"] > 0 and not self._stop_requested:
+            with self._update("denoiser_update", speed), annotate("denoiser_update"):
                 self._update_denoiser(speed)
-        for _ in range(_due(trained_steps - c.policy_delay_steps, c.policy_updates_per_env_step)):
-            with annotate("policy_update"):
+        while self._begun["policy_update"] > 0 and not self._stop_requested:
+            with self._update("policy_update", speed), annotate("policy_update"):
                 self._update_policy(speed)
+        return not any(self._begun.values())
+
+    @contextlib.contextmanager
+    def _update(self, name: str, speed: _Speed) -> Iterator[None]:
+        """One of the begun step's updates: counted and timed."""
+        start = time.perf_counter()
+        with self._indivisible():
+            yield
+            self._begun[name] -= 1
+        speed.durations.add(name, time.perf_counter() - start)
 
     def _refresh_normalizer(self) -> None:
         with annotate("normalizer_update"):
@@ -354,6 +582,7 @@ class PolyGRAD:
         Raises:
             InputError: fewer than one trajectory asked for, or no window in the buffer yet.
         """
+        num_trajectories = as_integer(num_trajectories, "num_trajectories", 1)
         with annotate("imagine"):
             observations = self.replay.sample_initial_observations(num_trajectories, self.generator)
             if normalized:
@@ -364,7 +593,7 @@ class PolyGRAD:
 
     @torch.no_grad()
     def _act(self, observation: np.ndarray) -> np.ndarray:
-        moments = self.policy(torch.from_numpy(observation).to(self.device))
+        moments = self.policy(torch.tensor(observation, device=self.device))
         mean, std = torch.stack(moments).cpu()
         noise = torch.randn(mean.shape, generator=self._acting_generator)
         action = (mean + std * noise).numpy()
@@ -418,11 +647,13 @@ class PolyGRAD:
             seed: of the episodes; None: the agent's, so that all its evaluations play the same
                 episodes.
             deterministic: act by the policy's mean.
+
+        Raises:
+            InputError: fewer than one episode, or a seed that is no integer of at least 0.
         """
-        if num_episodes < 1:
-            raise InputError(f"num_episodes must be at least 1, got {num_episodes}")
+        num_episodes = as_integer(num_episodes, "num_episodes", 1)
         seeds = (
-            np.random.default_rng(self.seed if seed is None else seed)
+            np.random.default_rng(self.seed if seed is None else as_integer(seed, "seed", 0))
             .integers(2**31, size=num_episodes)
             .tolist()
         )
@@ -434,6 +665,12 @@ class PolyGRAD:
                 self._evaluation_environments[:num_episodes],
                 seeds,
             )
+
+    def best_timestep(self) -> int | None:
+        """Return the environment step whose policy `run_dir` keeps as the best, None if there is
+        none."""
+        path = self._checkpoints.best() if self._checkpoints is not None else None
+        return None if path is None else int(read_metadata(path)["num_timesteps"])
 
     def make_evaluation_environment(self, render_mode: str | None = None) -> gymnasium.Env:
         """Make another environment like the one trained on."""
@@ -460,12 +697,17 @@ class PolyGRAD:
         step, c = self.num_timesteps, self.config
         last = step == self._target_timesteps
         metrics: dict[str, float] = {}
-        if step > c.learning_starts and (step % c.eval_interval == 0 or last):
-            metrics = self._evaluate_and_keep_best()
+        if last or (step > c.learning_starts and step % c.eval_interval == 0):
+            metrics = self._timed_evaluation(speed)
         if metrics or step % c.log_interval == 0 or last:
             metrics |= {name: total / count for name, (total, count) in self._sums.items()}
-            self._sums = {}
             metrics |= speed.read(step)
+        return metrics
+
+    def _timed_evaluation(self, speed: _Speed) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = self._evaluate_and_keep_best()
+        speed.durations.add("evaluation", time.perf_counter() - start)
         return metrics
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:
@@ -483,7 +725,7 @@ class PolyGRAD:
             "eval/best_mean_reward": self._best_mean_reward,
         }
 
-    def _postfix(self, metrics: dict[str, float]) -> str:
+    def _postfix(self, metrics: dict[str, float], remaining: float | None) -> str:
         shown = []
         if "time/env_steps_per_s" in metrics:
             shown.append(f"{metrics['time/env_steps_per_s']:.0f} env steps/s")
@@ -493,6 +735,8 @@ class PolyGRAD:
             shown.append(f"{metrics['time/sample_ms']:.1f} ms/sample")
         if self._best_mean_reward is not None:
             shown.append(f"best return {self._best_mean_reward:.0f}")
+        if remaining is not None:
+            shown.append(f"about {in_words(remaining)} left")
         return ", ".join(shown)
 
     def _open_logs(self) -> list[MetricsLog | TensorboardLog]:
@@ -506,21 +750,24 @@ class PolyGRAD:
         return logs
 
     def _open_run_dir(self, run_dir: Path) -> None:
-        if (run_dir / "config.json").exists() or (run_dir / "metrics.csv").exists():
-            raise InputError(
-                f"{run_dir} already holds a run; resume it or give another run directory"
-            )
+        found = versions()
         try:
-            write_json_atomic(run_dir / "versions.json", versions())
-            write_json_atomic(run_dir / "config.json", self._metadata())
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with locked(run_dir):
+                refuse_another_run(run_dir)  # that another process has begun meanwhile
+                write_json_atomic(run_dir / "versions.json", found)
+                write_json_atomic(run_dir / "config.json", self._metadata())
         except OSError as error:
             raise InputError(f"run directory {run_dir} cannot be written: {error}") from error
-        self._attach(run_dir)
+        self._attach(CheckpointManager(run_dir), run_dir)
 
-    def _attach(self, run_dir: Path, tensorboard: bool = False) -> None:
+    def _attach(
+        self, checkpoints: CheckpointManager, run_dir: Path, tensorboard: bool = False
+    ) -> None:
         self.run_dir = run_dir
         self._tensorboard = self._tensorboard or tensorboard
-        self._checkpoints = CheckpointManager(run_dir, self.config.keep_checkpoints)
+        self._checkpoints = checkpoints
+        self._checkpoints.keep_last = self.config.keep_checkpoints
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -529,6 +776,7 @@ class PolyGRAD:
             "preset": self.preset,
             "seed": self.seed,
             "num_timesteps": self.num_timesteps,
+            "own_modules": self._own_modules,
             "config": dataclasses.asdict(self.config),
         }
 
@@ -565,11 +813,13 @@ class PolyGRAD:
             "num_timesteps": self.num_timesteps,
             "best_mean_reward": self._best_mean_reward,
             "sums": self._sums,
+            "action": None if self._action is None else torch.from_numpy(self._action),
+            "begun_step": self._begun,
             "guidance_scale": self.guidance.value,
             "denoiser_trainer": self.denoiser_trainer.state_dict(),
             "actor_critic": self.actor_critic.state_dict(),
             "replay": self.replay.state_dict(),
-            "environment": self.environment.state_dict(),
+            "environment": self._environment_state or self.environment.state_dict(),
             "device_type": self.device.type,
             "generator": self.generator.get_state(),
             "acting_generator": self._acting_generator.get_state(),
@@ -602,16 +852,23 @@ class PolyGRAD:
         random.setstate((version, tuple(internal), gauss))
         name, keys, *rest = json.loads(state["numpy_rng"])
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-        if not self.environment.load_state_dict(state["environment"]):
-            self.replay.end_episode()
+        action = state.get("action")
+        self._action = None if action is None else action.numpy()
+        self._begun = state.get("begun_step")
+        self._load_environment(state["environment"])
 
-    def _checkpoint_if_due(self) -> None:
-        step = self.num_timesteps
-        last = step == self._target_timesteps or self._stop_requested
-        if self._checkpoints is not None and (last or step % self.config.checkpoint_interval == 0):
+    def _load_environment(self, state: dict[str, Any]) -> None:
+        if not self.environment.load_state_dict(state):
+            self.replay.end_episode()
+            self._action = None  # was drawn for another observation
+
+    def _save_checkpoint(self) -> None:
+        if self._checkpoints is not None:
             with annotate("checkpoint"):
                 self._check_weights()
-                self._checkpoints.save(step, self._weights(), self._state(), self._metadata())
+                self._checkpoints.save(
+                    self.num_timesteps, self._weights(), self._state(), self._metadata()
+                )
 
     def _check_weights(self) -> None:
         """Keep a checkpoint of broken weights from replacing a good one."""
@@ -627,19 +884,23 @@ class PolyGRAD:
         """Save everything needed to predict and to continue training, as a checkpoint directory.
 
         Raises:
+            InputError: `path` is no path.
             CheckpointError: `path` exists and is no checkpoint.
         """
+        path = as_path(path, "path")
         with annotate("checkpoint"):
-            return save_checkpoint(Path(path), self._weights(), self._state(), self._metadata())
+            return save_checkpoint(path, self._weights(), self._state(), self._metadata())
 
     @classmethod
     def load(
         cls,
         path: str | Path,
         env: str | gymnasium.Env | Callable[[], gymnasium.Env] | None = None,
-        device: str | torch.device = "auto",
+        device: str | torch.device | None = "auto",
         checkpoint: str = "last",
         tensorboard: bool = False,
+        denoiser: torch.nn.Module | None = None,
+        policy: torch.nn.Module | None = None,
     ) -> PolyGRAD:
         """Load an agent from `save`'s directory or from a run directory.
 
@@ -650,25 +911,33 @@ class PolyGRAD:
             checkpoint: of a run directory, "last" or "best" (best evaluated; its weights only, so
                 it can act, but not continue training).
             tensorboard: as in the constructor.
+            denoiser, policy: modules of the same structure where the agent was made with own ones;
+                their weights are overwritten.
 
         Raises:
+            InputError: an own module is missing, or one is given where the agent has none.
             CheckpointError: nothing there, a damaged checkpoint, or one of another configuration.
         """
-        path = Path(path)
+        path = as_path(path, "path")
         if checkpoint not in ("last", "best"):
             raise InputError(f"checkpoint must be 'last' or 'best', got {checkpoint!r}")
+        if path.is_file():
+            raise CheckpointError(f"{path} is a file, wanted a run or checkpoint directory")
         if not path.is_dir():
             raise CheckpointError(f"{path} does not exist, wanted a run or checkpoint directory")
         if not (path / "config.json").exists():
-            return cls._from_checkpoint(path, env, device)
-        stored = read_run_config(path)
+            return cls._from_checkpoint(path, env, device, own=(denoiser, policy))
         manager = CheckpointManager(path)
         found = manager.best() if checkpoint == "best" else manager.latest()
         if found is None:
-            raise CheckpointError(f"{path} has no {checkpoint} checkpoint yet")
-        agent = cls._from_checkpoint(found, env, device, stored)
+            damage = "; ".join(manager.damage(checkpoint))
+            gone = checkpoint == "last" and manager.has_saved()
+            why = f" that can be used: {damage}" if damage else " any more" if gone else " yet"
+            raise CheckpointError(f"{path} has no {checkpoint} checkpoint{why}")
+        stored = read_run_config(path)
+        agent = cls._from_checkpoint(found, env, device, stored, (denoiser, policy))
         if checkpoint == "last":
-            agent._attach(path, tensorboard)
+            agent._attach(manager, path, tensorboard)
         return agent
 
     @classmethod
@@ -676,54 +945,78 @@ class PolyGRAD:
         cls,
         run_dir: str | Path,
         env: str | gymnasium.Env | Callable[[], gymnasium.Env] | None = None,
-        device: str | torch.device = "auto",
+        device: str | torch.device | None = "auto",
         tensorboard: bool = False,
+        denoiser: torch.nn.Module | None = None,
+        policy: torch.nn.Module | None = None,
     ) -> PolyGRAD:
         """Load a run to continue it; a run killed before its first checkpoint starts anew.
 
         Args are those of `load`.
 
         Raises:
-            CheckpointError: no run there, or its configuration cannot be read.
+            CheckpointError: no run there, its configuration cannot be read, or its checkpoints are
+                all damaged or gone.
         """
-        run_dir = Path(run_dir)
+        run_dir = as_path(run_dir, "run_dir")
         stored = read_run_config(run_dir)
-        if CheckpointManager(run_dir).latest() is not None:
-            return cls.load(run_dir, env, device, tensorboard=tensorboard)
-        agent = cls._from_metadata(stored, env, device)
-        agent._attach(run_dir, tensorboard)
+        manager = CheckpointManager(run_dir)
+        found = manager.latest()
+        if found is not None:
+            agent = cls._from_checkpoint(found, env, device, stored, (denoiser, policy))
+        else:
+            interval = from_dict(stored["config"]).checkpoint_interval
+            damage, saved = manager.damage("last"), manager.has_saved()
+            refuse_lost_progress(run_dir, interval, saved, damage, manager.best())
+            agent = cls._from_metadata(stored, env, device, denoiser, policy)
+        agent._attach(manager, run_dir, tensorboard)
         return agent
 
     @classmethod
-    def _from_metadata(cls, metadata: dict[str, Any], env, device) -> PolyGRAD:
+    def _from_metadata(
+        cls, metadata: dict[str, Any], env, device, denoiser=None, policy=None
+    ) -> PolyGRAD:
         if env is None and not metadata["env_given_by_id"]:
             raise InputError(
                 f"this agent was trained on an environment given as an object or a function "
                 f"({metadata['env_id']}): give the environment as env="
             )
+        trained = metadata.get("own_modules", {})
+        for name, module in (("denoiser", denoiser), ("policy", policy)):
+            if name in trained and module is None:
+                raise InputError(
+                    f"this agent was trained with an own {name}, {trained[name]}: load it in "
+                    f"Python and give such a module as {name}="
+                )
+            if module is not None and name not in trained:
+                raise InputError(
+                    f"this agent was trained with its built-in {name}, got {name}="
+                    f"{type(module).__name__}; wanted none"
+                )
         return cls(
             metadata["env_id"] if env is None else env,
             metadata["preset"],
             metadata["seed"],
             device,
             from_dict(metadata["config"]),
+            denoiser=denoiser,
+            policy=policy,
         )
 
     @classmethod
     def _from_checkpoint(
-        cls, path: Path, env, device, wanted: dict[str, Any] | None = None
+        cls, path: Path, env, device, wanted: dict[str, Any] | None = None, own=(None, None)
     ) -> PolyGRAD:
-        """Load one checkpoint; where `wanted` is given, its configuration must be that."""
+        """Load one checkpoint; where the run's config.json is given as `wanted`, it must be of that
+        run."""
         weights, state, metadata = load_checkpoint(path)
         if wanted is not None:
-            for name in ("env_id", "seed", "config"):
-                got = comparable(metadata[name])
-                if got != comparable(wanted[name]):
-                    raise CheckpointError(
-                        f"checkpoint {path} is of another configuration: {name} is "
-                        f"{difference(got, comparable(wanted[name]))} of the run"
-                    )
-        agent = cls._from_metadata(metadata, env, device)
+            differs = difference(options_of(wanted), options_of(metadata))
+            if differs is not None:
+                raise CheckpointError(
+                    f"checkpoint {path} is of another run than its config.json: {differs[1]}"
+                )
+        agent = cls._from_metadata(metadata, env, device, *own)
         agent._load_weights(weights)
         agent.num_timesteps = metadata["num_timesteps"]
         agent._can_learn = state is not None
@@ -735,10 +1028,17 @@ class PolyGRAD:
         return agent
 
     def extend(self, total_timesteps: int) -> None:
-        """Set the length of the run that `run_dir` describes, so that resuming it knows it too."""
-        self.config = dataclasses.replace(self.config, total_timesteps=total_timesteps)
-        if self.run_dir is not None:
-            write_json_atomic(self.run_dir / "config.json", self._metadata())
+        """Set the length of the run that `run_dir` describes, so that resuming it knows it too.
+
+        Raises:
+            InputError: total_timesteps < 1, or another process trains in the run directory, which
+                then stays as it is.
+        """
+        config = dataclasses.replace(self.config, total_timesteps=total_timesteps)
+        with self.locked():
+            self.config = config
+            if self.run_dir is not None:
+                write_json_atomic(self.run_dir / "config.json", self._metadata())
 
 
 class _Speed:
@@ -746,6 +1046,7 @@ class _Speed:
 
     def __init__(self, step: int):
         self.updates = 0
+        self.durations = Durations()
         self._step, self._time = step, time.perf_counter()
         self._sample_seconds, self._samples = 0.0, 0
 
@@ -768,7 +1069,7 @@ class _Speed:
 
 def _due(steps: int, ratio: float) -> int:
     """Return how many updates fall on the last of `steps` steps at `ratio` updates per step."""
-    return math.floor(steps * ratio) - math.floor((steps - 1) * ratio) if steps > 0 else 0
+    return num_updates(steps, ratio) - num_updates(steps - 1, ratio)
 
 
 def _make(
@@ -784,13 +1085,13 @@ def _make(
     return make_environment(env, render_mode)
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(
             f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
@@ -800,4 +1101,13 @@ def _resolve_device(device: str | torch.device) -> torch.device:
 def _progress_bar(start: int, target: int, enabled: bool):
     from tqdm import tqdm
 
-    return tqdm(total=target, initial=start, disable=not enabled, unit="step", dynamic_ncols=True)
+    # without tqdm's own estimate: it takes the prefill's speed for that of the training
+    layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+    return tqdm(
+        total=target,
+        initial=start,
+        disable=not enabled,
+        unit="step",
+        dynamic_ncols=True,
+        bar_format=layout,
+    )

@@ -1,32 +1,37 @@
-"""Command line: train, evaluate, sample, bench."""
+"""Command line: train, evaluate, sample, bench.
+
+What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
+is quick and an interrupt is answered.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import json
 import re
+import shlex
 import signal
+import statistics
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import tyro
 
 from polygrad_fast._version import __version__
-from polygrad_fast.agent import PolyGRAD
-from polygrad_fast.benchmarking.figures import draw_all, stale_plots
-from polygrad_fast.benchmarking.report import all_tables, update_readme
-from polygrad_fast.benchmarking.rows import read_folder
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
-from polygrad_fast.evaluation.plots import plot_learning_curve
-from polygrad_fast.evaluation.video import record_episode
-from polygrad_fast.training.run_directory import read_run_config
+from polygrad_fast.training.interrupts import stop_on_signals
+from polygrad_fast.training.run_directory import difference, read_run_config
 from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
+
+if TYPE_CHECKING:
+    from polygrad_fast.agent import PolyGRAD
 
 EVALUATION_SEED = 1_000_003
 SPEEDS = {
@@ -89,14 +94,14 @@ class Sample:
 @dataclass(frozen=True)
 class Bench:
     """Report stored benchmark rows, which `pytest benchmarks/ --benchmark-only --rows FILE` makes:
-    print their tables, or write them into a README, and draw plots."""
+    print their tables, or write them into Markdown files, and draw plots."""
 
     action: tyro.conf.Positional[Literal["report"]]
     """What to do with the rows."""
     results: Path = Path("benchmarks/results")
     """Folder of the rows (*.jsonl)."""
-    readme: Path | None = None
-    """Write the tables between the markers of this file, e.g. README.md."""
+    readme: tuple[Path, ...] = ()
+    """Write the tables between the markers of these files, e.g. README.md benchmarks/README.md."""
     check: bool = False
     """Write nothing; exit with 2 if a table in --readme or a plot in --plots differs from the
     rows."""
@@ -110,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(__version__)
         return 0
+    format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         command = _parse(arguments)
         run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Bench: _bench}
@@ -120,11 +126,17 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 1)
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _fail("; ".join(["interrupted", *getattr(error, "__notes__", [])]), 130)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
+    finally:
+        warnings.formatwarning = format_before
     return 0
+
+
+def _one_line(message: Warning | str, *where: object) -> str:
+    return f"polygrad-fast: warning: {' '.join(str(message).split())}\n"
 
 
 def _fail(message: str, code: int) -> int:
@@ -134,6 +146,11 @@ def _fail(message: str, code: int) -> int:
 
 def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Bench:
     """Parse with tyro; its boxed messages become one line."""
+    names = ("train", "evaluate", "sample", "bench")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        close = difflib.get_close_matches(arguments[0], names, n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise InputError(f"unknown command {arguments[0]!r}, wanted {', '.join(names)}{hint}")
     defaults = _train_defaults(arguments)
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
@@ -164,7 +181,8 @@ def _train_defaults(arguments: list[str]) -> Train:
     if arguments[:1] != ["train"]:
         return Train(env_id=tyro.MISSING)
     env_id, preset = _flag(arguments, "env-id"), _flag(arguments, "preset")
-    if "--resume" in arguments:
+    switches = [word for word in arguments if word in ("--resume", "--no-resume")]
+    if switches[-1:] == ["--resume"]:
         given = _flag(arguments, "run-dir")
         if given is None:
             raise InputError("--resume needs --run-dir, the run directory to continue")
@@ -183,52 +201,55 @@ def _train_defaults(arguments: list[str]) -> Train:
 
 
 def _flag(arguments: list[str], name: str) -> str | None:
-    """Return the value given for --name (also --na_me and --name=value), or None."""
+    """Return the value given last for --name (also --na_me and --name=value), or None; the last
+    counts for tyro too."""
+    found = None
     for i, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         if flag.replace("_", "-") == f"--{name}":
-            return value or (arguments[i + 1] if i + 1 < len(arguments) else None)
-    return None
+            found = value or (arguments[i + 1] if i + 1 < len(arguments) else None)
+    return found
 
 
 def _check_same_run(command: Train, stored: Train) -> None:
     """A resumed run keeps its configuration; only its length may change."""
-    given, kept = _flatten(dataclasses.asdict(command)), _flatten(dataclasses.asdict(stored))
-    for name, value in given.items():
-        same_run = name in ("run_dir", "device", "resume", "progress", "tensorboard")
-        if same_run or name == "config.total_timesteps" or value == kept[name]:
-            continue
-        flag = name.removeprefix("config.").replace("_", "-")
+
+    def options(train: Train) -> dict:
+        chosen = {"env_id": train.env_id, "preset": train.preset, "seed": train.seed}
+        return chosen | dataclasses.asdict(train.config)
+
+    differs = difference(options(command), options(stored))
+    if differs is not None:
+        name, words = differs
         raise CheckpointError(
-            f"--{flag} {value} given, but the run in {stored.run_dir} has {kept[name]}: "
-            "resume it without that option or start another run"
+            f"{words}: resume {stored.run_dir} without --{name.replace('_', '-')}, or start "
+            "another run"
         )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def _first_sentence(boxed: str) -> str:
-    """Return the message in tyro's box, without its frame and the help text below."""
-    lines = []
-    for line in boxed.splitlines():
+    """Return the message in tyro's box with its suggestion, without title, frame and help text.
+
+    The box is drawn in ASCII where the output's encoding is not UTF-8.
+    """
+    parts: list[list[str]] = [[]]
+    for line in boxed.strip().splitlines()[1:]:
         text = re.sub(r"[│╭╮╰╯]", "", line).strip(" ─")
-        if "───" in line and lines:
-            break
-        if text and not line.startswith("╭"):
-            lines.append(text)
-    message = " ".join(lines).replace("Error parsing __tyro-dummy-inner__.", "")
+        if re.search("───|^ *---+ *$", line):
+            parts += [[]] if parts[-1] else []
+        elif text:
+            parts[-1].append(text)
+    message = " ".join(parts[0]).replace("Error parsing __tyro-dummy-inner__.", "")
+    for part in parts[1:]:
+        options = [word for line in part for word in line.split() if word.startswith("--")]
+        if part and part[0].startswith("Perhaps you meant") and options:
+            message = f"{message.rstrip('.')}, did you mean {options[0]}?"
     return message or "the arguments cannot be read, see --help"
 
 
 def _train(command: Train) -> None:
+    from polygrad_fast.agent import PolyGRAD
+
     total = command.config.total_timesteps
     run_dir = Path(
         command.run_dir
@@ -241,8 +262,7 @@ def _train(command: Train) -> None:
                 f"--total-timesteps {total} given, but the run is at environment step "
                 f"{agent.num_timesteps} already"
             )
-        agent.extend(total)
-        print(f"resuming {run_dir} at environment step {agent.num_timesteps:,} of {total:,}")
+        begin = f"resuming {run_dir} at environment step {agent.num_timesteps:,} of {total:,}"
     else:
         agent = PolyGRAD(
             command.env_id,
@@ -253,67 +273,87 @@ def _train(command: Train) -> None:
             run_dir,
             command.tensorboard,
         )
-        print(f"training {agent.env_id} ({command.preset}, seed {agent.seed}) in {run_dir}")
+        begin = f"training {agent.env_id} ({command.preset}, seed {agent.seed}) in {run_dir}"
+    with agent.locked():
+        if total != agent.config.total_timesteps:
+            agent.extend(total)
+        print(begin)
+        if agent.num_timesteps < total:
+            with stop_on_signals(agent.stop, (signal.SIGINT, signal.SIGTERM)):
+                agent.learn(total - agent.num_timesteps, progress_bar=command.progress)
+        _summarize(agent, run_dir)
     if agent.num_timesteps < total:
-        with _stopped_by_signals(agent):
-            agent.learn(total - agent.num_timesteps, progress_bar=command.progress)
-    _summarize(agent, run_dir)
-    if agent.num_timesteps < total:
-        print(f"stopped; `polygrad-fast train --resume --run-dir {run_dir}` continues")
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(agent: PolyGRAD):
-    """End the training after the current step, with a checkpoint, on Ctrl-C or SIGTERM; a second
-    Ctrl-C stops at once."""
-
-    def stop(number, frame):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        agent.stop()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        again = f"polygrad-fast train --resume --run-dir {shlex.quote(str(run_dir))}"
+        print(f"stopped; `{again}` continues")
 
 
 def _summarize(agent: PolyGRAD, run_dir: Path) -> None:
-    all_rows = read_metrics(run_dir / "metrics.csv")
-    trained = [row for row in all_rows if "a2c/actor_loss" in row] or all_rows[1:]
-    medians = {
-        name: np.median([row[name] for row in trained if name in row])
-        for name in SPEEDS
-        if any(name in row for row in trained)
-    }
-    speeds = [f"{medians[name]:.4g} {SPEEDS[name]}" for name in medians]
-    if "time/env_steps_per_s" in medians:
-        speeds.append(f"{1e6 / medians['time/env_steps_per_s'] / 3600:.1f} hours per 1 M steps")
-    print(f"speed (median): {', '.join(speeds)}")
-    rows = [row for row in all_rows if "eval/mean_reward" in row]
+    from polygrad_fast.evaluation.plots import plot_learning_curve
+
+    rows = read_metrics(run_dir / "metrics.csv")
+    speeds = _speeds(rows)
+    if speeds:
+        print(f"speed (median): {', '.join(speeds)}")
     curve = run_dir / "learning_curve.png"
     try:
         plot_learning_curve(run_dir / "metrics.csv", curve, f"{agent.env_id}, seed {agent.seed}")
         where = f"learning curve in {curve}"
     except InputError as error:  # matplotlib is an extra
         where = f"no learning curve ({error})"
-    untrained, last = rows[0]["eval/mean_reward"], rows[-1]["eval/mean_reward"]
-    best = max(rows, key=lambda row: row["eval/mean_reward"])
-    if not any("a2c/actor_loss" in row for row in all_rows):
-        learnt = f"no policy update yet after {agent.num_timesteps:,} steps"
-    else:
-        learnt = (
-            f"learnt {agent.env_id} in imagination: mean return {untrained:.0f} untrained, "
-            f"{best['eval/mean_reward']:.0f} at best (environment step {best['env_step']:,}), "
-            f"{last:.0f} at the end ({agent.num_timesteps:,} steps)"
+    print(f"{_result(rows, agent)}; run in {run_dir}, {where}")
+
+
+def _speeds(rows: list[dict[str, float]]) -> list[str]:
+    """Return the run's median speeds in words, those of the training where there is any."""
+    trained = [row for row in rows if "a2c/actor_loss" in row]
+    medians = {}
+    for name in SPEEDS:
+        values = [row[name] for row in trained or rows if name in row]
+        if values:
+            medians[name] = statistics.median(values)
+    speeds = [f"{value:.4g} {SPEEDS[name]}" for name, value in medians.items()]
+    if trained and medians.get("time/env_steps_per_s"):
+        speeds.append(f"{1e6 / medians['time/env_steps_per_s'] / 3600:.1f} hours per 1 M steps")
+    return speeds
+
+
+def _result(rows: list[dict[str, float]], agent: PolyGRAD) -> str:
+    """Return in words what the policy was worth untrained, at best and at the end."""
+    taken = f"{agent.num_timesteps:,} steps"
+    returns = {
+        row["env_step"]: row["eval/mean_reward"] for row in rows if "eval/mean_reward" in row
+    }
+    if not returns:
+        return f"no evaluation in metrics.csv after {taken}"
+    if not any("a2c/actor_loss" in row for row in rows):
+        return f"no policy update yet after {taken}"
+    best_step = agent.best_timestep()
+    untrained, best, last = returns.get(0), returns.get(best_step), returns[max(returns)]
+    found = [] if untrained is None else [f"{untrained:.0f} untrained"]
+    if best is not None:
+        found.append(
+            f"{best:.0f} at best (environment step {best_step:,}, kept as best checkpoint)"
         )
-    print(f"{learnt}; run in {run_dir}, {where}")
+    found.append(f"{last:.0f} at the last evaluation (environment step {max(returns):,})")
+    if untrained is None:
+        verdict = f"trained on {agent.env_id} in imagination"
+    elif last > untrained:
+        verdict = f"learnt {agent.env_id} in imagination"
+    elif best is not None and best > untrained:
+        verdict = f"{agent.env_id}: the last policy is no better than the untrained one"
+    else:
+        verdict = f"{agent.env_id}: no improvement over the untrained policy"
+    return f"{verdict}: mean return {', '.join(found)}, {taken}"
 
 
 def _evaluate(command: Evaluate) -> None:
+    from polygrad_fast.agent import PolyGRAD
+    from polygrad_fast.evaluation.video import record_episode
+
     if command.episodes < 1:
         raise InputError(f"--episodes must be at least 1, got {command.episodes}")
+    if command.seed < 0:
+        raise InputError(f"--seed must be at least 0, got {command.seed}")
     if command.video is not None:
         _check_writable(command.video)
     read_run_config(command.run_dir)
@@ -335,6 +375,10 @@ def _evaluate(command: Evaluate) -> None:
 
 
 def _sample(command: Sample) -> None:
+    import numpy as np
+
+    from polygrad_fast.agent import PolyGRAD
+
     if command.num < 1:
         raise InputError(f"--num must be at least 1, got {command.num}")
     _check_writable(command.out)
@@ -353,22 +397,28 @@ def _sample(command: Sample) -> None:
 
 
 def _bench(command: Bench) -> None:
-    if command.check and command.readme is None and command.plots is None:
+    from polygrad_fast.benchmarking.figures import draw_all, stale_plots
+    from polygrad_fast.benchmarking.report import all_tables, update_readme
+    from polygrad_fast.benchmarking.rows import read_folder
+
+    if command.check and not command.readme and command.plots is None:
         raise InputError(
-            "--check needs --readme or --plots, the file or the folder that is to be checked"
+            "--check needs --readme or --plots, the files or the folder that are to be checked"
         )
     rows = read_folder(command.results)
-    if command.readme is None and command.plots is None:
+    if not command.readme and command.plots is None:
         print(all_tables(rows))
-    if command.readme is not None:
-        stale = update_readme(command.readme, rows, command.check)
+    for path in command.readme:  # a file that cannot be rewritten stops before any is
+        update_readme(path, rows, check=True)
+    for path in command.readme:
+        stale = update_readme(path, rows, command.check)
         if stale and command.check:
             raise InputError(
-                f"{command.readme}: {', '.join(stale)} differ from the rows in {command.results}; "
-                f"`polygrad-fast bench report --readme {command.readme}` writes them anew"
+                f"{path}: {', '.join(stale)} differ from the rows in {command.results}; "
+                f"`polygrad-fast bench report --readme {path}` writes them anew"
             )
         done = "checked" if command.check else f"{len(stale)} tables changed"
-        print(f"{command.readme}: {done}, {len(rows)} rows in {command.results}")
+        print(f"{path}: {done}, {len(rows)} rows in {command.results}")
     if command.plots is not None and command.check:
         stale = stale_plots(rows, command.plots)
         if stale:

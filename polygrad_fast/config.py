@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,12 @@ def _matches(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def _plain(value: Any) -> Any:
+    """Return a numpy scalar as the Python value it holds, which JSON can express."""
+    is_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_scalar else value
+
+
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {list(typing.get_args(hint))}"
@@ -36,10 +43,12 @@ def _describe(hint: Any) -> str:
 
 
 class _Options:
-    """Check every option's type when a configuration is built, then its range."""
+    """Check every option's type when a configuration is built, then its range; numpy's numbers are
+    stored as Python's."""
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _plain(getattr(self, name)))
             self._check(_matches(getattr(self, name), hint), name, _describe(hint))
         self._check_ranges()
 
@@ -122,7 +131,12 @@ class SamplerConfig(_Options):
 
     @classmethod
     def paper(cls, **overrides: Any) -> SamplerConfig:
-        """Return Algorithm 2 with equation 11 as the paper prints them, with keyword overrides."""
+        """Return Algorithm 2 with equation 11 as the paper prints them, with keyword overrides.
+
+        Its predicted noise goes wrong until the denoiser is well trained: the first reverse step of
+        a cosine schedule multiplies its error by 32 (`NoiseSchedule.epsilon_error_gain`);
+        prediction_type="sample" avoids it.
+        """
         config = cls(
             prediction_type="epsilon",
             clip_order="after",
@@ -132,6 +146,26 @@ class SamplerConfig(_Options):
             scale_actions=False,
         )
         return _replace(config, overrides)
+
+
+_CHOICES = {
+    name: typing.get_args(hint)
+    for name, hint in typing.get_type_hints(SamplerConfig).items()
+    if typing.get_origin(hint) is Literal
+}
+
+
+def check_choices(config: Any) -> None:
+    """Raise InputError where an option of `SamplerConfig` that has names for values holds another
+    one; `config` need not have all of them.
+
+    A configuration is checked when it is built. This is for code that branches on the names, so
+    that none falls through to the last branch.
+    """
+    for name, known in _CHOICES.items():
+        value = getattr(config, name, known[0])
+        if value not in known:
+            raise InputError(f"SamplerConfig.{name} must be one of {list(known)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -159,9 +193,9 @@ class DenoiserConfig(_Options):
     num_layers: int = 6
     num_heads: int = 4
     """Attention heads; the transformer only."""
-    step_conditioning: Literal["input", "layer", "learned"] = "input"
-    """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the
-    paper's."""
+    step_conditioning: Literal["input", "layer", "learned", None] = "input"
+    """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the paper's;
+    None: that of the two that the kind has."""
     learning_rate: float | None = None
     """None: the paper's 3e-4 for the residual MLP, 1e-4 for the transformer."""
     batch_size: int = 256
@@ -175,16 +209,19 @@ class DenoiserConfig(_Options):
     """Updates right after the prefill."""
 
     def _check_ranges(self) -> None:
-        paper_style = {"residual_mlp": "layer", "transformer": "learned"}[self.kind]
+        paper_style = self._paper_step_conditioning()
         self._check(
-            self.step_conditioning in ("input", paper_style),
+            self.step_conditioning in ("input", paper_style, None),
             "step_conditioning",
-            f"'input' or {paper_style!r} for kind {self.kind!r}",
+            f"'input', {paper_style!r} or None for kind {self.kind!r}",
         )
         self._check_at_least(1, "num_layers", "num_heads", "batch_size", "ema_interval")
         self._check_at_least(0, "ema_start", "updates_per_env_step", "pretrain_updates")
         self._check_positive("hidden_dim", "learning_rate")
         self._check(0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]")
+
+    def _paper_step_conditioning(self) -> str:
+        return {"residual_mlp": "layer", "transformer": "learned"}[self.kind]
 
     def resolved(self, horizon: int) -> DenoiserConfig:
         """Return the configuration with the paper's values in place of None."""
@@ -195,6 +232,7 @@ class DenoiserConfig(_Options):
             self,
             hidden_dim=width if self.hidden_dim is None else self.hidden_dim,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
+            step_conditioning=self.step_conditioning or self._paper_step_conditioning(),
         )
 
 
@@ -296,7 +334,8 @@ class GuidanceConfig(_Options):
     rule: Literal["log", "linear", "none"] = "log"
     """"log": log delta += lr (spread - 1) (released code); "linear": delta += lr (spread - 1)
     (equation 10)."""
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
+    """None: 3e-3 for "log" (released code), 1e-4 for "linear" (ours: the paper gives none)."""
     statistic: Literal["std", "mean_abs"] = "std"
     """Spread of the standardized actions: their standard deviation, or E|z| / sqrt(2 / pi), which
     heavy tails move less."""
@@ -311,6 +350,11 @@ class GuidanceConfig(_Options):
             "initial",
             f"in [minimum, maximum] = [{self.minimum}, {self.maximum}]",
         )
+
+    def resolved(self) -> GuidanceConfig:
+        """Return the configuration with the rule's learning rate in place of None."""
+        rate = 1e-4 if self.rule == "linear" else 3e-3
+        return self if self.learning_rate is not None else replace(self, learning_rate=rate)
 
 
 @dataclass(frozen=True)
@@ -393,34 +437,49 @@ class TrainConfig(_Options):
             "keep_checkpoints",
         )
         self._check(self.horizon >= 2, "horizon", "at least 2 to train (A2C needs a next value)")
+        self._check(
+            self.learning_starts >= self.horizon,
+            "learning_starts",
+            f"at least the horizon, {self.horizon} (training needs a whole window)",
+        )
         self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
         self._check_positive("cpu_threads")
 
     def resolved(self, env_id: str) -> TrainConfig:
-        """Return the configuration with every None that stands for the paper's value replaced."""
+        """Return the configuration with the value in place of every None that stands for one."""
         hopper = _environment(env_id).startswith("Hopper") and self.denoiser.kind == "residual_mlp"
         schedule = self.schedule
         if schedule.tau is None:
             schedule = replace(schedule, tau=0.1 if hopper else 1.0)
-        return replace(self, schedule=schedule, denoiser=self.denoiser.resolved(self.horizon))
+        return replace(
+            self,
+            schedule=schedule,
+            denoiser=self.denoiser.resolved(self.horizon),
+            guidance=self.guidance.resolved(),
+        )
 
     @classmethod
     def from_preset(cls, name: str, env_id: str = "") -> TrainConfig:
-        """Return a preset: "default" (released code), "paper" (the paper's text) or "quick"
-        (CPU-sized).
+        """Return a preset.
+
+        "default": the released code's settings. "paper": the paper's text, whose predicted noise
+        goes wrong until the denoiser is well trained (`learn` warns of it). "quick": CPU-sized,
+        tuned on two environments: horizon, the policy's init_std and min_std, a2c's
+        saturation_coef, actor_learning_rate, target_critic_decay and final_target_update, and
+        eval_episodes differ between Pendulum and all others, which get the settings tuned on
+        InvertedPendulum-v5.
 
         Args:
             name: the preset.
-            env_id: the environment; "quick" knows settings for Pendulum.
+            env_id: the environment; only "quick" looks at it, at whether its name starts with
+                "Pendulum".
 
         Raises:
             InputError: unknown preset.
         """
-        try:
-            build = PRESETS[name]
-        except KeyError:
-            raise InputError(f"unknown preset {name!r}, wanted one of {list(PRESETS)}") from None
-        return build(env_id)
+        if not isinstance(name, str) or name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}, wanted one of {list(PRESETS)}")
+        return PRESETS[name](env_id)
 
 
 def _replace(config: Any, overrides: dict[str, Any]) -> Any:
@@ -443,20 +502,43 @@ def _default(env_id: str) -> TrainConfig:
 
 
 def _paper(env_id: str) -> TrainConfig:
-    """The paper gives no learning rate and start of the guidance scale: these are ours."""
+    """The paper's text: Algorithm 2 with equations 1 and 11 as printed, equation 10, the denoisers
+    of appendix A, and tables 1 to 4, which are the defaults.
+
+    What the paper does not print is the released code's: the denoiser's averaged weights, gradient
+    norm limit, target critic, normalized advantages, learned actor learning rate, the policy's
+    networks, terminal flags, normalizer, prefill, and the 0.005 that the guidance scale starts
+    from. So is AdamW for actor and critic, where the paper has Adam. The learning rate of equation
+    10 and the bounds of the guidance scale are this library's.
+
+    The printed algorithm predicts noise, and its first reverse step multiplies the denoiser's error
+    by 32 (`NoiseSchedule.epsilon_error_gain`). After 5,000 updates at width 256 on
+    InvertedPendulum-v5, whose rewards are 0 and 1, it imagines rewards from -11 to 11; with
+    `SamplerConfig.paper(prediction_type="sample")` from -0.9 to 1.6. `PolyGRAD.learn` warns; more
+    numbers are in polygrad_fast/compat/README.md.
+    """
     return TrainConfig(
         sampler=SamplerConfig.paper(),
-        denoiser=DenoiserConfig(step_conditioning="layer"),
-        guidance=GuidanceConfig(rule="linear", learning_rate=1e-4),
+        denoiser=DenoiserConfig(step_conditioning=None),
+        guidance=GuidanceConfig(rule="linear"),
     )
 
 
 def _quick(env_id: str) -> TrainConfig:
-    """Small enough for one CPU core and minutes; chosen by measurement on other seeds than the
-    README's. Unlike the released settings, the target critic is fast (its lag, not its network,
-    bounded how fast values grew), the learning rates are large and learned quickly, and the moments
-    stay as they were after the prefill, so that networks keep what they learnt. On Pendulum the
-    policy's tanh saturated around the bottom on some seeds, hence `saturation_coef`."""
+    """Small enough for one CPU core and minutes; tuned on Pendulum-v1 and InvertedPendulum-v5.
+
+    Eight options switch on whether the environment's name starts with "Pendulum":
+    `horizon` 10 or 5, `policy.init_std` 1 or 0.5, `policy.min_std` 0.3 or 0.1,
+    `a2c.saturation_coef` 0.03 or 0, `a2c.actor_learning_rate` 3e-3 or 1e-2,
+    `a2c.target_critic_decay` 0.98 or 0.95, `a2c.final_target_update` 0.01 or 0.005, and
+    `eval_episodes` 32 or 10. Every environment but Pendulum gets the second values, tuned on
+    InvertedPendulum-v5 and not for itself.
+
+    Unlike in the released settings, the target critic is fast (its lag, not its network, bounded
+    how fast values grew), the learning rates are large and learned quickly, and the moments stay as
+    they were after the prefill, so that networks keep what they learnt. On Pendulum the policy's
+    tanh saturated around the bottom on some seeds, hence `saturation_coef`.
+    """
     pendulum = _environment(env_id).startswith("Pendulum")
     return TrainConfig(
         horizon=10 if pendulum else 5,
@@ -519,9 +601,11 @@ def from_dict(data: dict[str, Any], cls: type = TrainConfig) -> Any:
     if not isinstance(data, dict):
         raise InputError(f"{cls.__name__} must be a dictionary of options, got {data!r}")
     hints = typing.get_type_hints(cls)
-    unknown = set(data) - set(hints)
+    unknown = sorted(set(data) - set(hints), key=str)
     if unknown:
-        raise InputError(f"{cls.__name__} has no option {min(unknown)!r}, got {sorted(data)}")
+        close = difflib.get_close_matches(str(unknown[0]), hints, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"{cls.__name__} has no option {unknown[0]!r}{hint}")
     values = {
         name: from_dict(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else value
         for name, value in data.items()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polygrad_fast.errors import InputError
+from polygrad_fast.structure import structure
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -59,6 +60,7 @@ class GaussianPolicy(nn.Module):
         object.__setattr__(self, "normalizer", normalizer)
         self.network = mlp(observation_dim, hidden_dim, num_layers, action_dim)
         self.log_std = nn.Parameter(torch.full((action_dim,), math.log(init_std - min_std)))
+        self.built = structure(self, frozenset({"min_std", "normed_inputs", "normalizer"}))
 
     @property
     def std(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -55,8 +56,8 @@ class NoiseSchedule:
         with np.errstate(invalid="ignore", divide="ignore"):  # reported below
             gamma = (v_end - np.cos(s * np.pi / 2) ** (2 * tau)) / (v_end - v_start)
             betas = np.clip(1.0 - gamma[1:] / gamma[:-1], 0.0, 0.999)
-        schedule = cls.from_betas(torch.tensor(betas, dtype=torch.float32))
-        if not all(torch.isfinite(getattr(schedule, f.name)).all() for f in fields(schedule)):
+        schedule = cls._derive(torch.tensor(betas, dtype=torch.float32))
+        if not schedule._is_finite():
             raise InputError(
                 f"num_train_timesteps {num_train_timesteps} with tau {tau} gives tables that are "
                 f"not finite in float32, wanted fewer steps or a tau nearer to 1"
@@ -64,8 +65,47 @@ class NoiseSchedule:
         return schedule
 
     @classmethod
-    def from_betas(cls, betas: Tensor) -> NoiseSchedule:
-        """Derive every table from the variances beta [K], each in (0, 1)."""
+    def from_betas(cls, betas: Tensor | np.ndarray | Sequence[float]) -> NoiseSchedule:
+        """Derive every table from the variances beta [K], each in (0, 1).
+
+        Args:
+            betas: a tensor of float32 or float64, whose dtype and device the tables get, or an
+                array or a list of numbers (float32).
+
+        Raises:
+            InputError: no numbers, not one axis of at least one, a beta outside (0, 1), or betas so
+                small that a table is not finite.
+        """
+        if not torch.is_tensor(betas):
+            try:
+                betas = torch.from_numpy(np.array(betas, dtype=np.float32))
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"betas must be numbers, a tensor, an array or a list of them, got {betas!r}"
+                ) from None
+        if betas.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"betas must be float32 or float64, got {betas.dtype}")
+        if betas.ndim != 1 or len(betas) < 1:
+            raise InputError(
+                f"betas of shape {tuple(betas.shape)} given, wanted [K] with K at least 1"
+            )
+        wrong = ~((betas > 0) & (betas < 1))  # NaN too
+        if wrong.any():
+            k = int(wrong.nonzero()[0])
+            raise InputError(f"betas[{k}] is {betas[k].item()}, wanted a number in (0, 1)")
+        schedule = cls._derive(betas)
+        if not schedule._is_finite():
+            raise InputError(
+                f"betas from {betas.min().item()} to {betas.max().item()} give tables that are not "
+                f"finite in {betas.dtype}, wanted larger ones or float64"
+            )
+        return schedule
+
+    def _is_finite(self) -> bool:
+        return all(torch.isfinite(getattr(self, f.name)).all() for f in fields(self))
+
+    @classmethod
+    def _derive(cls, betas: Tensor) -> NoiseSchedule:
         alphas = 1.0 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])
@@ -89,6 +129,14 @@ class NoiseSchedule:
         """Number of diffusion steps K."""
         return self.betas.shape[0]
 
+    @property
+    def epsilon_error_gain(self) -> Tensor:
+        """By how much each reverse step multiplies an error of eps_hat, [K]: equation 1's
+        beta_i / (sqrt(1 - alphabar_i) sqrt(1 - beta_i))."""
+        alphas = 1.0 - self.betas.double()  # in float32, 1 - alphabar loses its first digits
+        gain = (1.0 - alphas) / ((1.0 - alphas.cumprod(dim=0)) * alphas).sqrt()
+        return gain.to(self.betas.dtype)
+
     def step_coefficients(self, variance_type: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return what one reverse step x <- a x0_hat + b x + c z needs: a, b and c, [K] each.
 
@@ -97,12 +145,17 @@ class NoiseSchedule:
         implies. "posterior": the released code's float32 tables and the posterior's standard
         deviation, 0 in the last step. "beta": equation 1, with a and b from float64 (in float32
         cancellation makes a[0] 1.0002 instead of 1 at K = 128), and c = sqrt(beta).
+
+        Raises:
+            InputError: another variance_type.
         """
         if variance_type == "posterior":
             noise_std = torch.exp(0.5 * self.posterior_log_variance_clipped)
             noise_std[0] = 0.0
             return self.posterior_mean_coef1, self.posterior_mean_coef2, noise_std
-        exact = self.from_betas(self.betas.double())
+        if variance_type != "beta":
+            raise InputError(f"variance_type must be 'posterior' or 'beta', got {variance_type!r}")
+        exact = self._derive(self.betas.double())
         coefficients = (exact.posterior_mean_coef1, exact.posterior_mean_coef2)
         return *(c.to(self.betas.dtype) for c in coefficients), self.betas.sqrt()
 

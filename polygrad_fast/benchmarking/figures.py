@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +31,10 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Figure(abc.ABC):
     """What one picture shows."""
 
     name: str
-    lines: list[Line]
-    x_label: str
-    y_label: str
 
     @property
     def digest(self) -> str:
@@ -43,11 +42,90 @@ class Figure:
         shown = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(shown.encode()).hexdigest()
 
+    @abc.abstractmethod
+    def draw(self, picture) -> None:
+        """Draw on an empty matplotlib figure."""
+
+
+@dataclass(frozen=True)
+class SpeedFigure(Figure):
+    """Times per trajectory, one panel per machine, both axes logarithmic."""
+
+    lines: list[Line]
+    x_label: str
+    y_label: str
+
+    def draw(self, picture) -> None:
+        """Draw a colour for each engine and dtype."""
+        from matplotlib.ticker import LogLocator, ScalarFormatter
+
+        machines = list(dict.fromkeys(line.machine for line in self.lines))
+        kinds = list(dict.fromkeys((line.engine, line.dtype) for line in self.lines))
+        picture.set_size_inches(6.4 * len(machines), 4.4)
+        panels = picture.subplots(1, len(machines), squeeze=False)[0]
+        for axes, machine in zip(panels, machines, strict=True):
+            own = [line for line in self.lines if line.machine == machine]
+            for line in own:
+                axes.plot(
+                    list(line.points),
+                    list(line.points.values()),
+                    "--" if line.denoiser == "transformer" else "-",
+                    color=f"C{kinds.index((line.engine, line.dtype))}",
+                    marker="o",
+                    markersize=4,
+                    label=f"{MODELS.get(line.denoiser, line.denoiser)}, {line.engine} "
+                    f"{line.dtype}, {line.fixed}",
+                )
+            axes.set(xscale="log", yscale="log")
+            axes.set_title("\n".join(textwrap.wrap(machine, 60)))
+            axes.set(xlabel=self.x_label, ylabel=self.y_label)
+            ticks = sorted({x for line in own for x in line.points})
+            axes.set_xticks(ticks, map(str, ticks))
+            axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(fontsize="x-small", framealpha=0.85, edgecolor="none")
+
+
+@dataclass(frozen=True)
+class LearningFigure(Figure):
+    """Returns during training, one panel per environment and preset, one line per seed."""
+
+    panels: dict[str, dict[str, list[list[float]]]]  # title -> seed -> [steps, returns]
+
+    def draw(self, picture) -> None:
+        """Draw thin lines of the seeds and their mean."""
+        from matplotlib.ticker import EngFormatter
+
+        picture.set_size_inches(3.1 * len(self.panels), 2.9)
+        for axes, (title, seeds) in zip(
+            picture.subplots(1, len(self.panels), squeeze=False)[0],
+            self.panels.items(),
+            strict=True,
+        ):
+            at_step: dict[float, list[float]] = {}
+            for steps, returns in seeds.values():
+                axes.plot(steps, returns, color="C0", alpha=0.3, linewidth=1)
+                for step, value in zip(steps, returns, strict=True):
+                    at_step.setdefault(step, []).append(value)
+            means = {step: sum(at_step[step]) / len(at_step[step]) for step in sorted(at_step)}
+            axes.plot(list(means), list(means.values()), color="C0", linewidth=2)
+            axes.set_title(f"{title}\n{len(seeds)} seeds and their mean", fontsize="medium")
+            axes.set_xlabel("environment steps")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        picture.axes[0].set_ylabel("return of an episode")
+
 
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     """Draw every figure and return the files, .png each.
 
     - batch: time per trajectory against the batch size, at the shortest horizon of each network.
+    - learning: returns during training of every environment and seed measured by
+      benchmarks/quick_seeds.py; none where there is no such row.
     - figure_4: time per trajectory against the horizon, at the largest batch that was measured at
       most horizons; as the paper's figure 4, seconds per 1000 trajectories against their length,
       for the two of its world models that are implemented here.
@@ -91,6 +169,7 @@ def stale_plots(rows: Iterable[Row], folder: Path) -> list[str]:
 
 def _figures(rows: Iterable[Row]) -> list[Figure]:
     """Return what is to be drawn."""
+    rows = list(rows)
     samples = [
         row for row in rows if row.benchmark == "sample" and row.ms is not None and not row.smoke
     ]
@@ -107,9 +186,16 @@ def _figures(rows: Iterable[Row]) -> list[Figure]:
     if any(len(line.points) > 1 for line in by_batch):
         by_batch = [line for line in by_batch if len(line.points) > 1]
     time = f"ms per trajectory ({steps})"
+    panels: dict[str, dict[str, list[list[float]]]] = {}
+    for row in rows:
+        if row.benchmark == "quick_seeds" and row.curves and not row.smoke:
+            title = f"{row.case['env_id']}, {row.case['preset']}"
+            seed = f"{row.case['seed']}, {row.machine}"
+            panels.setdefault(title, {})[seed] = list(row.curves.values())
     return [
-        Figure("batch.png", by_batch, "batch size B", time),
-        Figure(
+        *([LearningFigure("learning.png", panels)] if panels else []),
+        SpeedFigure("batch.png", by_batch, "batch size B", time),
+        SpeedFigure(
             "figure_4.png",
             by_horizon,
             "trajectory length H",
@@ -151,40 +237,13 @@ def _lines(
 
 
 def _draw(folder: Path, shown: Figure) -> Path:
-    """Draw one panel per machine, both axes logarithmic; a colour for each engine and dtype."""
     from matplotlib import figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.ticker import LogLocator, ScalarFormatter
 
-    lines, path = shown.lines, folder / shown.name
-    machines = list(dict.fromkeys(line.machine for line in lines))
-    kinds = list(dict.fromkeys((line.engine, line.dtype) for line in lines))
-    picture = figure.Figure(figsize=(6.4 * len(machines), 4.4), dpi=100, layout="constrained")
+    path = folder / shown.name
+    picture = figure.Figure(dpi=100, layout="constrained")
     FigureCanvasAgg(picture)
-    panels = picture.subplots(1, len(machines), squeeze=False)[0]
-    for axes, machine in zip(panels, machines, strict=True):
-        own = [line for line in lines if line.machine == machine]
-        for line in own:
-            axes.plot(
-                list(line.points),
-                list(line.points.values()),
-                "--" if line.denoiser == "transformer" else "-",
-                color=f"C{kinds.index((line.engine, line.dtype))}",
-                marker="o",
-                markersize=4,
-                label=f"{MODELS.get(line.denoiser, line.denoiser)}, {line.engine} {line.dtype}, "
-                f"{line.fixed}",
-            )
-        axes.set(xscale="log", yscale="log", title=machine)
-        axes.set(xlabel=shown.x_label, ylabel=shown.y_label)
-        ticks = sorted({x for line in own for x in line.points})
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize="x-small", framealpha=0.85, edgecolor="none")
+    shown.draw(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, format="png", metadata={"rows": shown.digest})
     return path

@@ -1,19 +1,24 @@
-"""Tables made of stored rows: a listing for terminals, and the README's."""
+"""Tables made of stored rows: a listing for terminals, and those of Markdown files."""
 
 from __future__ import annotations
 
 import collections
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from polygrad_fast.benchmarking.rows import Row
+from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.training.run_log import write_bytes_atomic
 
 NOT_MEASURED = "not measured"
 END = "<!-- end of table -->"
+POLICIES = ("untrained", "best", "last")
+TUNED_ON = {"quick": ("InvertedPendulum-v5", "Pendulum-v1")}
+"""Environments on which a preset's settings were chosen by what it learnt."""
 TARGETS = {"float32": (1.15, 1.0), "bfloat16": (1.25, 2.3)}
 """Of engine "torch" on one CPU thread: its time over its GEMMs' at most, and the reference's over
 its own at least."""
@@ -196,29 +201,103 @@ def _mark(row: Row) -> str:
 
 
 def _quick_seeds(rows: list[Row]) -> str:
-    """Return what the quick preset learns on each seed."""
+    """Return what a preset learns, one line per environment."""
     lines = []
-    rows = [row for row in rows if row.status == "ok"]
-    for row in rows:
-        v = row.values
+    for (env_id, preset), found in _by_environment(rows):
+        own = [row for row in found if row.status == "ok"]
+        failed = len(found) - len(own)
+
+        def over_seeds(name: str, own=own) -> str:
+            values = [row.values[name] for row in own]
+            if not values:
+                return "-"
+            mean, low, high = sum(values) / len(values), min(values), max(values)
+            return f"{_return(mean)} ({_return(low)} to {_return(high)})"
+
+        def mean(name: str, own=own) -> float:
+            return sum(row.values[name] for row in own) / len(own)
+
         lines.append(
             [
-                row.case["env_id"],
-                str(row.case["seed"]),
-                f"{v['untrained_mean_reward']:.0f}",
-                f"{v['best_mean_reward']:.0f} ± {v['best_std_reward']:.0f}",
-                f"{v['last_mean_reward']:.0f} ± {v['last_std_reward']:.0f}",
-                f"{v['env_steps']:,.0f}",
-                f"{v['train_seconds'] / 60:.1f}",
+                env_id,
+                preset,
+                _tuned(preset, env_id),
+                f"{len(own)}, {failed} failed" if failed else str(len(own)),
+                *(over_seeds(f"{policy}_mean_reward") for policy in POLICIES),
+                f"{mean('train_steps'):,.0f} + {mean('selection_steps'):,.0f}" if own else "-",
+                f"{mean('train_seconds') / 60:.1f}" if own else "-",
             ]
         )
-    header = ["environment", "seed", "untrained", "best policy", "last policy", "steps", "minutes"]
-    episodes = _unique(f"{row.values['episodes']:.0f}" for row in rows)
+    header = ["environment", "preset", "tuned on it", "seeds", "untrained", "best checkpoint"]
+    header += ["last checkpoint", "steps trained + for selection", "minutes"]
+    return _grid(header, lines)
+
+
+def _quick_seeds_caption(rows: list[Row]) -> str:
+    episodes = ", ".join(_episodes(rows))
     return (
-        f"{_grid(header, lines)}\n\n"
-        f"Returns over {', '.join(episodes)} fresh episodes (mean ± standard deviation); no\n"
-        "setting was tuned on these seeds."
+        "Returns: mean over seeds (lowest to highest seed), of each seed the mean over\n"
+        f"{episodes} episodes that neither training nor the choice of the best checkpoint\n"
+        "played, the same ones for its three policies. For selection: environment steps of the\n"
+        "evaluations during training that chose the best checkpoint. Tuned on it: the preset's\n"
+        "settings were chosen by returns on that environment, on other seeds."
     )
+
+
+def _quick_seeds_each(rows: list[Row]) -> str:
+    """Return what a preset learns on each seed."""
+    lines = []
+    for (env_id, preset), own in _by_environment(rows):
+        for row in sorted(own, key=lambda row: row.case["seed"]):
+            v, names = row.values, [env_id, preset, str(row.case["seed"])]
+            if row.status != "ok":
+                lines.append([*names, _failure(row), *7 * "-"])
+                continue
+            lines.append(
+                [
+                    *names,
+                    *(
+                        f"{_return(v[f'{policy}_mean_reward'])} ± "
+                        f"{_return(v[f'{policy}_std_reward'])}"
+                        for policy in POLICIES
+                    ),
+                    f"{v['best_step']:,.0f}",
+                    f"{v['train_steps']:,.0f}",
+                    f"{v['selection_steps']:,.0f} in {v['selection_evaluations']:.0f} evaluations",
+                    f"{v['train_seconds'] / 60:.1f}",
+                    f"{v['evaluation_seed']:.0f}",
+                ]
+            )
+    header = ["environment", "preset", "seed", "untrained", "best checkpoint", "last checkpoint"]
+    header += ["best at step", "steps trained", "steps for selection", "minutes"]
+    return _grid([*header, "evaluation seed"], lines)
+
+
+def _quick_seeds_each_caption(rows: list[Row]) -> str:
+    episodes = ", ".join(_episodes(rows))
+    return f"Returns: mean ± standard deviation over {episodes} episodes of the evaluation seed."
+
+
+def _episodes(rows: list[Row]) -> list[str]:
+    """Return the numbers of fresh episodes."""
+    return _unique(f"{row.values['episodes']:.0f}" for row in rows if row.status == "ok")
+
+
+def _by_environment(rows: list[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+    """Return the rows of each environment and preset, those tuned on first."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case["env_id"], row.case["preset"]), []).append(row)
+    return sorted(groups.items(), key=lambda item: _tuned(*item[0][::-1]) != "yes")
+
+
+def _tuned(preset: str, env_id: str) -> str:
+    return "yes" if env_id in TUNED_ON.get(preset, ()) else "no"
+
+
+def _return(value: float) -> str:
+    """Return a return in words; a small one with a decimal."""
+    return f"{value:.0f}" if abs(value) >= 9.95 or value == 0 else f"{value:.1f}"
 
 
 def _sampler_steps(rows: list[Row]) -> str:
@@ -227,17 +306,18 @@ def _sampler_steps(rows: list[Row]) -> str:
     for row in rows:
         batch, steps = row.case["batch"], row.case["steps"]
         if row.ms is None:
-            lines.append([row.dtype, str(batch), str(steps), _failure(row), "-", "-", "-", "-"])
+            lines.append([row.dtype, str(batch), str(steps), _failure(row), *4 * "-"])
             continue
         gemms, packed, reference = (
             row.values[f"{name}_ms"] for name in ("gemms", "packed", "reference")
         )
+        share = "" if row.share_of_floor is None else f" ({row.share_of_floor:.0%})"
         lines.append(
             [
                 row.dtype,
                 str(batch),
                 str(steps),
-                f"{row.ms:.2f}{_mark(row)}",
+                f"{row.ms:.2f}{_mark(row)}{share}",
                 f"{reference:.2f}",
                 f"{reference / row.ms:.2f}x",
                 f"{gemms:.2f} ({row.ms / gemms:.2f}x)",
@@ -245,22 +325,172 @@ def _sampler_steps(rows: list[Row]) -> str:
             ]
         )
         most, least = TARGETS[row.dtype]
-        if row.ms / gemms > most or reference / row.ms < least:
-            missed.append(f"{row.dtype} B = {batch}")
-    header = ["engine torch", "B", "K", "ms per step", "reference", "faster", "its GEMMs", "packed"]
+        if row.ms / gemms > most:
+            missed.append(f"{row.dtype} B = {batch} ({row.ms / gemms:.3f} times its GEMMs)")
+        if reference / row.ms < least:
+            missed.append(f"{row.dtype} B = {batch} ({reference / row.ms:.3f} times as fast)")
+    header = ["engine torch", "B", "K", "ms per step (of floor)", "reference", "faster"]
+    targets = f"missed at {', '.join(missed)}" if missed else "met in all of them"
+    return f"{_grid([*header, 'its GEMMs', 'packed'], lines)}\n\nTargets here: {targets}."
+
+
+def _sampler_steps_caption(rows: list[Row]) -> str:
     most, least = (
         " and ".join(f"{values[i]:g} ({dtype})" for dtype, values in TARGETS.items())
         for i in range(2)
     )
     return (
-        f"{_grid(header, lines)}\n\n"
         "One of K diffusion steps, paper-sized residual MLP, S = 17, A = 6, H = 10; medians of\n"
         "interleaved rounds. Its GEMMs alone take the milliseconds given, and in brackets is the\n"
         "engine's time over theirs: with weights in PyTorch's layout, and packed in oneDNN's, as\n"
-        f"the engine does. Aimed at: at most {most} times\nthe former, and a reference "
-        f"that takes at least {least} times as long;\n"
-        f"{'missed at ' + ', '.join(missed) if missed else 'met in all of them'}."
+        f"the engine does. Targets: at most {most} times the\nformer, and a reference that takes "
+        f"at least {least} times as long."
     )
+
+
+def _claims(rows: list[Row]) -> str:
+    """Return what holds of engine "torch" on every machine measured, and each machine's range."""
+    rows = [row for row in _of(rows, "sampler step") if row.device == "cpu"]
+    machines = _unique(row.machine for row in rows)
+    lines, seen = [], []
+    for dtype in _unique(row.dtype for row in rows):
+        found = {
+            machine: {
+                row.case["batch"]: row
+                for row in rows
+                if (row.machine, row.dtype) == (machine, dtype) and row.ms is not None
+            }
+            for machine in machines
+        }
+        batches = sorted(set.intersection(*(set(by_batch) for by_batch in found.values())))
+        if not batches:
+            lines.append([dtype, *(NOT_MEASURED for _ in ("", *machines))])
+            continue
+        cells, lowest = [], math.inf
+        for by_batch in found.values():
+            shown = [by_batch[batch] for batch in batches]
+            faster = [row.values["reference_ms"] / row.ms for row in shown]
+            floors = [row.share_of_floor for row in shown]
+            lowest = min(lowest, *faster)
+            share = "" if None in floors else f", {_range(floors, _percent)} of floor"
+            cells.append(f"{_range(faster, _down)}x{share}")
+        lines.append([dtype, f"at least {_down(lowest)}x", *cells])
+        seen += batches
+    if not seen:
+        return f"On a CPU: {NOT_MEASURED}."
+    header = ["engine torch", "on all of these" if len(machines) > 1 else "on this machine"]
+    sizes = ", ".join(map(str, sorted(set(seen))))
+    return (
+        f"{_grid(header + machines, lines)}\n\n"
+        "Times as fast as the released code's computation (engine reference), one diffusion step\n"
+        f"of the paper-sized residual MLP, B = {sizes}, S = 17, A = 6, H = 10; and the share of\n"
+        "the floor, its FLOPs at the rate of a large matrix product on the same machine. Rounded\n"
+        "down. On machines that are not here it may be less."
+    )
+
+
+def _range(values: list[float], written: Callable[[float], str]) -> str:
+    """Return the lowest and the highest value, once where they are written alike."""
+    return " to ".join(_unique((written(min(values)), written(max(values)))))
+
+
+def _percent(value: float) -> str:
+    return f"{math.floor(100 * value)}%"
+
+
+def _down(value: float) -> str:
+    """Return a factor with one decimal, rounded down: what is claimed holds."""
+    return f"{math.floor(10 * value + 1e-9) / 10:.1f}"
+
+
+def _speed(rows: list[Row]) -> str:
+    """Return what a user waits for on each machine: a sample, and a million environment steps of
+    each preset."""
+    samples = [
+        row
+        for row in _of(rows, "sample")
+        if row.case["denoiser"] == "residual_mlp" and row.case["horizon"] == 10
+    ]
+    updates = _of(rows, "whole update")
+    lines: dict[str, dict[str, str]] = {}
+    machines = _unique(row.machine for row in samples + updates)
+    for machine in machines:
+        for row in _fastest([row for row in samples if row.machine == machine]):
+            what = f"imagining {row.case['batch']:,} trajectories, {row.dtype}"
+            cell = _beside_reference(row, samples, row.ms / 1e3, "s")
+            lines.setdefault(what, {})[machine] = cell
+        for row in _fastest([row for row in updates if row.machine == machine]):
+            case, config = row.case, TrainConfig.from_preset(row.case["preset"], row.case["env_id"])
+            hours = row.ms / 3.6e6 / row.values["env_steps"]  # per environment step
+            own_size = case["batch"] == config.imagined_batch_size
+            size = "" if own_size else f" with {case['batch']:,} imagined trajectories an update"
+            what = f"1 M environment steps, preset {case['preset']}{size}, {row.dtype}"
+            cell = _beside_reference(row, updates, 1e6 * hours, "h")
+            lines.setdefault(what, {})[machine] = cell
+            if own_size and config.total_timesteps < 1_000_000:
+                what = f"its own {config.total_timesteps:,} steps"
+                lines.setdefault(what, {})[machine] = _duration(config.total_timesteps * hours)
+    grid = _grid(
+        ["", *machines],
+        [[what, *(cells.get(m, NOT_MEASURED) for m in machines)] for what, cells in lines.items()],
+    )
+    text = f"{grid}\n\n{_speed_caption(updates)}" if lines else f"On a CPU: {NOT_MEASURED}."
+    on_gpu = any(row.device == "cuda" for row in samples + updates)
+    return text if on_gpu else f"{text} On a GPU: {NOT_MEASURED}."
+
+
+def _duration(hours: float) -> str:
+    """Return a time in the unit that a person would take."""
+    if hours < 1:
+        return f"{60 * hours:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+
+
+def _speed_caption(updates: list[Row]) -> str:
+    environments = " and ".join(_unique(row.case["env_id"] for row in updates))
+    return (
+        "In brackets: times as fast as the released code's computation, the same arithmetic in\n"
+        "plain PyTorch (engine reference, float32), rounded down; `*`: one call, not a median.\n"
+        "Imagining: paper-sized residual MLP, H = 10, K = 128. A million steps: from the time of\n"
+        f"one measured update ({environments}) with its environment steps and\n"
+        "denoiser updates, without evaluations."
+    )
+
+
+def _fastest(rows: list[Row]) -> list[Row]:
+    """Return of each dtype the fastest engine's row, at the size that a user meets: of samples the
+    largest batch up to 1024, of whole updates the largest up to the preset's own."""
+
+    def place(row: Row) -> tuple:
+        return row.case.get("preset", ""), row.dtype
+
+    def rank(row: Row) -> tuple:
+        batch, most = row.case["batch"], 1024
+        if row.benchmark == "whole update":
+            config = TrainConfig.from_preset(row.case["preset"], row.case["env_id"])
+            most = config.imagined_batch_size
+        return batch <= most, batch if batch <= most else -batch, -row.ms
+
+    best: dict[tuple, Row] = {}
+    for row in rows:
+        if row.ms is None or row.case["engine"] in ("reference", "compile"):
+            continue
+        if place(row) not in best or rank(row) > rank(best[place(row)]):
+            best[place(row)] = row
+    order = _unique(key[0] for key in best)
+    dtypes = ("float32", "tf32", "bfloat16", "float16")
+    return [best[k] for k in sorted(best, key=lambda k: (order.index(k[0]), dtypes.index(k[1])))]
+
+
+def _beside_reference(row: Row, rows: list[Row], value: float, unit: str) -> str:
+    """Return a cell: a row's value, and how many times as fast as the reference engine's it is."""
+    number = f"{value:.2g}" if value < 9.95 else f"{value:,.0f}"
+    for other in rows:
+        same = (other.machine, other.case) == (row.machine, row.case | {"engine": "reference"})
+        if same and other.ms is not None:
+            marked = _mark(row) or _mark(other)
+            return f"{number} {unit} ({_down(other.ms / row.ms)}x){marked}"
+    return f"{number} {unit}{_mark(row)}"
 
 
 def _samples(rows: list[Row]) -> str:
@@ -356,37 +586,47 @@ def _environments(rows: list[Row]) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the README, made once for every machine that measured it.
+    """A table with a part for every machine that measured it.
 
     Attributes:
-        grid: makes it of the rows of one machine.
+        grid: makes a part of the rows of one machine.
         benchmarks: whose rows it shows.
         devices: "cpu", "cuda" or both; those without rows are said to be not measured.
+        caption: makes, of all rows shown, what stands below the parts.
     """
 
     grid: Callable[[list[Row]], str]
     benchmarks: tuple[str, ...]
     devices: tuple[str, ...] = ("cpu",)
+    caption: Callable[[list[Row]], str] | None = None
 
     def __call__(self, rows: list[Row]) -> str:
         """Return the table of all rows that belong to it."""
         found = _of(rows, *self.benchmarks)
+        shown = [row for row in found if row.device in self.devices]
         parts = []
         for device in self.devices:
-            own = [row for row in found if row.device == device]
+            own = [row for row in shown if row.device == device]
             for machine in _unique(row.machine for row in own):
                 text = self.grid([row for row in own if row.machine == machine])
                 note = "; `*`: of one call, not a median" if "* |" in text or "* (" in text else ""
-                parts.append(f"{text}\n\nOn {machine}{note}.")
+                parts.append(f"On {machine}{note}:\n\n{text}")
             if not own:
                 parts.append(f"On a {'GPU' if device == 'cuda' else 'CPU'}: {NOT_MEASURED}.")
+        if shown and self.caption is not None:
+            parts.append(self.caption(shown))
         return "\n\n".join(parts)
 
 
 EVERYWHERE = ("cpu", "cuda")
 TABLES = {
-    "quick_seeds": Table(_quick_seeds, ("quick_seeds",)),
-    "sampler_cpu": Table(_sampler_steps, ("sampler step",)),
+    "quick_seeds": Table(_quick_seeds, ("quick_seeds",), caption=_quick_seeds_caption),
+    "quick_seeds_each": Table(
+        _quick_seeds_each, ("quick_seeds",), caption=_quick_seeds_each_caption
+    ),
+    "claims": _claims,
+    "speed": _speed,
+    "sampler_cpu": Table(_sampler_steps, ("sampler step",), caption=_sampler_steps_caption),
     "samples": Table(_samples, ("sample",), EVERYWHERE),
     "updates": Table(
         _updates, ("denoiser update", "A2C update", "whole update", "replay windows"), EVERYWHERE

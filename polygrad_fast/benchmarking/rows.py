@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import json
 import math
+import re
 import subprocess
 import types
 import typing
@@ -21,9 +22,19 @@ from typing import Any
 import torch
 
 from polygrad_fast.errors import InputError
+from polygrad_fast.training.processor import Processor
 from polygrad_fast.training.run_log import versions, write_bytes_atomic
 
 STATUSES = ("ok", "wrong", "not offered", "out of memory", "error")
+CHECKOUT = Path(__file__).resolve().parents[2]
+RESULTS = "benchmarks/results"
+PRODUCTS = {
+    "amx_bf16": " with AMX",
+    "avx512_bf16": " with AVX-512 BF16",
+    "avx512f": " with AVX-512",
+    "avx2": " with AVX2",
+}
+"""Instruction sets of matrix products, the fastest first, in words."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +53,26 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Code, machine and command that made a row; None where unknown."""
+    """Code, machine and command that made a row; None where unknown.
+
+    The processor's facts are those of `Processor`. Rows measured before they were recorded have
+    only its name.
+    """
 
     date: str | None  # UTC, ISO 8601
     command: str | None
     commit: str | None
-    dirty: bool | None
+    dirty: bool | None  # whether a tracked file outside benchmarks/results was changed
     tests: str  # "passed", "failed" or "not run", before the benchmark, on the same machine
     polygrad_fast: str
     device: str  # "cpu" or "cuda": where the measured work ran
     gpu: str | None
     driver: str | None
     processor: str | None
+    processor_vendor: str | None = None
+    processor_family: int | None = None
+    processor_model: int | None = None
+    instruction_sets: str | None = None
     platform: str | None
     threads: int
     python: str
@@ -66,11 +85,21 @@ class Provenance:
 
     @property
     def machine(self) -> str:
-        """The GPU, or processor and number of threads."""
+        """The GPU, or processor, what products it has instructions for, and number of threads."""
         if self.device == "cuda":
             return self.gpu or "an unknown GPU"
         plural = "" if self.threads == 1 else "s"
-        return f"{self.processor or 'an unknown processor'}, {self.threads} thread{plural}"
+        return f"{self._processor_in_words}, {self.threads} thread{plural}"
+
+    @property
+    def _processor_in_words(self) -> str:
+        name = re.sub(r"\((R|TM)\)", "", self.processor or "an unknown processor")
+        if self.processor_family is None:
+            return f"{name}, family not recorded"
+        found = (self.instruction_sets or "").split()
+        best = next((words for flag, words in PRODUCTS.items() if flag in found), "")
+        model = "" if self.processor_model is None else f" model {self.processor_model}"
+        return f"{name}, family {self.processor_family}{model}{best}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +118,7 @@ class Row(Provenance):
         tflops, gb_per_s: achieved. peak_tflops, peak_gb_per_s: measured on the same machine.
         floor_ms: the longer of flops and bytes at these peaks. share_of_floor: floor_ms / ms.
         values: other numbers; their names end in their units.
+        curves: lists of numbers of one length, for instance a return at each evaluation.
         seconds_spent: on the whole case, checks included.
         smoke: whether the sizes are the tiny ones that only try the mechanics; no report shows it.
     """
@@ -116,6 +146,7 @@ class Row(Provenance):
     floor_ms: float | None = None
     share_of_floor: float | None = None
     values: dict[str, float | None] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
     seconds_spent: float | None = None
     smoke: bool = False
 
@@ -128,6 +159,11 @@ class Row(Provenance):
         for key, value in self.values.items():
             if isinstance(value, bool) or not isinstance(value, (int, float, types.NoneType)):
                 raise InputError(f"{self.name} has {key} {value!r:.60}, wanted a number")
+        for key, curve in self.curves.items():
+            if not all(type(y) in (int, float) and math.isfinite(y) for y in curve):
+                raise InputError(f"{self.name} has the curve {key} {curve!r:.60}, wanted numbers")
+        if len({len(curve) for curve in self.curves.values()}) > 1:
+            raise InputError(f"{self.name} has curves of different lengths")
         if self.status == "ok" and self.ms is None and not self.values:
             raise InputError(f"{self.name} is ok, but has neither a time nor other values")
         if self.ms is not None:
@@ -230,9 +266,13 @@ def provenance(
         tests: how the tests ended, where they ran before.
     """
     found = versions()
-    commit = commit or found["git_commit"]
+    if commit is None:
+        commit = found["git_commit"]
+        if commit and commit.endswith("-dirty") and not code_changed(CHECKOUT):
+            commit = commit.removesuffix("-dirty")
+    processor = Processor.of_this_machine()
     on_gpu = device.type == "cuda"
-    names = ("polygrad_fast", "processor", "platform", "python", "torch", "cuda", "triton")
+    names = ("polygrad_fast", "platform", "python", "torch", "cuda", "triton")
     return Provenance(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
@@ -242,9 +282,24 @@ def provenance(
         device=device.type,
         gpu=found["gpu"] if on_gpu else None,
         driver=_driver() if on_gpu else None,
+        processor=processor.name,
+        processor_vendor=processor.vendor,
+        processor_family=processor.family,
+        processor_model=processor.model,
+        instruction_sets=processor.instruction_sets,
         threads=torch.get_num_threads(),
         **{name: found[name] for name in (*names, "numpy", "gymnasium", "mujoco")},
     )
+
+
+def code_changed(checkout: Path) -> bool:
+    """Whether git finds a tracked file changed besides the stored rows, which every new row
+    changes; also if git does not answer."""
+    command = ["git", "-C", str(checkout), "diff", "--quiet", "HEAD", "--", f":!{RESULTS}"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=10).returncode != 0
+    except (OSError, subprocess.SubprocessError):
+        return True
 
 
 def _driver() -> str | None:

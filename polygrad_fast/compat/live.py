@@ -23,6 +23,7 @@ from polygrad_fast.compat.weights import export_denoiser, load_denoiser, load_po
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import EPSILON, Normalizer
 from polygrad_fast.policy import GaussianPolicy
+from polygrad_fast.structure import is_setting, structure
 
 PROBE_TOLERANCE = 5e-6
 """Largest relative difference between a live module's output and our copy's: mostly they are equal
@@ -43,7 +44,6 @@ ACTOR_SETTINGS = (
     "use_normed_inputs",
 )
 """What the released `forward_actor` reads besides weights and normalizer."""
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def released_network(diffusion_model: Any) -> nn.Module:
@@ -306,36 +306,10 @@ def moments(normalizer: Any, field: str, dim: int, device: torch.device) -> tupl
     return offset, (scale - EPSILON).clamp(min=0.0)
 
 
-def _structure(module: nn.Module) -> tuple:
-    """Return what a module computes with its weights as far as one can see it: name, type, forward
-    pass, hooks and plain attributes of its parts, and the shapes of its weights."""
-    parts = tuple(
-        (
-            name,
-            type(part).forward,
-            *part._forward_pre_hooks,
-            *part._forward_hooks,
-            *((key, value) for key, value in vars(part).items() if _is_setting(key, value)),
-        )
-        for name, part in module.named_modules()
-    )
-    return parts, tuple((name, tensor.shape) for name, tensor in module.state_dict().items())
-
-
-def _is_setting(key: str, value: Any) -> bool:
-    """Whether a module's attribute is a setting of its forward pass: a number, a name, a function
-    or a tuple of these."""
-    if isinstance(value, tuple):
-        return all(_is_setting(key, element) for element in value)
-    return key not in _MODULE_ATTRIBUTES and (
-        value is None or isinstance(value, (str, numbers.Number)) or callable(value)
-    )
-
-
 def _denoiser_signature(diffusion_model: Any) -> tuple:
     """Return what must stay as it is for a copy of the network to stay right."""
     dims = diffusion_model.observation_dim, diffusion_model.action_dim
-    return *dims, _structure(released_network(diffusion_model))
+    return *dims, structure(released_network(diffusion_model))
 
 
 def _policy_signature(policy: Callable) -> tuple | None:
@@ -353,9 +327,9 @@ def _policy_signature(policy: Callable) -> tuple | None:
     ):
         return None
     settings = tuple(getattr(owner, name, None) for name in ACTOR_SETTINGS)
-    if not all(map(_is_setting, ACTOR_SETTINGS, settings)):
+    if not is_setting(settings):
         return None
-    return settings, _structure(owner.actor), _structure(owner.logstd)
+    return settings, structure(owner.actor), structure(owner.logstd)
 
 
 def _num_heads(live: nn.Module) -> int:

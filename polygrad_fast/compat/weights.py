@@ -14,6 +14,7 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
+from polygrad_fast.protocols import check_normalizer
 from polygrad_fast.training.a2c import ActorCritic
 
 _LINEAR = re.compile(r"(\d+)\.weight$")
@@ -303,11 +304,7 @@ def build_actor_critic(
 
 def _check_normalizer(normalizer: Normalizer, observation_dim: int) -> None:
     """Raise InputError unless this is our normalizer of as many observations as the actor's."""
-    if not isinstance(normalizer, Normalizer):
-        raise InputError(
-            f"normalizer must be a polygrad_fast.Normalizer (Normalizer.from_moments makes one of "
-            f"means and standard deviations), got {type(normalizer).__name__}"
-        )
+    check_normalizer(normalizer)
     if normalizer.observation_dim != observation_dim:
         raise InputError(
             f"the normalizer is for {normalizer.observation_dim} observations, the actor for "

@@ -267,7 +267,12 @@ class ResumableEnvironment:
         Raises:
             InputError: the observation is not finite or not of shape [S].
         """
-        self._begin(self._draw_seed())
+        generator = self._generator.bit_generator.state
+        try:
+            self._begin(self._draw_seed())
+        except BaseException:  # the next attempt takes the same seed
+            self._generator.bit_generator.state = generator
+            raise
         return self.observation
 
     def step(self, environment_action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
@@ -291,12 +296,14 @@ class ResumableEnvironment:
         # A copy in the space's dtype, which is what a replay hands in again.
         action = np.array(environment_action, dtype=self._action_space.dtype)
         observation, reward, terminated, truncated, _ = self.env.step(action.copy())
+        where = f"{self.name}, step {self.episode_length + 1} of the episode"
+        observation = self._checked_observation(observation, where)
+        as_finite_float32(reward, (), f"{where}: reward")
+        # Only now: after an error the state is that before the step.
         self._actions.append(action)
         self.episode_length += 1
         self._running = not (terminated or truncated)
-        where = f"{self.name}, step {self.episode_length} of the episode"
-        self._observation = self._checked_observation(observation, where)
-        as_finite_float32(reward, (), f"{where}: reward")
+        self._observation = observation
         self.episode_return += float(reward)
         return self.observation, float(reward), bool(terminated), bool(truncated)
 

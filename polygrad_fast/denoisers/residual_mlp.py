@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from polygrad_fast.denoisers.step_embedding import RandomFourierFeatures, check_inputs, step_mlp
 from polygrad_fast.errors import InputError
+from polygrad_fast.structure import structure
 
 
 class ResidualBlock(nn.Module):
@@ -94,6 +95,7 @@ class ResidualMLPDenoiser(nn.Module):
                 f"step_conditioning must be 'input' or 'layer', got {step_conditioning!r}"
             )
         self.output = nn.Linear(hidden_dim, out_dim)
+        self.built = structure(self)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
         """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D];

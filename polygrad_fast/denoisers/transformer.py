@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polygrad_fast.denoisers.step_embedding import SinusoidalFeatures, check_inputs, step_mlp
 from polygrad_fast.errors import InputError
+from polygrad_fast.structure import structure
 
 
 class TransformerBlock(nn.Module):
@@ -96,6 +97,7 @@ class TransformerDenoiser(nn.Module):
         for block in self.blocks:  # residual projections, GPT-2
             for linear in (block.attention_output, block.mlp_output):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * num_layers))
+        self.built = structure(self)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:

@@ -6,17 +6,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polygrad_fast.config import SamplerConfig
+from polygrad_fast.config import SamplerConfig, check_choices
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import log_prob, score
+from polygrad_fast.protocols import Policy, policy_moments, reads_normalized
 from polygrad_fast.schedule import NoiseSchedule
 
 
-def policy_distribution(policy, normalizer: Normalizer, observations_norm: Tensor):
+def policy_distribution(
+    policy: Policy, normalizer: Normalizer, observations_norm: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the policy's mean and std (raw actions) at normalized observations [..., S]."""
-    if getattr(policy, "normed_inputs", False):
-        return policy.distribution(observations_norm)
-    return policy(normalizer.unnormalize(observations_norm, "observations"))
+    if not reads_normalized(policy):
+        observations_norm = normalizer.unnormalize(observations_norm, "observations")
+    return policy_moments(policy, observations_norm)
 
 
 def denoiser_actions(
@@ -29,6 +32,7 @@ def denoiser_actions(
 ) -> Tensor:
     """Return the actions [B, H, A] as the denoiser sees them in step k: clipped to the bounds and
     scaled where configured."""
+    check_choices(config)
     if config.denoiser_actions == "clipped":
         raw = normalizer.unnormalize(actions_norm, "actions")
         actions_norm = normalizer.normalize(raw.clamp(*action_bounds), "actions")
@@ -43,7 +47,7 @@ def guided_step(
     actions: Tensor,
     initial_observations: Tensor,
     k: int,
-    policy,
+    policy: Policy,
     normalizer: Normalizer,
     schedule: NoiseSchedule,
     config: SamplerConfig,
@@ -65,7 +69,11 @@ def guided_step(
 
     Returns:
         x_{i-1} and u_{i-1}, normalized; the first observation is s0.
+
+    Raises:
+        InputError: an option of `config` has a value that is none of its names.
     """
+    check_choices(config)
     observation_dim = initial_observations.shape[-1]
     last_step = k == 0
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.protocols import Denoiser, Policy, weights_dtype
 from polygrad_fast.schedule import NoiseSchedule
 
 
@@ -51,13 +52,25 @@ class SampleNoise:
         return cls(*initial, state_noise, action_noise)
 
 
+def call_denoiser(denoiser: Denoiser, trajectory: Tensor, actions: Tensor, k: int) -> Tensor:
+    """Return a denoiser's prediction [B, H, D] at diffusion step k, in the trajectory's dtype.
+
+    A module computes in the dtype of its weights. It may overwrite `trajectory` [B, H, D] and
+    `actions` [B, H, A], and what it returns may be its own.
+    """
+    dtype = weights_dtype(denoiser, trajectory.dtype)
+    timesteps = torch.full((len(trajectory),), k, device=trajectory.device)
+    prediction = denoiser(trajectory.to(dtype), actions.to(dtype), timesteps)
+    return prediction.to(trajectory.dtype)
+
+
 @dataclass(frozen=True)
 class SamplerComponents:
     """Modules and options of one sampler; engines read current weights and moments at every
     call."""
 
-    denoiser: nn.Module
-    policy: nn.Module
+    denoiser: Denoiser
+    policy: Policy
     schedule: NoiseSchedule
     normalizer: Normalizer
     config: SamplerConfig

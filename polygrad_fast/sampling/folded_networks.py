@@ -1,5 +1,5 @@
 """Denoisers and policy as the torch engine evaluates them: folded, in the dtype of the engine,
-without autograd."""
+without autograd; and which modules can be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.reference.residual_mlp import fold_normalizer
+from polygrad_fast.sampling.components import call_denoiser
 from polygrad_fast.sampling.linear import LinearOps, Weight
+from polygrad_fast.structure import change, parts
 
 LOG2_E = math.log2(math.e)
 ROWS_PER_THREAD = 256
@@ -197,13 +199,13 @@ class FoldedTransformer(FoldedDenoiser):
 
 
 class ForeignDenoiser:
-    """A denoiser of another type, through denoiser(trajectory, actions, timesteps)."""
+    """A denoiser that is not folded, through denoiser(trajectory, actions, timesteps)."""
 
     def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
         if dtype != torch.float32:
             raise InputError(
-                f"engine 'torch' evaluates a {type(denoiser).__name__} as it is, in float32; "
-                f"got dtype {str(dtype).removeprefix('torch.')!r}"
+                f"engine 'torch' calls a denoiser that {why_foreign(denoiser)} as it is, in "
+                f"float32; got dtype {str(dtype).removeprefix('torch.')!r}"
             )
         self.denoiser, self.device = denoiser, held.device
         self.rows_per_part = None
@@ -222,8 +224,7 @@ class ForeignDenoiser:
     def __call__(self, buffers: tuple[Tensor, Tensor], k: int) -> Tensor:
         """Predict at step k: input buffers -> [B, H, D], a new tensor."""
         states, actions = buffers
-        timesteps = torch.full((states.shape[0],), k, device=self.device)
-        return self.denoiser(states, actions, timesteps).clone()
+        return call_denoiser(self.denoiser, states, actions, k).clone()
 
 
 FOLDED_DENOISERS = {
@@ -232,14 +233,31 @@ FOLDED_DENOISERS = {
 }
 
 
-def is_foldable(denoiser) -> bool:
-    """Whether `fold_denoiser` knows the type; a subclass may compute something else."""
-    return type(denoiser) in FOLDED_DENOISERS
+_FORWARDS = {kind: kind.forward for kind in (*FOLDED_DENOISERS, GaussianPolicy)}
+
+
+def why_foreign(module) -> str | None:
+    """Return why a denoiser or policy is to be called as it is, for instance "is a Foo" or "has a
+    forward hook in blocks.0", or None where it can be folded.
+
+    Only what its constructor made of exactly that type can: a subclass, a hook, a parametrization
+    or a replaced part may compute something else with the same weights.
+    """
+    kind = type(module)
+    if kind not in _FORWARDS:
+        return f"is a {kind.__name__}"
+    if kind.forward is not _FORWARDS[kind]:
+        return f"is a {kind.__name__} with another forward"
+    found = change(module, module.built)
+    if found is None and kind is GaussianPolicy:  # whose gradient `update_states` follows
+        if any(part._backward_hooks or part._backward_pre_hooks for part in parts(module)):
+            found = "has a backward hook"
+    return found
 
 
 def fold_denoiser(denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
-    """Return the folded form of a denoiser, or the denoiser as it is where its type is foreign."""
-    folded = FOLDED_DENOISERS.get(type(denoiser), ForeignDenoiser)
+    """Return the folded form of a denoiser, or of a foreign one what calls it as it is."""
+    folded = ForeignDenoiser if why_foreign(denoiser) else FOLDED_DENOISERS[type(denoiser)]
     return folded(denoiser, num_steps, dtype, held, ops)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
-from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+from polygrad_fast.sampling.components import SampleNoise, SamplerComponents, call_denoiser
 
 
 def diffusion_step(
@@ -25,12 +25,10 @@ def diffusion_step(
     Args are those of `guided_step`; the denoiser computes in its weights' dtype.
     """
     c = components
-    dtype = next((p.dtype for p in c.denoiser.parameters()), trajectory.dtype)
     seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
-    timesteps = torch.full((len(trajectory),), k, device=trajectory.device)
-    prediction = c.denoiser(trajectory.to(dtype), seen.to(dtype), timesteps)
+    prediction = call_denoiser(c.denoiser, trajectory.clone(), seen.clone(), k)
     return guided_step(
-        prediction.to(trajectory.dtype),
+        prediction,
         trajectory,
         actions,
         initial_observations,

@@ -5,21 +5,33 @@ from __future__ import annotations
 import numbers
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.profiling import annotate
+from polygrad_fast.protocols import (
+    Denoiser,
+    Policy,
+    check_denoiser,
+    check_normalizer,
+    check_policy,
+)
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
-from polygrad_fast.sampling.folded_networks import is_foldable
+from polygrad_fast.sampling.folded_networks import why_foreign
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
 from polygrad_fast.schedule import NoiseSchedule
+from polygrad_fast.structure import parts
 
 ENGINES = ("auto", "reference", "torch", "triton")
 
@@ -43,60 +55,63 @@ class PolicyGuidedSampler:
     call. Threads may share it: their calls wait for each other. A copy or an unpickled sampler is
     built anew, with its own graphs and buffers.
 
+    The engines "torch" and "triton" fold this library's networks as their constructors make them.
+    Any other module, also one with a hook, a parametrization or a replaced part (LoRA), is called
+    as it is, which "triton" refuses. Such a change is noticed at the next sample (about 2 us per
+    part of the networks), and the engine built anew.
+
     Args:
-        denoiser: eps_theta, called as denoiser(trajectory, actions, timesteps).
-        policy: maps raw observations [..., S] to (mean, std) of raw actions, [..., A] each.
+        denoiser: eps_theta, a `polygrad_fast.Denoiser`.
+        policy: a `polygrad_fast.Policy`; it and the denoiser are called once here, to check them.
         schedule: K diffusion steps.
         normalizer: moments of observations, actions, rewards and terminals.
         config: the sampler's options; default `SamplerConfig.official()`.
         engine: "reference" is plain PyTorch and reads like the paper; "torch" the same mathematics,
             optimised, on a CPU and on a GPU; "triton" fused kernels in one CUDA graph; "auto" is
             triton on a GPU where it can, else torch (one warning says why).
-        dtype: "float32", "tf32", "float16" or "bfloat16": the denoiser's arithmetic; states and
-            actions stay in float32, and the reference engine computes in float32 only. "auto" is
-            float32 on a CPU, and on a GPU float16, as the released code's autocast.
-        device: "auto" is the denoiser's device.
+        dtype: "float32", "tf32", "float16" or "bfloat16" (or torch's dtype of that name): the
+            denoiser's arithmetic; states and actions stay in float32, and the reference engine
+            computes in float32 only. "auto" is float32 on a CPU, and on a GPU float16, as the
+            released code's autocast.
+        device: "auto" and None are the denoiser's device.
         action_bounds: (low, high) of the raw actions, [A] or scalars; needed for
             `denoiser_actions="clipped"`.
 
     Raises:
-        InputError: an option the engine does not offer, or modules whose dimensions differ.
+        InputError: an option the engine does not offer, modules whose dimensions differ, or a
+            denoiser, policy or normalizer that cannot be used as one.
     """
 
     def __init__(
         self,
-        denoiser,
-        policy,
+        denoiser: Denoiser,
+        policy: Policy,
         schedule: NoiseSchedule,
         normalizer: Normalizer,
         config: SamplerConfig | None = None,
         engine: str = "auto",
-        dtype: str = "auto",
-        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = "auto",
         action_bounds: tuple | None = None,
     ):
         if engine not in ENGINES:
             raise InputError(f"engine must be one of {list(ENGINES)}, got {engine!r}")
+        if isinstance(dtype, torch.dtype):
+            dtype = str(dtype).removeprefix("torch.")
+        for name, value, kind in (
+            ("schedule", schedule, NoiseSchedule),
+            ("config", config, SamplerConfig),
+        ):
+            if not (isinstance(value, kind) or (value is None and name == "config")):
+                raise InputError(f"{name} must be a {kind.__name__}, got {value!r}")
         self.config = config if config is not None else SamplerConfig.official()
-        for name in ("observation_dim", "action_dim"):
-            wanted = getattr(denoiser, name)
-            for other in (policy, normalizer):
-                got = getattr(other, name, wanted)
-                if got != wanted:
-                    raise InputError(
-                        f"{type(other).__name__} has {name} {got}, the denoiser {wanted}"
-                    )
+        check_normalizer(normalizer)
         device = _common_device(device, denoiser, policy, normalizer)
+        _check_modules(denoiser, policy, schedule, normalizer, engine, device)
         if action_bounds is not None:
             action_bounds = _check_bounds(action_bounds, denoiser.action_dim, device)
         elif self.config.denoiser_actions == "clipped":
             raise InputError("denoiser_actions='clipped' needs action_bounds=(low, high), got None")
-        table_rows = getattr(denoiser, "num_embedded_steps", None)
-        if table_rows is not None and table_rows < schedule.num_train_timesteps:
-            raise InputError(
-                f"the schedule has {schedule.num_train_timesteps} steps, the denoiser's step "
-                f"embedding only {table_rows} rows"
-            )
         self.components = SamplerComponents(
             denoiser,
             policy,
@@ -107,9 +122,8 @@ class PolicyGuidedSampler:
             action_bounds,
         )
         self._asked = engine, dtype
-        dtype = _resolve_dtype(dtype, engine, self.components)
-        self.engine, self._engine = _build_engine(engine, self.components, dtype)
         self._lock = threading.Lock()  # the engines' buffers serve one call at a time
+        self._build()
 
     def __reduce__(self):
         c = self.components
@@ -117,9 +131,21 @@ class PolicyGuidedSampler:
         options = self.config, *self._asked, "auto", c.action_bounds  # on the modules' device
         return PolicyGuidedSampler, (*modules, *options)
 
+    def _build(self) -> None:
+        """Build the engine for the modules as they are now."""
+        c, (engine, dtype) = self.components, self._asked
+        structure = _structure(c)
+        self.engine, self._engine = _build_engine(engine, c, _resolve_dtype(dtype, engine, c))
+        self._built_for = structure
+
+    def _check_changed_modules(self) -> None:
+        c = self.components
+        modules = c.denoiser, c.policy, c.schedule, c.normalizer
+        _check_modules(*modules, self._asked[0], c.device)
+
     def sample(
         self,
-        initial_observations: Tensor,
+        initial_observations: Tensor | np.ndarray | Sequence,
         guidance_scale: float | Tensor = 0.005,
         generator: torch.Generator | None = None,
         noise: SampleNoise | None = None,
@@ -136,27 +162,28 @@ class PolicyGuidedSampler:
         not in the last step).
 
         Args:
-            initial_observations: s0 [B, S], floating point, raw, or normalized with
-                `normalized=True`.
+            initial_observations: s0 [B, S], raw, or normalized with `normalized=True`: a tensor or
+                array of floating point, or a list of observations.
             guidance_scale: delta >= 0, in squared raw actions; a tensor (one element) is not read
                 on the host.
             generator: source of the normals, on the sampler's device.
-            noise: every normal, given by the caller.
+            noise: every normal, given by the caller, as tensors or arrays.
             normalized: the input is normalized and all results shall be.
             return_chain: also return states and actions after each step, or after each of this
                 many last ones.
 
         Raises:
-            InputError: wrong shape or dtype, B = 0, a value that is not finite, or noise of other
-                shapes.
+            InputError: wrong shape or dtype, B = 0, a value that is not finite, noise of other
+                shapes, or modules that were changed so that the engine asked for refuses them.
         """
         with annotate("sample"):
             with annotate("check_inputs"):
                 s0 = self._check_observations(initial_observations)
-                self._check_guidance_scale(guidance_scale)
+                guidance_scale = self._check_guidance_scale(guidance_scale)
                 self._check_generator(generator)
                 num_steps = self.components.schedule.num_train_timesteps
-                if not (isinstance(return_chain, int) and 0 <= return_chain <= num_steps):
+                whole = isinstance(return_chain, numbers.Integral)
+                if not (whole and 0 <= return_chain <= num_steps):
                     raise InputError(
                         f"return_chain must be True, False or a number of steps up to {num_steps}, "
                         f"got {return_chain!r}"
@@ -166,6 +193,10 @@ class PolicyGuidedSampler:
             s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
             autocast_off = torch.autocast(self.components.device.type, enabled=False)
             with self._lock, torch.inference_mode(False), torch.no_grad(), autocast_off:
+                with annotate("check_structure"):
+                    if _structure(self.components) != self._built_for:
+                        self._check_changed_modules()
+                        self._build()
                 trajectory, actions, chain = self._engine.sample(
                     s0_norm, guidance_scale, generator, noise, return_chain
                 )
@@ -184,11 +215,8 @@ class PolicyGuidedSampler:
             terminals = flags.to(trajectory.dtype)
         return TrajectoryBatch(observations, actions, rewards, terminals, *(chain or ()))
 
-    def _check_observations(self, observations: Tensor) -> Tensor:
-        if not torch.is_tensor(observations):
-            raise InputError(
-                f"initial_observations must be a torch tensor, got {type(observations).__name__}"
-            )
+    def _check_observations(self, observations: Any) -> Tensor:
+        observations = _as_tensor(observations, "initial_observations")
         shape = tuple(observations.shape)
         if len(shape) != 2 or shape[1] != self.components.observation_dim or shape[0] < 1:
             raise InputError(
@@ -209,16 +237,20 @@ class PolicyGuidedSampler:
             )
         return converted
 
-    def _check_guidance_scale(self, scale: float | Tensor) -> None:
+    def _check_guidance_scale(self, scale: Any) -> float | Tensor:
+        if isinstance(scale, np.ndarray) and scale.size == 1:
+            scale = scale.item()
         if torch.is_tensor(scale):
             if scale.numel() != 1:
                 raise InputError(
                     f"guidance_scale of shape {tuple(scale.shape)} given, wanted one number"
                 )
-        elif not (isinstance(scale, numbers.Real) and 0 <= scale < float("inf")):
+            return scale
+        if not (isinstance(scale, numbers.Real) and 0 <= scale < float("inf")):
             raise InputError(
                 f"guidance_scale must be a non-negative finite number or a tensor, got {scale!r}"
             )
+        return float(scale)
 
     def _check_generator(self, generator: torch.Generator | None) -> None:
         if generator is None:
@@ -244,7 +276,7 @@ class PolicyGuidedSampler:
             ("trajectories", (num_steps, *states)),
             ("actions", (num_steps, *actions)),
         ):
-            tensor = getattr(noise, name)
+            tensor = _as_tensor(getattr(noise, name), f"noise.{name}")
             if tuple(tensor.shape) != wanted:
                 raise InputError(
                     f"noise.{name} of shape {tuple(tensor.shape)} given, wanted {wanted}"
@@ -255,12 +287,74 @@ class PolicyGuidedSampler:
         return SampleNoise(**converted)
 
 
-def _common_device(asked: str | torch.device, *modules) -> torch.device:
+def _check_modules(
+    denoiser: Any,
+    policy: Any,
+    schedule: NoiseSchedule,
+    normalizer: Normalizer,
+    engine: str,
+    device: torch.device,
+) -> None:
+    """Raise InputError unless these can be a sampler's modules and fit together."""
+    check_denoiser(denoiser, schedule.num_train_timesteps, device)
+    for name in ("observation_dim", "action_dim"):
+        wanted = getattr(denoiser, name)
+        for other in (policy, normalizer):
+            got = getattr(other, name, wanted)
+            if got != wanted:
+                raise InputError(f"{type(other).__name__} has {name} {got}, the denoiser {wanted}")
+    check_policy(policy, normalizer, denoiser.action_dim, ((2, denoiser.horizon),), device)
+    for method in ("normalize", "unnormalize"):
+        own = method in vars(normalizer)
+        if engine != "reference" and (
+            own or getattr(type(normalizer), method) is not getattr(Normalizer, method)
+        ):
+            raise InputError(
+                f"normalizer {type(normalizer).__name__} has a {method} of its own, but engine "
+                f"{engine!r} reads the moments only; wanted Normalizer itself, or engine "
+                f"'reference'"
+            )
+
+
+def _structure(components: SamplerComponents) -> tuple:
+    """Return what an engine was built for: it folds the very parts that are there, and fixes the
+    policy's two settings in its graphs."""
+    foreign, folded, settings = [], [], ()
+    for module in (components.denoiser, components.policy):
+        foreign.append(why_foreign(module) is not None)
+        if not foreign[-1]:
+            folded += parts(module)
+            if isinstance(module, GaussianPolicy):
+                settings = module.min_std, module.normed_inputs
+    return foreign, folded, settings
+
+
+def _as_tensor(value: Any, name: str) -> Tensor:
+    """Return a tensor, an array or a list as a tensor."""
+    if torch.is_tensor(value):
+        return value
+    try:
+        if isinstance(value, (list, tuple)) and any(map(torch.is_tensor, value)):
+            return torch.stack([torch.as_tensor(row) for row in value])
+        array = np.asarray(value)
+        if isinstance(value, (list, tuple)) and array.dtype.kind in "iu":
+            array = array.astype(np.float64)  # whole numbers typed by hand
+        if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+            array = array.astype(np.float64)
+        return torch.from_numpy(np.array(array, order="C"))
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{name} must be a tensor, an array or a list of equally long lists of numbers, got "
+            f"{type(value).__name__}"
+        ) from None
+
+
+def _common_device(asked: str | torch.device | None, *modules) -> torch.device:
     """Return the device of all modules' tensors, which must be one, and the one asked for."""
     tensors = [
         (f"{type(module).__name__}.{name}", tensor)
         for module in modules
-        if isinstance(module, torch.nn.Module)
+        if isinstance(module, nn.Module)
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     (first, tensor), *others = tensors
@@ -270,10 +364,10 @@ def _common_device(asked: str | torch.device, *modules) -> torch.device:
             raise InputError(
                 f"{name} is on {tensor.device}, {first} on {device}: wanted one device"
             )
-    if asked != "auto":
+    if asked is not None and asked != "auto":
         try:
             wanted = torch.device(asked)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise InputError(
                 f"device {asked!r} is unknown: {str(error).splitlines()[0]}"
             ) from error
@@ -287,12 +381,18 @@ def _resolve_dtype(dtype: str, engine: str, components: SamplerComponents) -> st
     if dtype != "auto":
         return dtype
     half = components.device.type == "cuda" and engine != "reference"
-    return "float16" if half and is_foldable(components.denoiser) else "float32"
+    return "float16" if half and why_foreign(components.denoiser) is None else "float32"
 
 
-def _check_bounds(bounds: tuple, action_dim: int, device) -> tuple[Tensor, Tensor]:
+def _check_bounds(bounds: Any, action_dim: int, device) -> tuple[Tensor, Tensor]:
     """Return (low, high) as float32 tensors [A] or scalars."""
-    low, high = (torch.as_tensor(b, dtype=torch.float32, device=device) for b in bounds)
+    try:
+        low, high = (torch.as_tensor(b, dtype=torch.float32, device=device) for b in bounds)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"action_bounds must be a pair (low, high) of numbers or arrays [{action_dim}], got "
+            f"{bounds!r}"
+        ) from None
     for name, bound in (("low", low), ("high", high)):
         if tuple(bound.shape) not in ((), (1,), (action_dim,)):
             raise InputError(
@@ -320,5 +420,5 @@ def _build_engine(name: str, components: SamplerComponents, dtype: str):
         except InputError as error:
             if name == "triton":
                 raise
-            warnings.warn(f"engine 'auto' falls back to 'torch': {error}", stacklevel=3)
+            warnings.warn(f"engine 'auto' falls back to 'torch': {error}", stacklevel=4)
     return "torch", TorchEngine(components, dtype)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polygrad_fast.config import check_choices
 from polygrad_fast.errors import InputError
-from polygrad_fast.policy import GaussianPolicy, log_prob
+from polygrad_fast.policy import log_prob
 from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.guided_step import policy_distribution
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
@@ -20,7 +21,7 @@ from polygrad_fast.sampling.folded_networks import (
     FoldedPolicy,
     HeldTensors,
     fold_denoiser,
-    is_foldable,
+    why_foreign,
 )
 from polygrad_fast.sampling.graphs import GraphCache
 from polygrad_fast.sampling.linear import LinearOps
@@ -56,13 +57,12 @@ class StepConstants:
 
 @dataclass(frozen=True)
 class ActionUpdate:
-    """Coefficients of u <- m + clip(u - m) keep, all in normalized actions, [H, A] or
-    [B, H, A]."""
+    """Coefficients of u <- c + (m - c) pull with c = clip(u, m - reach, m + reach), all in
+    normalized actions, [H, A] or [B, H, A]."""
 
     std: Tensor
-    keep: Tensor  # 1 - guidance_scale / sigma^2
+    pull: Tensor  # guidance_scale / sigma^2
     reach: Tensor | None  # clip_std sigma; None: no clipping
-    negative_reach: Tensor | None
 
 
 @dataclass
@@ -75,6 +75,8 @@ class Workspace:
     trajectory_noise: Tensor  # [B, H, D]
     actions: Tensor  # u [B, H, A]
     policy_mean: Tensor  # m [B, H, A]
+    low: Tensor  # m - reach and m + reach [B, H, A]
+    high: Tensor
     action_noise: Tensor  # [B, H, A]
     denoiser_input: object  # in the denoiser's own layout, with two views of it:
     input_states: Tensor  # [B, H, D]
@@ -90,16 +92,16 @@ class TorchEngine:
 
     Differences in the order of operations: input Linears, step embedding and normalizer are folded
     into neighbouring Linears, and the action update is done on normalized actions, where it reads
-    u <- m + clip(u - m) (1 - delta / sigma^2) with m = (mu - mean_a) / scale_a. In float32 one step
-    agrees with the reference to about 1e-6. Noise is drawn in the reference's order, so that on a
-    CPU the same seed gives the same trajectories.
+    u <- u + (m - u) delta / sigma^2 with m = (mu - mean_a) / scale_a, u clipped to m +- reach. In
+    float32 one step agrees with the reference to about 1e-6. Noise is drawn in the reference's
+    order, so that on a CPU the same seed gives the same trajectories.
 
     Weights and moments are read anew at every sample, whichever way they were changed.
 
     On a GPU all K steps are one CUDA graph, captured once per batch size, and all normals of a
     sample are drawn before it, in another order than the reference's; they take 8 K B H (D + A)
-    bytes. No call reads a tensor on the host. Modules of foreign types are called as they are,
-    step by step and uncaptured.
+    bytes. No call reads a tensor on the host. Foreign modules (`why_foreign`) are called as they
+    are, step by step and uncaptured.
 
     Args:
         components: modules and options.
@@ -109,8 +111,8 @@ class TorchEngine:
             "tf32" needs CUDA.
 
     Raises:
-        InputError: unknown dtype, one that the device lacks, or half precision with a denoiser of
-            a foreign type.
+        InputError: unknown dtype, one that the device lacks, or half precision with a foreign
+            denoiser.
     """
 
     def __init__(self, components: SamplerComponents, dtype: str = "auto"):
@@ -122,8 +124,8 @@ class TorchEngine:
         self.components, self.dtype = components, dtype
         num_steps = components.schedule.num_train_timesteps
         self._on_gpu = device.type == "cuda"
-        self._foreign_policy = type(components.policy) is not GaussianPolicy
-        foreign = self._foreign_policy or not is_foldable(components.denoiser)
+        foreign_policy = why_foreign(components.policy) is not None
+        foreign = foreign_policy or why_foreign(components.denoiser) is not None
         # Foreign modules may do what a capture forbids, or move their weights.
         self._captures = self._on_gpu and not foreign
         self._held = HeldTensors(device, fixed_addresses=self._captures)
@@ -136,7 +138,7 @@ class TorchEngine:
             LinearOps.choose(device, compute_dtype),
         )
         self._policy = None
-        if not self._foreign_policy:
+        if not foreign_policy:
             state_dim = components.observation_dim + 2
             self._policy = FoldedPolicy(components.policy, state_dim, num_steps, self._held)
         self._steps = _step_constants(components)
@@ -211,7 +213,7 @@ class TorchEngine:
             )
             return ws.trajectory, ws.actions, *(chain or ())
 
-        key = (chain_length, self._update.keep.shape, self._guidance_scale.shape)
+        key = (chain_length, self._update.pull.shape, self._guidance_scale.shape)
         trajectory, actions, *chain = self._graphs(key, run, (initial_observations, *normals))
         return trajectory, actions, tuple(chain) or None
 
@@ -262,11 +264,8 @@ class TorchEngine:
         if config.max_guidance is not None:
             pull = pull.clamp(max=config.max_guidance)
         std = std_raw / self._action_scale
-        reach = negative_reach = None
-        if config.clip_std is not None:
-            reach = config.clip_std * std
-            negative_reach = -reach
-        return ActionUpdate(std, 1.0 - pull, reach, negative_reach)
+        reach = config.clip_std * std if config.clip_std is not None else None
+        return ActionUpdate(std, pull, reach)
 
     def _workspace(self, batch: int) -> Workspace:
         ws = self._workspaces.pop(batch, None)
@@ -283,7 +282,7 @@ class TorchEngine:
 
     def _new_workspace(self, batch: int) -> Workspace:
         states, actions = self._shapes(batch)
-        shapes = (states, states, states, states, actions, actions, actions)
+        shapes = (*[states] * 4, *[actions] * 5)
         buffers = (torch.empty(shape, device=self._held.device) for shape in shapes)
         return Workspace(*buffers, *self._denoiser.inputs(batch))
 
@@ -380,6 +379,7 @@ class TorchEngine:
         """Advance `ws.trajectory` and `ws.actions` by one step (see
         `polygrad_fast.reference.guided_step`); overwrites `prediction` [B, H, D]."""
         config = self.components.config
+        check_choices(config)
         denoised = prediction
         if config.prediction_type == "epsilon":
             denoised.mul_(-constants.denoised_from_prediction)
@@ -396,16 +396,15 @@ class TorchEngine:
         if constants.is_last:
             if config.clip_final_actions and clips:
                 update = self._policy_at(ws, policy_states)
-                self._clip(ws.actions.sub_(ws.policy_mean), update).add_(ws.policy_mean)
+                self._clip(ws, update)
         elif config.action_update == "score":
             update = self._policy_at(ws, policy_states)
-            offset = ws.actions.sub_(ws.policy_mean)
             if clips and config.clip_order == "before":
-                self._clip(offset, update)
-            offset.mul_(update.keep)
+                self._clip(ws, update)
+            # m + (u - m) (1 - pull) would cancel where m is large
+            ws.actions.lerp_(ws.policy_mean, update.pull)
             if clips and config.clip_order == "after":
-                self._clip(offset, update)
-            ws.actions.add_(ws.policy_mean)
+                self._clip(ws, update)
             if config.update_states:
                 step = self._guidance_scale * self._likelihood_gradient(ws, policy_states)
                 observation_dim = initial_observations.shape[1]
@@ -427,8 +426,10 @@ class TorchEngine:
         ws.mean.add_(ws.trajectory, alpha=constants.mean_from_trajectory)
 
     @staticmethod
-    def _clip(offset: Tensor, update: ActionUpdate) -> Tensor:
-        return torch.clamp(offset, update.negative_reach, update.reach, out=offset)
+    def _clip(ws: Workspace, update: ActionUpdate) -> None:
+        torch.sub(ws.policy_mean, update.reach, out=ws.low)
+        torch.add(ws.policy_mean, update.reach, out=ws.high)
+        torch.clamp(ws.actions, ws.low, ws.high, out=ws.actions)
 
     def _policy_at(self, ws: Workspace, states: Tensor) -> ActionUpdate:
         """Write the policy's mean at normalized states [B, H, D] to `ws.policy_mean`, as normalized

@@ -17,6 +17,7 @@ from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.profiling import annotate
 from polygrad_fast.reference.residual_mlp import fold_input, fold_normalizer
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+from polygrad_fast.sampling.folded_networks import why_foreign
 from polygrad_fast.sampling.graphs import GraphCache
 
 DTYPES = ("auto", "float32", "tf32", "float16", "bfloat16")
@@ -277,7 +278,7 @@ class TritonEngine:
 
     Args:
         components: a residual MLP denoiser and a Gaussian policy of at most 2 layers of 256 (none
-            of a subclass); with 1 layer at most 62 observations.
+            foreign, see `why_foreign`); with 1 layer at most 62 observations.
         dtype: what the GEMMs' operands are in: "float32" (also "auto"; no tensor cores), "tf32",
             "float16" or "bfloat16". Residual stream, sums and states are float32 in all of them.
 
@@ -321,11 +322,15 @@ class TritonEngine:
     def _check_options(self, c: SamplerComponents) -> None:
         if c.config.update_states:
             _refuse("update_states=True", "update_states=False")
-        # Exact types: a subclass may compute something else from the same weights.
-        if type(c.denoiser) is not ResidualMLPDenoiser:
-            _refuse(f"denoiser {type(c.denoiser).__name__}", "ResidualMLPDenoiser itself")
-        if type(c.policy) is not GaussianPolicy:
-            _refuse(f"policy {type(c.policy).__name__}", "GaussianPolicy itself")
+        for name, module, kind in (
+            ("denoiser", c.denoiser, ResidualMLPDenoiser),
+            ("policy", c.policy, GaussianPolicy),
+        ):
+            foreign = f"is a {type(module).__name__}"
+            if type(module) is kind:
+                foreign = why_foreign(module)
+            if foreign is not None:
+                _refuse(f"a {name} that {foreign}", f"a {kind.__name__} as its constructor made it")
         steps = _kernels()[0]
         num_layers = sum(isinstance(m, nn.LayerNorm) for m in c.policy.network)
         hidden = c.policy.network[0].out_features

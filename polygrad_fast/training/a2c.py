@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from polygrad_fast.config import A2CConfig
 from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.normalizer import Normalizer
-from polygrad_fast.policy import GaussianPolicy, ValueFunction, entropy, log_prob
+from polygrad_fast.policy import ValueFunction, entropy, log_prob
 from polygrad_fast.profiling import annotate
+from polygrad_fast.protocols import (
+    check_trainable,
+    passes_by_forward,
+    policy_moments,
+    reads_normalized,
+)
 from polygrad_fast.training.guidance import spread
 
 
@@ -35,22 +41,58 @@ def generalized_advantages(
     return advantages
 
 
+def _distinct(tensor: Tensor) -> Tensor:
+    """Return each number of an expanded tensor once: PyTorch's mean over axes of stride 0 adds up
+    rounding errors, 1e-4 in 50,000 equal float32 numbers."""
+    return tensor[tuple(0 if stride == 0 else slice(None) for stride in tensor.stride())]
+
+
+def _check_policy(policy: nn.Module, config: A2CConfig) -> None:
+    """Raise InputError unless this policy can be trained with these options."""
+    check_trainable("policy", policy)
+    offers = all(callable(getattr(policy, name, None)) for name in ("network", "squash"))
+    if config.saturation_coef > 0 and (not offers or passes_by_forward(policy)):
+        raise InputError(
+            f"a2c.saturation_coef {config.saturation_coef} needs a policy that is "
+            f"squash(network(observations)), as a GaussianPolicy is, got "
+            f"{type(policy).__name__}; wanted a2c.saturation_coef 0 for such a policy"
+        )
+
+
 class ActorCritic:
     """Policy, value function, its slow target, their optimizers, and one `update`.
 
-    The networks read raw observations and rewards, or normalized ones where
-    `policy.normed_inputs`. Weights change in place.
+    Weights change in place.
+
+    Of the policy it uses what `polygrad_fast.Policy` says, and where it has them as
+    `GaussianPolicy`: the parameter `log_std`, whose gradient is not clipped and is reported, and
+    `network` and `squash`, which `saturation_coef` needs.
+
+    Args:
+        policy: a module that is a `polygrad_fast.Policy`.
+        value_function: maps observations [..., S] to values [...].
+        normalizer: the moments of everything that `update` gets.
+        config: default `A2CConfig()`, the released settings.
+        normed_inputs: whether the value function reads normalized observations and learns from
+            normalized rewards; None: where the policy reads normalized observations.
+
+    Raises:
+        InputError: a policy that is no module with weights to train, or lacks what
+            `saturation_coef` needs.
     """
 
     def __init__(
         self,
-        policy: GaussianPolicy,
+        policy: nn.Module,
         value_function: ValueFunction,
         normalizer: Normalizer,
         config: A2CConfig | None = None,
+        normed_inputs: bool | None = None,
     ):
         self.policy, self.value_function, self.normalizer = policy, value_function, normalizer
         self.config = config if config is not None else A2CConfig()
+        self.normed_inputs = reads_normalized(policy) if normed_inputs is None else normed_inputs
+        _check_policy(policy, self.config)
         self.target_value_function = copy.deepcopy(value_function).requires_grad_(False)
         self.actor_optimizer = torch.optim.AdamW(
             policy.parameters(), lr=self.config.actor_learning_rate
@@ -99,13 +141,17 @@ class ActorCritic:
         if config.final_target_update is not None:
             target_update += progress * (config.final_target_update - target_update)
         raw_actions = self.normalizer.unnormalize(actions, "actions")[:, :-1]
-        if not self.policy.normed_inputs:
-            observations = self.normalizer.unnormalize(observations, "observations")
+        raw_observations = observations
+        if not (self.normed_inputs and reads_normalized(self.policy)):
+            raw_observations = self.normalizer.unnormalize(observations, "observations")
+        policy_inputs = observations if reads_normalized(self.policy) else raw_observations
+        policy_inputs = policy_inputs[:, :-1]
+        observations = observations if self.normed_inputs else raw_observations
         if config.reward_rms is not None:
             moments = self.normalizer.rewards_mean.square() + self.normalizer.rewards_scale.square()
             rewards = self.normalizer.unnormalize(rewards, "rewards")
             rewards = rewards * (config.reward_rms / moments.sqrt())
-        elif not self.policy.normed_inputs:
+        elif not self.normed_inputs:
             rewards = self.normalizer.unnormalize(rewards, "rewards")
 
         with torch.no_grad():
@@ -126,8 +172,11 @@ class ActorCritic:
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
             weights = (1.0 - terminals[:, :-1]).cumprod(dim=1)
 
-        policy_outputs = self.policy.network(observations[:, :-1])
-        mean, std = self.policy.squash(policy_outputs)
+        if config.saturation_coef > 0:
+            policy_outputs = self.policy.network(policy_inputs)
+            mean, std = self.policy.squash(policy_outputs)
+        else:
+            mean, std = policy_moments(self.policy, policy_inputs)
         old_log_prob = log_prob(raw_actions, mean, std)
         policy_entropy = entropy(std)
         actor_loss = -old_log_prob * advantages - config.entropy_coef * policy_entropy
@@ -142,19 +191,24 @@ class ActorCritic:
         (actor_loss + critic_loss).backward()
         max_norm = config.max_grad_norm if config.max_grad_norm is not None else math.inf
         # log-std is not clipped, as in the released code
-        actor_grad_norm = nn.utils.clip_grad_norm_(self.policy.network.parameters(), max_norm)
+        log_std = getattr(self.policy, "log_std", None)
+        clipped = [p for p in self.policy.parameters() if p is not log_std]
+        actor_grad_norm = nn.utils.clip_grad_norm_(clipped, max_norm)
         critic_grad_norm = nn.utils.clip_grad_norm_(self.value_function.parameters(), max_norm)
 
         with torch.no_grad():
             standardized = (raw_actions - mean) / std
+            log_std_metrics = {}
+            if isinstance(log_std, Tensor) and log_std.grad is not None:
+                log_std_metrics["log_std_grad_norm"] = log_std.grad.norm()
             results = {
                 "actor_loss": actor_loss,
                 "critic_loss": critic_loss,
                 "actor_grad_norm": actor_grad_norm,
                 "critic_grad_norm": critic_grad_norm,
-                "log_std_grad_norm": self.policy.log_std.grad.norm(),
+                **log_std_metrics,
                 "entropy": policy_entropy.mean(),
-                "policy_std": std.mean(),
+                "policy_std": _distinct(std).mean(),
                 "action_mean": standardized.mean(),
                 "action_std": spread(standardized, "std"),
                 "action_mean_abs": spread(standardized, "mean_abs"),
@@ -173,7 +227,7 @@ class ActorCritic:
         self.critic_optimizer.step()
         with annotate("line_search"):
             metrics |= self._step_actor(
-                observations[:, :-1], raw_actions, old_log_prob.detach(), target_update
+                policy_inputs, raw_actions, old_log_prob.detach(), target_update
             )
         return metrics
 
@@ -190,7 +244,7 @@ class ActorCritic:
 
         def update_size() -> float:
             with annotate("line_search_trial"):
-                new_log_prob = log_prob(raw_actions, *self.policy.distribution(inputs))
+                new_log_prob = log_prob(raw_actions, *policy_moments(self.policy, inputs))
                 return (new_log_prob - old_log_prob).abs().mean().item()
 
         def move(scale: float) -> float:
@@ -239,22 +293,22 @@ class ActorCritic:
         )
 
     def _check(self, observations, actions, rewards, terminals) -> None:
-        policy = self.policy
+        observation_dim = self.normalizer.observation_dim
+        weights = next(self.policy.parameters())
         if observations.ndim != 3 or observations.shape[1] < 2:
             raise InputError(
                 f"observations of shape {tuple(observations.shape)} given, wanted "
-                f"[B, H, {policy.observation_dim}] with H >= 2"
+                f"[B, H, {observation_dim}] with H >= 2"
             )
         batch, horizon = observations.shape[:2]
         for name, tensor, wanted in (
-            ("observations", observations, (batch, horizon, policy.observation_dim)),
-            ("actions", actions, (batch, horizon, policy.action_dim)),
+            ("observations", observations, (batch, horizon, observation_dim)),
+            ("actions", actions, (batch, horizon, self.normalizer.action_dim)),
             ("rewards", rewards, (batch, horizon)),
             ("terminals", terminals, (batch, horizon)),
         ):
             if tuple(tensor.shape) != wanted:
                 raise InputError(f"{name} of shape {tuple(tensor.shape)} given, wanted {wanted}")
-            weights = policy.log_std
             if (tensor.dtype, tensor.device) != (weights.dtype, weights.device):
                 raise InputError(
                     f"{name} of {tensor.dtype} on {tensor.device} given, the policy's weights are "

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.errors import CheckpointError
-from polygrad_fast.training.run_log import fsync_directory
+from polygrad_fast.training.run_log import fsync_directory, naming, write_bytes_atomic
 
 try:
     import fcntl
@@ -45,6 +45,8 @@ WEIGHTS, STATE, METADATA, MANIFEST = (
     "manifest.json",
 )
 FORMAT_VERSION = 1
+# In a run directory: step checkpoints have been saved there, whatever became of them.
+SAVED = ".checkpoints_saved"
 # Without file locks a temporary directory counts as abandoned after this time.
 _ABANDONED_SECONDS = 3600.0
 
@@ -99,6 +101,20 @@ def load_checkpoint(directory: str | Path) -> tuple[dict[str, Tensor], dict | No
     return weights, state, metadata
 
 
+def read_metadata(directory: str | Path) -> dict:
+    """Return what ``load_checkpoint`` returns last, without reading weights and state.
+
+    Raises:
+        CheckpointError: missing or unreadable.
+    """
+    directory = _resolve(Path(directory))
+    _read_manifest(directory)
+    try:
+        return json.loads((directory / METADATA).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {directory}: cannot read {METADATA}: {error}") from error
+
+
 class CheckpointManager:
     """The checkpoints of one run, in ``run_dir/checkpoints``: the last ``step_*`` and the ``best``.
 
@@ -108,7 +124,7 @@ class CheckpointManager:
     Args:
         run_dir: the run directory; nothing is created before the first save. Temporary directories
             that a killed process left there are removed.
-        keep_last: how many ``step_*`` checkpoints stay, at least 1.
+        keep_last: how many ``step_*`` checkpoints stay, at least 1; may be changed.
     """
 
     def __init__(self, run_dir: str | Path, keep_last: int = 3) -> None:
@@ -116,7 +132,9 @@ class CheckpointManager:
             raise ValueError(f"got keep_last={keep_last}, wanted at least 1")
         self.directory = Path(run_dir) / "checkpoints"
         self.keep_last = keep_last
+        self._marker = Path(run_dir) / SAVED
         _remove_abandoned(self.directory, ".tmp-")
+        self._sequence = self._newest_sequence()
 
     def save(
         self, env_step: int, weights: dict[str, Tensor], state: dict | None, metadata: dict
@@ -127,9 +145,12 @@ class CheckpointManager:
         """
         # Newest means saved last, not farthest: a run resumed from an earlier step overtakes what
         # it left behind.
-        sequence = 1 + max((_sequence(path) or 0 for path in self._steps()), default=0)
+        sequence = 1 + self._newest_sequence()
         path = self.directory / f"step_{env_step:09d}"
         _save(path, weights, state, metadata, sequence)
+        self._sequence = sequence
+        if not self._marker.exists():
+            write_bytes_atomic(self._marker, b"")
         self._prune()
         return path
 
@@ -148,6 +169,29 @@ class CheckpointManager:
         """The best checkpoint, or None. Warns if there is one and it is damaged."""
         path = _resolve(self.directory / "best")
         return path if path.is_dir() and _usable(path) else None
+
+    def damage(self, kind: str) -> list[str]:
+        """What is wrong with each damaged checkpoint of a kind, "last" or "best", newest first."""
+        best = _resolve(self.directory / "best")
+        steps = sorted(self._steps(), key=_age_key, reverse=True)
+        found = []
+        for path in steps if kind == "last" else [best] * best.exists():
+            try:
+                _verify(path)
+            except CheckpointError as error:
+                found.append(str(error))
+        return found
+
+    def has_saved(self) -> bool:
+        """Whether a step checkpoint has ever been saved here, even if none is left."""
+        return self._marker.exists() or bool(self._steps())
+
+    def others_saved(self) -> bool:
+        """Whether someone else has saved here since this object was made or saved last."""
+        return self._newest_sequence() > self._sequence
+
+    def _newest_sequence(self) -> int:
+        return max((_sequence(path) or 0 for path in self._steps()), default=0)
 
     def _steps(self) -> list[Path]:
         """Directories of the step checkpoints, one per step."""
@@ -276,22 +320,24 @@ def _save(
     _refuse_foreign(directory)
 
     parent = directory.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(parent, f".tmp-{directory.name}-")
-    temporary, lock = _locked_directory(parent, f".tmp-{directory.name}-")
+    with naming(directory):
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent, f".tmp-{directory.name}-")
+        temporary, lock = _locked_directory(parent, f".tmp-{directory.name}-")
+    files: dict[str, dict[str, Any]] = {}
+
+    def write(name: str, content: Callable[[Any], Any]) -> None:
+        with naming(directory / name):
+            files[name] = _write(temporary / name, content)
+
     try:
-        files = {
-            WEIGHTS: _write(
-                temporary / WEIGHTS,
-                lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})),
-            ),
-            METADATA: _write(temporary / METADATA, lambda file: file.write(metadata_bytes)),
-        }
+        write(WEIGHTS, lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})))
+        write(METADATA, lambda file: file.write(metadata_bytes))
         if state is not None:
-            files[STATE] = _write(temporary / STATE, lambda file: torch.save(state, file))
-        manifest = {"format_version": FORMAT_VERSION, "sequence": sequence, "files": files}
+            write(STATE, lambda file: torch.save(state, file))
+        manifest = {"format_version": FORMAT_VERSION, "sequence": sequence, "files": files.copy()}
         manifest_bytes = (json.dumps(manifest, indent=2) + "\n").encode()
-        _write(temporary / MANIFEST, lambda file: file.write(manifest_bytes))
+        write(MANIFEST, lambda file: file.write(manifest_bytes))
         fsync_directory(temporary)
         _move_into_place(temporary, directory)
     except BaseException:

@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 from polygrad_fast.config import DenoiserConfig, SamplerConfig
 from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+from polygrad_fast.errors import InputError
 from polygrad_fast.schedule import NoiseSchedule
+
+LARGEST_EPSILON_ERROR_GAIN = 3.0
+"""Largest `NoiseSchedule.epsilon_error_gain` for which noise is predicted without a warning.
+
+States have a standard deviation of about 1 in every step, and denoisers are trained on those only.
+After some thousand updates they err by 0.2 or more (root mean square). Times the gain that
+displaces the next step's states: by 0.6 at this limit, by 6 in the first step of a cosine schedule,
+whose beta ends at 0.999 for every K and tau. So far out a denoiser hardly corrects the error, and
+later steps multiply it on.
+"""
+
+
+def warn_of_amplified_errors(
+    schedule: NoiseSchedule, config: SamplerConfig, stacklevel: int = 2
+) -> None:
+    """Warn where a denoiser's error is multiplied beyond what later steps correct."""
+    gain = schedule.epsilon_error_gain.max().item()
+    if config.prediction_type == "epsilon" and gain > LARGEST_EPSILON_ERROR_GAIN:
+        warnings.warn(
+            f"prediction_type 'epsilon' with this noise schedule multiplies the denoiser's error "
+            f"by {gain:.0f} in one diffusion step, so imagined states and rewards are far off "
+            f"until the denoiser is well trained: prediction_type 'sample' "
+            f"(--sampler.prediction-type sample) or the preset 'default' avoids it",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def build_denoiser(
@@ -64,7 +91,7 @@ def denoising_loss(
     noisy[:, 0, :observation_dim] = trajectory[:, 0, :observation_dim]
     if config.scale_actions:
         actions = alphas_cumprod.sqrt() * actions
-    prediction = denoiser(noisy, actions, timesteps).clone()
+    prediction = denoiser(noisy, actions.clone(), timesteps).clone()
     prediction[:, 0, :observation_dim] = trajectory[:, 0, :observation_dim]
     target = noise if config.prediction_type == "epsilon" else trajectory
     squared_error = (prediction - target).square()
@@ -93,7 +120,12 @@ class DenoiserTrainer:
     ):
         self.model, self.schedule = model, schedule
         self.config, self.sampler_config = config.resolved(model.horizon), sampler_config
-        self.ema_model = copy.deepcopy(model).requires_grad_(False).eval()
+        try:
+            self.ema_model = copy.deepcopy(model).requires_grad_(False).eval()
+        except Exception as error:
+            raise InputError(
+                f"denoiser {type(model).__name__} cannot be copied for its average: {error}"
+            ) from error
         self.optimizer = torch.optim.Adam(model.parameters(), lr=self.config.learning_rate)
         self.num_updates = 0
 
@@ -132,6 +164,9 @@ class DenoiserTrainer:
         decay = self.config.ema_decay if self.num_updates >= self.config.ema_start else 0.0
         averages, weights = list(self.ema_model.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(averages, weights, 1.0 - decay)
+        # an own denoiser's running statistics, for instance
+        for copied, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            copied.copy_(buffer)
 
     def state_dict(self) -> dict:
         """Return optimizer state and counters; the weights are saved with the other weights."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.training.run_log import STEP_COLUMN, naming, read_metrics
 
 try:
     import fcntl
@@ -39,19 +40,79 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     return stored
 
 
-def comparable(value: Any) -> Any:
-    """Return a configuration without what may differ between the parts of one run."""
-    if isinstance(value, dict):
-        return {k: v for k, v in value.items() if k != "total_timesteps"}
-    return value
+def difference(given: dict[str, Any], kept: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the first option in which a run differs from its checkpoint, and that in words.
+
+    Args:
+        given, kept: nested options by name, `kept` the checkpoint's; only `given`'s are compared,
+            and not `total_timesteps`, which may change between the parts of one run.
+
+    Returns:
+        The option's name and "a2c.gamma is 0.5, the checkpoint has 0.99"; None: no difference.
+    """
+    given, kept = _flatten(given), _flatten(kept)
+    for name, value in given.items():
+        if name != "total_timesteps" and (name not in kept or value != kept[name]):
+            has = repr(kept[name]) if name in kept else "no such option"
+            return name, f"{name} is {value!r}, the checkpoint has {has}"
+    return None
 
 
-def difference(got: Any, wanted: Any) -> str:
-    """Return the first difference of two configurations in words."""
-    if isinstance(got, dict) and isinstance(wanted, dict):
-        name = next(k for k in sorted({*got, *wanted}) if got.get(k) != wanted.get(k))
-        return f"{name} {got.get(name)!r} instead of {wanted.get(name)!r}"
-    return f"{got!r} instead of {wanted!r}"
+def options_of(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what identifies a run, of config.json or of a checkpoint's metadata, for
+    `difference`."""
+    return {name: metadata[name] for name in ("env_id", "preset", "seed")} | metadata["config"]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def refuse_another_run(run_dir: Path) -> None:
+    """Keep a new run out of a directory that holds one.
+
+    Raises:
+        InputError: it does.
+    """
+    if (run_dir / "config.json").exists() or (run_dir / "metrics.csv").exists():
+        raise InputError(f"{run_dir} already holds a run; resume it or give another run directory")
+
+
+def refuse_lost_progress(
+    run_dir: Path, interval: int, saved: bool, damage: list[str], best: Path | None
+) -> None:
+    """Keep a run whose checkpoints are all lost from starting anew over what is left of it.
+
+    A run that was killed before its first checkpoint has nothing to lose and may start anew.
+
+    Args:
+        interval: environment steps from one checkpoint to the next.
+        saved: whether one is known to have been saved.
+        damage: what is wrong with those that are left.
+        best: the best one, where that is usable.
+
+    Raises:
+        CheckpointError: a checkpoint was saved, or the metrics go on after the step of the first.
+    """
+    metrics = run_dir / "metrics.csv"
+    rows = read_metrics(metrics) if metrics.exists() else []
+    last = max((row[STEP_COLUMN] for row in rows), default=0)
+    # the row of a step is written before its checkpoint
+    if not saved and last <= interval:
+        return
+    found = "; ".join(damage) if damage else "they were deleted"
+    keep = f", load {best} to evaluate the best policy" if best else ""
+    raise CheckpointError(
+        f"{run_dir} has no usable checkpoint to resume from ({found}), and starting anew would "
+        f"overwrite the run, whose metrics go up to environment step {last:,}: put a step_* "
+        f"checkpoint back{keep}, or train in another run directory"
+    )
 
 
 @contextlib.contextmanager
@@ -60,7 +121,10 @@ def locked(run_dir: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with open(run_dir / ".lock", "w") as file:
+    path = run_dir / ".lock"
+    with naming(path):
+        file = open(path, "w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

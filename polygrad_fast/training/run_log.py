@@ -1,18 +1,21 @@
 """What a run leaves besides its weights: metrics.csv, JSON files, versions, TensorBoard events."""
 
+import contextlib
 import csv
+import errno
 import importlib.metadata
 import io
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from polygrad_fast._version import __version__
 from polygrad_fast.errors import InputError
+from polygrad_fast.training.processor import Processor
 
 STEP_COLUMN = "env_step"
 
@@ -28,22 +31,36 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an OSError name ``path``: a failed write names no file, and a temporary one says little
+    to a user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path``; a reader finds the old or the new content, never a mixture."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name: what a killed process left is overwritten by the next write.
     temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
 
 
 def write_json_atomic(path: str | Path, data: Any) -> None:
@@ -179,13 +196,16 @@ class MetricsLog:
 
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(f"{self.path}: wrote {written} of {len(line)} bytes of a row")
-        except OSError:
-            os.ftruncate(self._file.fileno(), size)
-            raise
+        with naming(self.path):
+            try:
+                written = self._file.write(line)
+                if written != len(line):
+                    message = f"{os.strerror(errno.ENOSPC)}, {written} of {len(line)} bytes written"
+                    raise OSError(errno.ENOSPC, message)
+            except OSError:
+                with contextlib.suppress(OSError):  # readers skip a row that was cut off
+                    os.ftruncate(self._file.fileno(), size)
+                raise
 
 
 def _csv_line(cells: list[str]) -> bytes:
@@ -214,15 +234,19 @@ class TensorboardLog:
                 "pip install 'polygrad-fast[tensorboard]'"
             ) from error
         purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+        self._directory = directory
+        with naming(directory):
+            self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
     def write(self, env_step: int, metrics: Mapping[str, float]) -> None:
         """Add one scalar per entry at ``env_step``."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), int(env_step))
+        with naming(self._directory):
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, float(value), int(env_step))
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self._directory):
+            self._writer.close()
 
     def __enter__(self) -> "TensorboardLog":
         return self
@@ -248,7 +272,7 @@ def versions() -> dict[str, str | None]:
         "cuda": cuda,
         "gpu": gpu,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": Processor.of_this_machine().name,
     }
 
 
@@ -267,16 +291,6 @@ def _cuda() -> tuple[str | None, str | None]:
         return torch.version.cuda, name
     except Exception:
         return None, None
-
-
-def _processor() -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except (OSError, UnicodeError):
-        pass
-    return platform.processor() or platform.machine() or None
 
 
 def _git_commit() -> str | None:

@@ -49,6 +49,27 @@ CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("k", [LAST, MIDDLE])
+@pytest.mark.parametrize(
+    "option", ["action_update", "prediction_type", "clip_order", "policy_input", "variance_type"]
+)
+def test_an_unknown_name_raises(device, option, k):
+    case = Case(device, official())
+    options = kernel.step_options(case.config)
+    object.__setattr__(options, option, "typo")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(pg.InputError, match=f"{option} must be one of .*, got 'typo'"),
+    ):
+        patch.setattr(kernel, "step_options", lambda config: options)
+        patch.setattr(kernel, "schedule_table", lambda *arguments: None)
+        case.run_kernel(k)
+    config = official()
+    object.__setattr__(config, option, "typo")
+    with pytest.raises(pg.InputError, match=f"{option} must be one of .*, got 'typo'"):
+        kernel.step_options(config)
+
+
 class Case:
     """Modules and tensors of one step, and the kernel's and the twin's results on them."""
 

@@ -416,11 +416,14 @@ def test_refusals(device):
 
     refuses(changed(config=pg.SamplerConfig.official(update_states=True)), "'torch' and 'ref")
     refuses(changed(denoiser=pg.TransformerDenoiser(S, A, H, 16, 1, 2)), "TransformerDenoiser")
-    refuses(changed(policy=torch.nn.Linear(S, A)), "policy Linear")
+    refuses(changed(policy=torch.nn.Linear(S, A)), "a policy that is a Linear")
     for base, name in ((pg.ResidualMLPDenoiser, "denoiser"), (pg.GaussianPolicy, "policy")):
         derived = copy.deepcopy(getattr(c, name))
         derived.__class__ = type("Derived", (base,), {})
-        refuses(changed(**{name: derived}), f"{name} Derived")
+        refuses(changed(**{name: derived}), f"a {name} that is a Derived")
+        hooked = copy.deepcopy(getattr(c, name))
+        hooked.register_forward_hook(lambda module, inputs, output: output)
+        refuses(changed(**{name: hooked}), f"a {name} that has a forward hook")
     wide = changed(
         denoiser=pg.ResidualMLPDenoiser(63, A, H, 32, 1, num_train_timesteps=K),
         policy=pg.GaussianPolicy(63, A, 16, 1),
@@ -431,6 +434,39 @@ def test_refusals(device):
     refuses(c, "dtype", "float64")
     if not torch.cuda.is_available():
         refuses(c, "bfloat16", "bfloat16")
+
+
+def test_modules_changed_after_construction(device):
+    """Are refused while they are foreign, and read where they can be folded."""
+    c = build(device)
+    s0, noise = torch.randn(5, S, device=device), draw_noise(device, 5)
+
+    def make(engine):
+        modules = c.denoiser, c.policy, c.schedule, c.normalizer
+        return pg.PolicyGuidedSampler(*modules, engine=engine, dtype="float32")
+
+    fused = make("triton")
+
+    def assert_agrees():
+        got, wanted = (s.sample(s0, 0.05, noise=noise) for s in (fused, make("reference")))
+        assert relative_error(got.actions, wanted.actions) < 1e-4
+        return got.actions
+
+    before = assert_agrees()
+    engine = fused._engine
+    for part in (c.denoiser.blocks[1], c.policy.network[1]):
+        hook = part.register_forward_hook(lambda module, inputs, output: 2 * output)
+        with pytest.raises(
+            InputError, match="that has a forward hook in .*'torch' and 'reference'"
+        ):
+            fused.sample(s0, 0.05, noise=noise)
+        hook.remove()
+        assert torch.equal(assert_agrees(), before) and fused._engine is engine
+    c.policy.network[3] = torch.nn.Linear(24, 24).to(device)
+    replaced = assert_agrees()
+    assert relative_error(replaced, before) > 1e-3
+    c.policy.min_std = 1.0  # a number in a captured graph
+    assert relative_error(assert_agrees(), replaced) > 1e-3
 
 
 def test_needs_a_gpu_or_the_interpreter(monkeypatch):

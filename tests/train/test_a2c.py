@@ -43,6 +43,126 @@ def make_batch(seed=0, batch=B, horizon=H, terminal_rate=0.1) -> dict[str, torch
     }
 
 
+class StateDependent(torch.nn.Module):
+    """A policy of the user's: raw observations, and nothing but forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(S, 16), torch.nn.Tanh())
+        self.head = torch.nn.Linear(16, 2 * A)
+
+    def forward(self, observations):
+        mean, log_std = self.head(self.body(observations)).chunk(2, -1)
+        return mean, 0.5 + log_std.exp()
+
+
+class Wrapped(torch.nn.Module):
+    """A Gaussian policy behind the protocol alone."""
+
+    def __init__(self, policy, normed_inputs):
+        super().__init__()
+        self.inner, self.normed_inputs = policy, normed_inputs
+
+    def forward(self, observations):
+        return self.inner(observations)
+
+    def distribution(self, inputs):
+        return self.inner.distribution(inputs)
+
+
+@pytest.mark.parametrize("normed_inputs", [False, True])
+def test_a_policy_behind_the_protocol_learns_the_same(normed_inputs):
+    """But for the clip, which then includes log-std."""
+    config = pg.A2CConfig(max_grad_norm=None, actor_learning_rate=1e-2)
+    plain, wrapped = (make_actor_critic(config, normed_inputs) for _ in range(2))
+    wrapped = pg.ActorCritic(
+        Wrapped(wrapped.policy, normed_inputs), wrapped.value_function, wrapped.normalizer, config
+    )
+    for seed in range(3):
+        metrics = plain.update(**make_batch(seed)), wrapped.update(**make_batch(seed))
+        log_std_norm = metrics[0].pop("log_std_grad_norm")
+        norms = [m.pop("actor_grad_norm") for m in metrics]
+        assert norms[1] == pytest.approx(math.hypot(norms[0], log_std_norm), rel=1e-5)
+        assert metrics[0] == metrics[1]
+    for wanted, got in zip(plain.policy.parameters(), wrapped.policy.parameters(), strict=True):
+        assert torch.equal(wanted, got)
+
+
+def test_an_own_policy_is_clipped_whole():
+    torch.manual_seed(0)
+    config = pg.A2CConfig(max_grad_norm=1e-3)
+    policy = StateDependent()
+    actor_critic = pg.ActorCritic(policy, pg.ValueFunction(S, 16), make_normalizer(), config)
+    before = [p.detach().clone() for p in policy.parameters()]
+    metrics = actor_critic.update(**make_batch())
+    assert "log_std_grad_norm" not in metrics and metrics["actor_grad_norm"] > 1e-3
+    norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+    assert all(not torch.equal(p, b) for p, b in zip(policy.parameters(), before, strict=True))
+    with torch.no_grad():
+        observations = actor_critic.normalizer.unnormalize(
+            make_batch()["observations"], "observations"
+        )
+        _, std = policy(observations[:, :-1])
+    assert metrics["policy_std"] == pytest.approx(std.mean().item(), rel=1e-2)
+
+
+def test_the_value_function_may_read_another_space_than_the_policy():
+    torch.manual_seed(0)
+    policy, normalizer = StateDependent(), make_normalizer()
+    actor_critic = pg.ActorCritic(
+        policy, pg.ValueFunction(S, 16), normalizer, pg.A2CConfig(), normed_inputs=True
+    )
+    seen, batch = {}, make_batch()
+
+    def remember(module, inputs):
+        seen.setdefault(type(module).__name__, inputs[0].detach().clone())
+
+    policy.register_forward_pre_hook(remember)
+    actor_critic.value_function.register_forward_pre_hook(remember)
+    metrics = actor_critic.update(**batch)
+    assert torch.equal(seen["ValueFunction"], batch["observations"])
+    raw = normalizer.unnormalize(batch["observations"], "observations")
+    assert torch.equal(seen["StateDependent"], raw[:, :-1])
+    assert metrics["reward"] == pytest.approx(batch["rewards"].mean().item(), abs=1e-6)
+
+
+def test_what_a_policy_lacks_is_said():
+    arguments = pg.ValueFunction(S, 16), make_normalizer(), pg.A2CConfig(saturation_coef=0.1)
+    with pytest.raises(
+        pg.InputError, match=r"saturation_coef 0.1 needs a policy that is squash.*StateDependent"
+    ):
+        pg.ActorCritic(StateDependent(), *arguments)
+    hooked = pg.GaussianPolicy(S, A, 16)
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(pg.InputError, match=r"saturation_coef 0.1 needs .*GaussianPolicy; wanted"):
+        pg.ActorCritic(hooked, *arguments)
+    pg.ActorCritic(pg.GaussianPolicy(S, A, 16), *arguments)
+    with pytest.raises(pg.InputError, match="policy <lambda> cannot be trained"):
+        pg.ActorCritic(lambda observations: observations, *arguments)
+
+
+def test_a_frozen_log_std():
+    actor_critic = make_actor_critic()
+    actor_critic.policy.log_std.requires_grad_(False)
+    before = actor_critic.policy.log_std.clone()
+    assert "log_std_grad_norm" not in actor_critic.update(**make_batch())
+    assert torch.equal(actor_critic.policy.log_std, before)
+
+
+@pytest.mark.parametrize("batch", [1, 128, 2000])
+def test_policy_std_is_the_mean_of_the_policys_std(batch):
+    """Not of it expanded to every step, whose float32 mean is 1e-5 to 1e-4 off."""
+    actor_critic = make_actor_critic()
+    with torch.no_grad():
+        actor_critic.policy.log_std.copy_(torch.tensor([0.123, -0.456]))
+    std, entropy = actor_critic.policy.std.double(), 0.5 * math.log(2 * math.pi * math.e)
+    metrics = actor_critic.update(**make_batch(batch=batch, horizon=10))
+    assert metrics["policy_std"] == pytest.approx(std.mean().item(), rel=2e-7)
+    wanted = (std.log() + entropy).sum().item()
+    assert metrics["entropy"] == pytest.approx(wanted, rel=5e-7)
+
+
 def snapshot(actor_critic):
     """Every weight, optimizer moment and learned number."""
     state = copy.deepcopy(actor_critic.state_dict())

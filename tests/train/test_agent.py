@@ -1,10 +1,15 @@
 """The training loop: exact resume, errors, saving."""
 
+import errno
 import itertools
 import json
 import shutil
+import signal
 import sys
+import threading
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -13,7 +18,9 @@ import torch
 
 import polygrad_fast as pg
 from polygrad_fast.evaluation.returns import EpisodeStatistics
-from polygrad_fast.training.checkpoint import save_checkpoint
+from polygrad_fast.training import run_log
+from polygrad_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from polygrad_fast.training.run_directory import locked
 from polygrad_fast.training.run_log import read_metrics
 
 
@@ -41,6 +48,31 @@ def tiny_config(**overrides) -> pg.TrainConfig:
 
 def comparable(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def killed_at(step: int, left: Path):
+    """A callback that copies to `left` what a kill -9 at an environment step would leave."""
+
+    def copy(agent, metrics):
+        if agent.num_timesteps == step:
+            shutil.copytree(agent.run_dir, left)
+
+    return copy
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_same_run(resumed: pg.PolyGRAD, whole: pg.PolyGRAD) -> None:
+    rows = [comparable(read_metrics(a.run_dir / "metrics.csv")) for a in (resumed, whole)]
+    assert rows[0] == rows[1]
+    for name, weight in whole._weights().items():
+        assert torch.equal(weight, resumed._weights()[name]), name
 
 
 def test_learns_logs_and_checkpoints(tmp_path):
@@ -85,26 +117,13 @@ def test_resume_continues_exactly(tmp_path):
     whole = pg.PolyGRAD("Pendulum-v1", seed=1, config=tiny_config(), run_dir=tmp_path / "whole")
     whole.learn(150)
     part = pg.PolyGRAD("Pendulum-v1", seed=1, config=tiny_config(), run_dir=tmp_path / "part")
-
-    class Killed(Exception):
-        pass
-
-    def kill(agent, metrics):
-        if agent.num_timesteps == 125:
-            raise Killed
-
-    with pytest.raises(Killed):
-        part.learn(150, callback=kill)
+    part.learn(150, callback=killed_at(125, tmp_path / "left"))
     np.random.seed(99)  # the resumed run restores every generator itself
     torch.manual_seed(99)
-    resumed = pg.PolyGRAD.resume(tmp_path / "part")
+    resumed = pg.PolyGRAD.resume(tmp_path / "left")
     assert resumed.num_timesteps == 100
     resumed.learn(50)
-    assert comparable(read_metrics(tmp_path / "part" / "metrics.csv")) == comparable(
-        read_metrics(tmp_path / "whole" / "metrics.csv")
-    )
-    for name, weight in whole._weights().items():
-        assert torch.equal(weight, resumed._weights()[name]), name
+    assert_same_run(resumed, whole)
 
 
 def test_resume_at_an_episode_boundary_and_within_the_prefill(tmp_path):
@@ -113,19 +132,13 @@ def test_resume_at_an_episode_boundary_and_within_the_prefill(tmp_path):
     whole.learn(230)
     part = pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "part")
     for stop in (20, 200, 220):  # within the prefill, right after an episode ended, after it
-
-        def kill(agent, metrics, stop=stop):
-            if agent.num_timesteps > stop:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            part.learn(230 - part.num_timesteps, callback=kill)
-        part = pg.PolyGRAD.resume(tmp_path / "part")
+        left = tmp_path / f"left at {stop}"
+        remaining = 230 - part.num_timesteps
+        part.learn(remaining, callback=killed_at(stop + 5, left))
+        part = pg.PolyGRAD.resume(left)
         assert part.num_timesteps == stop
     part.learn(230 - part.num_timesteps)
-    assert comparable(read_metrics(tmp_path / "part" / "metrics.csv")) == comparable(
-        read_metrics(tmp_path / "whole" / "metrics.csv")
-    )
+    assert_same_run(part, whole)
 
 
 def test_save_and_load_predict_and_continue(tmp_path):
@@ -202,7 +215,9 @@ def test_checkpoint_of_another_configuration(tmp_path):
     shutil.rmtree(tmp_path / "a" / "checkpoints")
     shutil.copytree(tmp_path / "b" / "checkpoints", tmp_path / "a" / "checkpoints")
     for load in (pg.PolyGRAD.resume, pg.PolyGRAD.load):
-        with pytest.raises(pg.CheckpointError, match="horizon 5 instead of 4 of the run"):
+        with pytest.raises(
+            pg.CheckpointError, match="its config.json: horizon is 4, the checkpoint has 5$"
+        ):
             load(tmp_path / "a")
     with pytest.raises(pg.CheckpointError, match="does not exist"):
         pg.PolyGRAD.load(tmp_path / "nothing")
@@ -216,15 +231,49 @@ def test_damaged_configuration(tmp_path):
 
 
 def test_killed_before_the_first_checkpoint_starts_anew(tmp_path):
-    def kill(agent, metrics):
-        if agent.num_timesteps == 25:
-            raise KeyboardInterrupt
+    # best is past step 0 then, and metrics go up to the step of the first checkpoint
+    config = tiny_config(eval_interval=45, checkpoint_interval=50)
+    agent = pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "run")
+    agent.learn(60, callback=killed_at(50, tmp_path / "left"))
+    assert {p.name for p in (tmp_path / "left" / "checkpoints").iterdir()} == {"best"}
+    resumed = pg.PolyGRAD.resume(tmp_path / "left")
+    assert resumed.num_timesteps == 0
+    resumed.learn(60)
+    assert_same_run(resumed, agent)
 
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        agent.learn(60, callback=kill)
-    pg.PolyGRAD.resume(tmp_path).learn(60)
-    assert [row["env_step"] for row in read_metrics(tmp_path / "metrics.csv")] == [0, 25, 50, 60]
+
+@pytest.mark.parametrize("damage", ["deleted", "damaged", "folder deleted", "old run"])
+@pytest.mark.parametrize("steps", [30, 120])
+def test_a_run_whose_checkpoints_are_lost_is_not_begun_anew(tmp_path, damage, steps):
+    if damage == "old run" and steps == 30:
+        pytest.skip("nothing tells it from a run that was killed")
+    run_dir = tmp_path / "run"
+    pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=run_dir).learn(steps)
+    for path in sorted((run_dir / "checkpoints").glob("step_*")):
+        if damage == "damaged":
+            (path / "state.pt").write_bytes(b"half")
+        else:
+            shutil.rmtree(path)
+    if damage == "folder deleted":
+        shutil.rmtree(run_dir / "checkpoints")
+    if damage == "old run":  # before there was a mark
+        (run_dir / ".checkpoints_saved").unlink()
+    before = files_of(run_dir)
+    with pytest.raises(pg.CheckpointError) as caught:
+        if damage == "damaged":
+            with pytest.warns(UserWarning, match="damaged"):
+                pg.PolyGRAD.resume(run_dir)
+        else:
+            pg.PolyGRAD.resume(run_dir)
+    message = str(caught.value)
+    assert f"metrics go up to environment step {steps}" in message and "\n" not in message
+    assert "another run directory" in message
+    assert ("checkpoints/best" in message) == (damage != "folder deleted")
+    if damage == "damaged":
+        assert f"step_{steps:09d}: state.pt has 4 bytes" in message
+    else:
+        assert "were deleted" in message
+    assert files_of(run_dir) == before
 
 
 def test_stopping_saves_a_checkpoint(tmp_path):
@@ -314,7 +363,7 @@ def test_nan_observation_stops_with_a_sentence(tmp_path):
         lambda: BrokenPendulum(70), config=tiny_config(eval_interval=10_000), run_dir=tmp_path / "r"
     )
     agent.evaluate = lambda episodes: EpisodeStatistics(np.zeros(1), np.ones(1, dtype=int))
-    message = r"step 69: Pendulum-v1, step 70.*observation\[0\] is nan.*step_000000050"
+    message = r"step 69: Pendulum-v1, step 70.*observation\[0\] is nan.*step_000000069"
     with pytest.raises(pg.InputError, match=message):
         agent.learn(150)
     assert read_metrics(tmp_path / "r" / "metrics.csv")[-1]["env_step"] == 50
@@ -432,8 +481,9 @@ def test_callback_and_tensorboard_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, step_conditioning", [("transformer", "input"), ("residual_mlp", "layer")]
+    "kind, step_conditioning", [("transformer", None), ("residual_mlp", "layer")]
 )
+@pytest.mark.filterwarnings("ignore:prediction_type 'epsilon'")
 def test_other_denoisers_and_the_paper_sampler_train(kind, step_conditioning):
     config = tiny_config(sampler=pg.SamplerConfig.paper())
     config = replace(
@@ -445,3 +495,353 @@ def test_other_denoisers_and_the_paper_sampler_train(kind, step_conditioning):
     agent.learn(60)
     batch = agent.imagine(5)
     assert batch.observations.shape == (5, 4, 3) and torch.isfinite(batch.actions).all()
+
+
+def test_predicting_noise_is_warned_of_once_when_training_starts():
+    config = tiny_config(sampler=pg.SamplerConfig.paper())
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        agent = pg.PolyGRAD("Pendulum-v1", config=config)
+        agent.evaluate(1)
+        assert not caught
+        for _ in range(2):
+            agent.learn(1)
+        assert [warning.filename for warning in caught] == [__file__]
+        assert "--sampler.prediction-type sample" in str(caught[0].message)
+    with warnings.catch_warnings(action="error"):
+        sampler = pg.SamplerConfig.paper(prediction_type="sample")
+        pg.PolyGRAD("Pendulum-v1", config=tiny_config(sampler=sampler)).learn(1)
+
+
+class Crash(Exception):
+    pass
+
+
+class Crashing(gymnasium.Wrapper):
+    """Pendulum that raises in `step` or `reset` after some calls of it."""
+
+    def __init__(self, where: str = "", good_calls: int = 0):
+        super().__init__(gymnasium.make("Pendulum-v1"))
+        self.where, self.remaining = where, good_calls
+
+    def count(self, where):
+        self.remaining -= where == self.where
+        if where == self.where and self.remaining < 0:
+            raise Crash("the simulator is gone")
+
+    def step(self, action):
+        self.count("step")
+        return super().step(action)
+
+    def reset(self, **options):
+        self.count("reset")
+        return super().reset(**options)
+
+
+def crash_in_step(agent):
+    agent.environment.env.where, agent.environment.env.remaining = "step", 211
+
+
+def crash_in_reset(agent):
+    agent.environment.env.where, agent.environment.env.remaining = "reset", 1
+
+
+def crash_in_prefill(agent):
+    agent.environment.env.where, agent.environment.env.remaining = "step", 33
+
+
+def crash_in_evaluation(agent):
+    evaluate = agent.evaluate
+
+    def evaluate_until(episodes):
+        if agent.num_timesteps == 180:
+            raise Crash
+        return evaluate(episodes)
+
+    agent.evaluate = evaluate_until
+
+
+def interrupt_in_pretraining(agent):
+    update, seen = agent._update_denoiser, []
+
+    def interrupted(speed):
+        seen.append(None)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        update(speed)
+
+    agent._update_denoiser = interrupted
+
+
+def interrupt_in_the_last_step(agent):
+    update = agent._update_denoiser
+
+    def interrupted(speed):
+        if agent.num_timesteps == 230:
+            signal.raise_signal(signal.SIGINT)
+        update(speed)
+
+    agent._update_denoiser = interrupted
+
+
+CRASHES = {
+    # what happens, the step it happens in, finished steps
+    crash_in_step: (Crash, 211, 211),
+    crash_in_reset: (Crash, 200, 199),
+    crash_in_prefill: (Crash, 33, 33),
+    crash_in_evaluation: (Crash, 180, 179),
+    interrupt_in_pretraining: (KeyboardInterrupt, 40, 39),
+    interrupt_in_the_last_step: (KeyboardInterrupt, 230, 229),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    agent = pg.PolyGRAD(Crashing, config=crashing_config(), run_dir=run_dir)
+    agent.learn(230)
+    return agent
+
+
+def crashing_config() -> pg.TrainConfig:
+    config = tiny_config(checkpoint_interval=150, policy_updates_per_env_step=0.5)
+    return replace(config, normalizer=replace(config.normalizer, refresh="episode"))
+
+
+@pytest.mark.parametrize("how", CRASHES, ids=lambda how: how.__name__)
+@pytest.mark.parametrize("go_on", ["resumed", "same object"])
+def test_what_was_learnt_is_saved_before_an_error_is_raised(tmp_path, capfd, whole_run, how, go_on):
+    kind, step, finished = CRASHES[how]
+    agent = pg.PolyGRAD(Crashing, config=crashing_config(), run_dir=tmp_path / "run")
+    how(agent)
+    with pytest.raises(kind) as caught:
+        agent.learn(230)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    (note,) = caught.value.__notes__
+    assert f"stopped at environment step {step};" in note
+    assert f"step_{finished:09d}" in note
+    stopping = "stopping after the current update, press Ctrl-C again to stop at once\n"
+    assert (stopping in capfd.readouterr().err) == (kind is KeyboardInterrupt)
+    assert agent.num_timesteps == finished
+    if go_on == "resumed":
+        np.random.seed(99)
+        agent = pg.PolyGRAD.resume(tmp_path / "run", env=Crashing)
+        assert agent.num_timesteps == finished
+    else:
+        if agent.environment.env.where:
+            with pytest.raises(Crash):  # nothing is lost by trying again too early
+                agent.learn(230 - finished)
+        agent.environment.env.where = ""
+        for name in ("evaluate", "_update_denoiser"):
+            agent.__dict__.pop(name, None)
+    agent.learn(230 - finished)
+    assert_same_run(agent, whole_run)
+
+
+def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+    update, updates = agent._update_denoiser, []
+
+    def interrupted(speed):
+        updates.append(agent.num_timesteps)
+        if len(updates) in (2, 4):
+            signal.raise_signal(signal.SIGINT)
+        if len(updates) == 4:
+            signal.raise_signal(signal.SIGINT)
+        update(speed)
+
+    agent._update_denoiser = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(60)
+    assert updates == [40, 40]  # of five
+    with pytest.raises(KeyboardInterrupt) as caught:
+        agent.learn(60)
+    assert updates == [40] * 4  # the fourth was cut off: what was saved before it stays
+    assert "step_000000039" in caught.value.__notes__[0]
+    _, state, _ = load_checkpoint(tmp_path / "checkpoints" / "step_000000039")
+    assert state["begun_step"] == {"denoiser_update": 3, "policy_update": 0}
+
+
+def test_signals_are_left_alone_where_they_are_not_ours(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        agent.learn(10, callback=lambda a, metrics: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIGINT] * 2
+    thread = threading.Thread(target=agent.learn, args=(10,))
+    thread.start()
+    thread.join()
+    assert agent.num_timesteps == 20
+
+
+def test_a_callback_that_raises_loses_nothing(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+
+    def crash(agent, metrics):
+        if agent.num_timesteps == 75:
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        agent.learn(150, callback=crash)
+    assert pg.PolyGRAD.resume(tmp_path).num_timesteps == 75
+
+
+def full_disk(monkeypatch, agent, names, step):
+    """Let writing one of a run's files fail from an environment step on."""
+    original = run_log.os.fsync
+    real_write = run_log.MetricsLog._append
+
+    def fsync(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if agent.replay.total_steps >= step and any(name in str(path) for name in names):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    def append(log, line):
+        if agent.replay.total_steps >= step and "metrics.csv" in names:
+            log._file.close()
+            log._file = open("/dev/full", "wb", buffering=0)
+        real_write(log, line)
+
+    monkeypatch.setattr(run_log.os, "fsync", fsync)
+    monkeypatch.setattr(run_log.MetricsLog, "_append", append)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "names, step, file, last",
+    [
+        (["metrics.csv"], 125, "metrics.csv", "step_000000124"),
+        (["metrics.csv", "checkpoints"], 125, "metrics.csv", "step_000000100"),
+        (["checkpoints"], 100, "step_000000100/weights.safetensors", "step_000000050"),
+        (["state.pt"], 100, "step_000000100/state.pt", "step_000000050"),
+        ([".tmp-best"], 120, "checkpoints/best/weights.safetensors", "step_000000119"),
+    ],
+)
+def test_a_full_disk_names_file_step_and_last_checkpoint(
+    tmp_path, monkeypatch, names, step, file, last
+):
+    config = tiny_config(eval_interval=120)
+    agent = pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "run")
+    constant = EpisodeStatistics(np.zeros(1), np.ones(1, dtype=int))
+    agent.evaluate = lambda episodes: constant  # always the best so far
+    full_disk(monkeypatch, agent, names, step)
+    with pytest.raises(OSError) as caught:
+        agent.learn(150)
+    message = str(caught.value)
+    assert caught.value.errno == errno.ENOSPC
+    assert f"environment step {step}: " in message and "No space left on device" in message
+    assert file in message and ".tmp" not in message
+    assert f"last good checkpoint is {tmp_path / 'run' / 'checkpoints' / last}" in message
+    monkeypatch.undo()
+    resumed = pg.PolyGRAD.resume(tmp_path / "run")
+    assert resumed.num_timesteps == int(last.removeprefix("step_"))
+    resumed.evaluate = agent.evaluate
+    resumed.learn(150 - resumed.num_timesteps)
+    whole = pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "whole")
+    whole.evaluate = agent.evaluate
+    whole.learn(150)
+    assert_same_run(resumed, whole)
+
+
+def test_a_run_directory_that_is_in_use_stays_as_it_is(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+    agent.learn(20)
+    other = pg.PolyGRAD.resume(tmp_path)
+    before = files_of(tmp_path)
+    with locked(tmp_path), pytest.raises(pg.InputError, match="another process is training"):
+        other.extend(500)
+    assert files_of(tmp_path) == before and other.config.total_timesteps == 150
+    other.extend(np.int64(500))
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["total_timesteps"] == 500
+
+
+def test_an_agent_that_others_have_overtaken_does_not_overwrite_them(tmp_path):
+    fresh = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+    pg.PolyGRAD.resume(tmp_path).learn(20)
+    loaded = pg.PolyGRAD.load(tmp_path)
+    pg.PolyGRAD.resume(tmp_path).learn(10)
+    before = files_of(tmp_path)
+    for agent in (fresh, loaded):
+        with pytest.raises(pg.InputError, match="has trained in .* load it again"):
+            agent.learn(10)
+    assert files_of(tmp_path) == before
+    pg.PolyGRAD.load(tmp_path).learn(10)
+
+
+@pytest.mark.parametrize("steps", [10, 40])
+def test_every_learning_ends_with_an_evaluation(steps):
+    rows = []
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
+    agent.learn(steps, callback=lambda a, metrics: rows.append((a.num_timesteps, metrics)))
+    assert rows[-1][0] == steps and "eval/mean_reward" in rows[-1][1]
+
+
+def test_a_run_of_more_than_a_day_is_announced_once(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
+    with pytest.warns(UserWarning, match="environment steps take about .* days") as caught:
+        agent.learn(10**12, callback=lambda a, metrics: a.num_timesteps < 100)
+    (message,) = [str(w.message) for w in caught]
+    assert "the preset 'quick' is made for a CPU" in message and "'cpu'" in message
+
+
+def test_wrong_arguments_are_one_sentence(tmp_path):
+    config = tiny_config()
+    with pytest.raises(pg.InputError, match=r"config must be a TrainConfig .* got \{\}"):
+        pg.PolyGRAD("Pendulum-v1", config={})
+    with pytest.raises(pg.InputError, match="preset 5"):
+        pg.PolyGRAD("Pendulum-v1", preset=5)
+    with pytest.raises(pg.InputError, match=r"preset \['quick'\]"):
+        pg.PolyGRAD("Pendulum-v1", preset=["quick"])
+    with pytest.raises(pg.InputError, match="run_dir must be a path .* got 5"):
+        pg.PolyGRAD("Pendulum-v1", config=config, run_dir=5)
+    with pytest.raises(pg.InputError, match="device"):
+        pg.PolyGRAD("Pendulum-v1", config=config, device=1.5)
+    for seed in (True, 1.0, None, "3", 2**32):
+        with pytest.raises(pg.InputError, match="seed must be an integer in"):
+            pg.PolyGRAD("Pendulum-v1", config=config, seed=seed)
+    agent = pg.PolyGRAD("Pendulum-v1", config=config, device=None)
+    for steps in (True, 1.5, "10", None, np.float64(3)):
+        with pytest.raises(pg.InputError, match="total_timesteps must be an integer of at least"):
+            agent.learn(steps)
+        with pytest.raises(pg.InputError, match="num_episodes must be an integer of at least 1"):
+            agent.evaluate(steps)
+    for seed in (-1, 1.5, True):
+        with pytest.raises(pg.InputError, match="seed must be an integer of at least 0"):
+            agent.evaluate(1, seed)
+    agent.learn(10)
+    for number in (0, True, 1.5):
+        with pytest.raises(pg.InputError, match="num_trajectories must be an integer of at least"):
+            agent.imagine(number)
+    for function in (agent.save, pg.PolyGRAD.load, pg.PolyGRAD.resume):
+        for path in (5, None, b"x"):
+            with pytest.raises(pg.InputError, match="must be a path"):
+                function(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(pg.CheckpointError, match="file is a file, wanted a run or checkpoint"):
+        pg.PolyGRAD.load(tmp_path / "file")
+
+
+def test_numpy_integers_are_integers(tmp_path):
+    config = replace(tiny_config(), horizon=np.int32(4), total_timesteps=np.int64(60))
+    agent = pg.PolyGRAD("Pendulum-v1", config=config, seed=np.uint8(3), run_dir=tmp_path)
+    agent.learn(np.int64(10))
+    assert agent.evaluate(np.int16(2), seed=np.int64(5)).returns.shape == (2,)
+    assert agent.imagine(np.int64(3)).observations.shape == (3, 4, 3)
+    assert pg.PolyGRAD.resume(tmp_path).num_timesteps == 10
+
+
+def test_a_damaged_best_checkpoint_is_called_damaged(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
+    with pytest.raises(pg.CheckpointError, match="has no best checkpoint yet"):
+        pg.PolyGRAD.load(tmp_path, checkpoint="best")
+    agent.learn(60)
+    assert agent.best_timestep() in (0, 60)
+    (tmp_path / "checkpoints" / "best" / "weights.safetensors").write_bytes(b"half")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(pg.CheckpointError, match="can be used: .*weights.safetensors has 4 bytes"),
+    ):
+        pg.PolyGRAD.load(tmp_path, checkpoint="best")

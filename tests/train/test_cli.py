@@ -1,17 +1,23 @@
 """The command line as a user runs it."""
 
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import polygrad_fast as pg
 from polygrad_fast import cli
+from polygrad_fast.training.checkpoint import CheckpointManager, load_checkpoint
 from polygrad_fast.training.run_log import read_metrics
 
 TINY = (
@@ -76,7 +82,8 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
     "arguments, message",
     [
         ("", "train, evaluate, sample"),
-        ("fly", "fly"),
+        ("fly", "unknown command 'fly', wanted train, evaluate, sample, bench"),
+        ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),
         ("train --env-id CartPole-v1", "Discrete"),
@@ -85,12 +92,18 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("train --env-id Pendulum-v1 --a2c.gamma x", "--a2c.gamma"),
         ("train --env-id Pendulum-v1 --a2c.gamma 2", "gamma must be in [0, 1], got 2"),
         ("train --env-id Pendulum-v1 --wings 2", "--wings"),
+        ("train --env-id Pendulum-v1 --a2c.gama 2", "--a2c.gama, 2, did you mean --a2c.gamma?"),
+        ("train --env-id Pendulum-v1 --learning-starts 9", "at least the horizon, 10"),
+        ("train --env-id Pendulum-v1 --seed -1", "seed must be an integer in [0, 4294967296)"),
+        ("train --env-id Pendulum-v1 --env-id Nope-v1", "Nope-v1"),
         ("train --env-id Pendulum-v1 --device cuda:99", "cuda:99"),
         ("train --resume", "--run-dir"),
         ("train --resume --run-dir {tmp}/none", "none is not a run directory"),
         ("evaluate {tmp}/none", "none is not a run directory"),
         ("evaluate {tmp}", "is not a run directory"),
         ("evaluate {run} --episodes 0", "--episodes must be at least 1, got 0"),
+        ("evaluate {run} --seed -1", "--seed must be at least 0, got -1"),
+        ("evaluate {run}/config.json", "config.json is not a run directory"),
         ("evaluate {run} --video {tmp}/none/x.mp4", "none does not exist"),
         ("evaluate {run} --video {tmp}/x.txt", "wanted .mp4 or .gif"),
         ("evaluate {run} --checkpoint first", "first"),
@@ -101,8 +114,19 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("train --env-id Pendulum-v1 --run-dir {run}/config.json", "cannot be written"),
         ("train --env-id HalfCheetah-v3", "HalfCheetah-v3"),
         ("{train}", "already holds a run"),
-        ("train --resume --run-dir {run} --horizon 5", "--horizon 5 given"),
-        ("train --resume --run-dir {run} --env-id Hopper-v5", "--env-id Hopper-v5 given"),
+        (
+            "train --resume --run-dir {run} --a2c.gamma 0.5",
+            "a2c.gamma is 0.5, the checkpoint has 0.99: resume {run} without --a2c.gamma,",
+        ),
+        (
+            "train --resume --run-dir {run} --horizon 5 --policy.hidden-dim 9",
+            "horizon is 5, the checkpoint has 4: resume",
+        ),
+        (
+            "train --resume --run-dir {run} --env-id Hopper-v5",
+            "env_id is 'Hopper-v5', the checkpoint has 'Pendulum-v1'",
+        ),
+        ("train --resume --run-dir {run} --seed 5", "seed is 5, the checkpoint has 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -116,10 +140,26 @@ def test_bad_input_is_one_line_and_exit_code_2(
         words = arguments.format(tmp=tmp_path, run=run_dir).split()
     assert cli.main(words) == 2
     captured = capsys.readouterr()
+    message = message.format(tmp=tmp_path, run=run_dir)
     assert captured.err.count("\n") == 1 and message in captured.err
     assert "Traceback" not in captured.err and captured.out == ""
     assert sorted(str(path) for path in run_dir.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        ("--a2c.gama 2", "Unrecognized options: --a2c.gama, 2, did you mean --a2c.gamma?"),
+        ("--wings 2", "Unrecognized options: --wings, 2"),
+        ("--a2c.gamma x", "Error parsing --a2c.gamma: could not convert string to float: 'x'"),
+    ],
+)
+def test_complaints_of_the_parser(monkeypatch, capsys, encoding, arguments, wanted):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert cli.main(["train", "--env-id", "Pendulum-v1", *arguments.split()]) == 2
+    assert capsys.readouterr().err == f"polygrad-fast: {wanted}\n"
 
 
 def test_version(capsys):
@@ -139,16 +179,248 @@ def test_extending_a_run_is_remembered(tmp_path, capsys):
 
 
 def test_interrupted_training_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-m", "polygrad_fast.cli", *train(tmp_path / "run", total=10**6)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "polygrad_fast", *train(tmp_path / "run", total=10**6)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "checkpoints").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume --run-dir" in out
+    assert "stopping after the current update, press Ctrl-C again to stop at once" in err
     steps = [row["env_step"] for row in read_metrics(tmp_path / "run" / "metrics.csv")]
     assert steps[-1] < 10**6
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("module", ["tyro", "gymnasium", "torch"])
+def test_an_interrupt_during_imports_is_a_sentence(tmp_path, module):
+    """A module of that name, found first, stands for one whose import takes long."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "polygrad_fast", "train", "--env-id", "Pendulum-v1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**ONE_THREAD, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        cwd=tmp_path,
+    )
+    assert (result.returncode, result.stderr) == (130, "polygrad-fast: interrupted\n")
+
+
+ROOT = Path(cli.__file__).parents[1]
+
+
+def test_help_and_version_import_nothing_heavy():
+    script = """
+        import sys
+        from polygrad_fast.__main__ import main
+        for arguments in (["--version"], ["--help"], ["train", "--help"]):
+            sys.argv[1:] = arguments
+            assert main() == 0
+        heavy = {"torch", "gymnasium", "numpy", "matplotlib"} & {*sys.modules}
+        sys.exit(f"imported: {heavy}" if heavy else 0)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_public_name_is_imported_on_use():
+    assert {name for name in pg.__all__ if getattr(pg, name) is None} == set()
+    assert set(pg.__all__) <= set(dir(pg))
+    with pytest.raises(AttributeError, match="has no attribute 'PolyGRaD'"):
+        _ = pg.PolyGRaD
+
+
+RACING = """
+    import os, pathlib, time
+    import gymnasium
+    gymnasium.register("Racing-v0", "racing:make", max_episode_steps=200)
+    HERE = pathlib.Path(__file__).parent
+    def make(**options):
+        # Every process waits here for the other, right before the run directory is made.
+        (HERE / f"ready-{os.getpid()}").touch()
+        while len(list(HERE.glob("ready-*"))) < 2:
+            time.sleep(0.001)
+        return gymnasium.make("Pendulum-v1", **options).unwrapped
+"""
+
+
+def test_of_two_runs_begun_at_once_in_one_directory_one_goes_on(tmp_path):
+    (tmp_path / "racing.py").write_text(textwrap.dedent(RACING))
+    run = tmp_path / "run"
+
+    def start(seed):
+        words = train(run, "--env-id", "racing:Racing-v0", "--seed", str(seed), total=60)
+        return subprocess.Popen(
+            [sys.executable, "-m", "polygrad_fast", *words],
+            env={**ONE_THREAD, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    processes = {seed: start(seed) for seed in (1, 2)}
+    errors = {seed: process.communicate(timeout=120)[1] for seed, process in processes.items()}
+    codes = {seed: process.returncode for seed, process in processes.items()}
+    assert sorted(codes.values()) == [0, 2], errors
+    (winner,) = [seed for seed, code in codes.items() if code == 0]
+    assert json.loads((run / "config.json").read_text())["seed"] == winner
+    (refused,) = [errors[seed] for seed in codes if seed != winner]
+    assert "already holds a run" in refused or "another process is training" in refused
+    assert refused.count("\n") == 1
+    assert cli_in_process("train", "--resume", "--run-dir", run, path=tmp_path).returncode == 0
+
+
+def cli_in_process(*words, path: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "polygrad_fast", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**ONE_THREAD, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
+    )
+
+
+def test_extending_a_run_that_is_in_use_changes_nothing(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "polygrad_fast", *train(run, total=10**6)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ONE_THREAD)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(run.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        before = (run / "config.json").read_bytes()
+        again = ("train", "--resume", "--run-dir", run, "--total-timesteps", 2 * 10**6)
+        result = cli_in_process(*again, path=tmp_path)
+        assert result.returncode == 2 and "another process is training" in result.stderr
+        assert result.stderr.count("\n") == 1 and result.stdout == ""
+        assert (run / "config.json").read_bytes() == before
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_resumed(run_dir, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    for path in (run / "checkpoints").glob("step_*"):
+        shutil.rmtree(path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert cli.main(["train", "--resume", "--run-dir", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert "no usable checkpoint" in err and "another run directory" in err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert cli.main(["evaluate", str(run), "--episodes", "1"]) == 0
+
+
+def edit_returns(run: Path, returns: dict[int, float]) -> None:
+    """Write other evaluations into a run's metrics."""
+    path = run / "metrics.csv"
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    column = lines[0].index("eval/mean_reward")
+    for line in lines[1:]:
+        if line[column]:
+            line[column] = repr(returns[int(line[0])])
+    path.write_text("".join(",".join(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    "returns, verdict",
+    [
+        ({0: -100.0, 60: -50.0, 120: -50.0}, "learnt Pendulum-v1 in imagination: mean return"),
+        ({0: -53.0, 60: -20.0, 120: -138.0}, "the last policy is no better than the untrained one"),
+        ({0: -53.0, 60: -54.0, 120: -138.0}, "no improvement over the untrained policy"),
+    ],
+)
+def test_the_summary_says_what_is_kept_and_whether_it_learnt(
+    run_dir, tmp_path, capsys, returns, verdict
+):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    edit_returns(run, returns)
+    weights, _, metadata = load_checkpoint(run / "checkpoints" / "best")
+    kept = max(returns, key=lambda step: (returns[step], step))
+    CheckpointManager(run).save_best(weights, metadata | {"num_timesteps": kept})
+    assert cli.main(["train", "--resume", "--run-dir", str(run), "--no-progress"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert verdict in last
+    assert (
+        f"{returns[0]:.0f} untrained, {returns[kept]:.0f} at best (environment step {kept}" in last
+    )
+    assert ("learnt" in last) == (returns[120] > returns[0])
+    assert cli.main(["evaluate", str(run), "--episodes", "1"]) == 0
+    assert f"best checkpoint (environment step {kept})" in capsys.readouterr().out
+
+
+def test_of_equal_evaluations_train_and_evaluate_name_the_same(tmp_path, capsys, monkeypatch):
+    words = ["--learning-starts", "10", "--eval-interval", "20", "--env-id", "flat:Flat-v0"]
+    (tmp_path / "flat.py").write_text(textwrap.dedent(FLAT))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(train(tmp_path / "run", *words, total=60)) == 0
+    out = capsys.readouterr().out
+    assert "7 at best (environment step 60, kept as best checkpoint)" in out
+    assert "no improvement over the untrained policy" in out
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--episodes", "1"]) == 0
+    assert "best checkpoint (environment step 60)" in capsys.readouterr().out
+
+
+FLAT = """
+    import gymnasium
+    gymnasium.register("Flat-v0", "flat:make", max_episode_steps=7)
+    class Flat(gymnasium.RewardWrapper):
+        def reward(self, reward):
+            return 1.0
+    def make(**options):
+        return Flat(gymnasium.make("Pendulum-v1", **options).unwrapped)
+"""
+
+
+def test_no_estimate_comes_from_the_prefill(tmp_path, capfd):
+    words = [word for word in train(tmp_path / "run", total=30) if word != "--no-progress"]
+    assert cli.main(words) == 0
+    captured = capfd.readouterr()
+    assert "hours per" not in captured.out and "no policy update yet after 30 steps" in captured.out
+    assert "30/30" in captured.err and "left" not in captured.err and "<" not in captured.err
+    words = [word for word in train(tmp_path / "more", total=120) if word != "--no-progress"]
+    assert cli.main(words) == 0
+    captured = capfd.readouterr()
+    assert "hours per 1 M steps" in captured.out
+    assert " left" in captured.err
+
+
+def test_a_finished_run_with_empty_metrics(run_dir, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    (run / "metrics.csv").write_text("")
+    assert cli.main(["train", "--resume", "--run-dir", str(run), "--no-progress"]) == 0
+    assert "no evaluation in metrics.csv after 120 steps" in capsys.readouterr().out
+
+
+def test_the_last_of_repeated_options_counts(tmp_path, capsys):
+    command = "train --env-id Pendulum-v1 --env-id InvertedPendulum-v5 --preset default".split()
+    parsed = cli._parse([*command, "--preset", "quick"])
+    assert parsed.env_id == "InvertedPendulum-v5"
+    assert parsed.config == pg.TrainConfig.from_preset("quick", "InvertedPendulum-v5")
+    assert parsed.config != pg.TrainConfig.from_preset("quick", "Pendulum-v1")
+
+
+def test_warnings_are_lines(run_dir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    (sorted((run / "checkpoints").glob("step_*"))[-1] / "state.pt").write_bytes(b"half")
+    result = cli_in_process("sample", run, "--out", tmp_path / "x.npz", path=tmp_path)
+    assert result.returncode == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("polygrad-fast: warning: skipped a damaged checkpoint: ")
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["sample"]])
@@ -158,15 +430,14 @@ def test_help(capsys, command):
 
 
 def test_damaged_run_is_named(run_dir, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     for path in (copy / "checkpoints").glob("step_*"):
         (path / "state.pt").write_bytes(b"half")
     with pytest.warns(UserWarning, match="damaged"):
         assert cli.main(["sample", str(copy), "--out", str(tmp_path / "x.npz")]) == 2
-    assert "no last checkpoint" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no last checkpoint that can be used: " in err and "state.pt has 4 bytes" in err
     assert not (tmp_path / "x.npz").exists()
 
 
@@ -208,3 +479,18 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_metrics(tmp_path):
         ]
     assert len(rows["whole"]) > 15
     assert rows["killed"] == rows["whole"]
+
+
+@pytest.mark.filterwarnings("ignore:prediction_type 'epsilon'")
+@pytest.mark.parametrize(
+    "kind, conditioning", [("transformer", "learned"), ("residual_mlp", "layer")]
+)
+def test_the_papers_denoisers_need_one_option(tmp_path, kind, conditioning):
+    arguments = train(tmp_path / "run", "--denoiser.kind", kind, total=60)
+    arguments[arguments.index("quick")] = "paper"
+    more = "--policy-delay-steps 0 --policy-updates-per-env-step 0.1".split()
+    assert cli.main(arguments + more) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["denoiser"]
+    assert (stored["kind"], stored["step_conditioning"]) == (kind, conditioning)
+    assert (tmp_path / "run" / "checkpoints" / "step_000000060").is_dir()
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--episodes", "1"]) == 0

@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,12 @@ from torch import nn
 
 import polygrad_fast as pg
 from polygrad_fast.config import DenoiserConfig
-from polygrad_fast.training.denoiser import DenoiserTrainer, build_denoiser, denoising_loss
+from polygrad_fast.training.denoiser import (
+    DenoiserTrainer,
+    build_denoiser,
+    denoising_loss,
+    warn_of_amplified_errors,
+)
 
 S, A, H, K = 3, 2, 4, 8
 D = S + 2
@@ -256,6 +262,12 @@ def test_state_dict_round_trip_continues_identically():
             pg.TransformerDenoiser,
             "learned",
         ),
+        ({"step_conditioning": None}, pg.ResidualMLPDenoiser, "layer"),
+        (
+            {"kind": "transformer", "step_conditioning": None},
+            pg.TransformerDenoiser,
+            "learned",
+        ),
     ],
 )
 def test_build_denoiser_follows_its_configuration(options, kind, conditioning):
@@ -266,3 +278,62 @@ def test_build_denoiser_follows_its_configuration(options, kind, conditioning):
     assert (denoiser.hidden_dim, denoiser.num_layers) == (24, 3)
     last_step = torch.full((1,), K - 1)
     assert denoiser(torch.zeros(1, H, D), torch.zeros(1, H, A), last_step).shape == (1, H, D)
+
+
+@pytest.mark.parametrize("num_steps, tau", [(12, 1.0), (128, 1.0), (128, 0.1)])
+@pytest.mark.parametrize("preset", [pg.SamplerConfig.official, pg.SamplerConfig.paper])
+def test_predicted_noise_of_a_cosine_schedule_gets_a_warning(num_steps, tau, preset):
+    schedule = pg.NoiseSchedule.cosine(num_steps, tau)
+    message = "multiplies the denoiser's error by 32 in one .*: prediction_type 'sample'"
+    with pytest.warns(UserWarning, match=message) as caught:
+        warn_of_amplified_errors(schedule, preset(prediction_type="epsilon"), stacklevel=1)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings(action="error"):
+        warn_of_amplified_errors(schedule, preset(prediction_type="sample"))
+
+
+@pytest.mark.parametrize("largest_beta, warned", [(0.5, False), (0.85, False), (0.95, True)])
+def test_the_schedule_decides_about_the_warning(largest_beta, warned):
+    """beta = 0.9 has a gain of 3 where nearly no signal is left: 0.9 / sqrt(0.1)."""
+    betas = pg.NoiseSchedule.cosine(128).betas.clamp(max=largest_beta)
+    schedule = pg.NoiseSchedule.from_betas(betas)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        warn_of_amplified_errors(schedule, pg.SamplerConfig.paper())
+    assert bool(caught) is warned
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_an_error_of_predicted_noise_leaves_the_range_of_the_data(prediction_type):
+    """What the warning says: a denoiser that errs by 0.2 and no more, of states of unit variance
+    that cannot be predicted."""
+
+    class Erring(nn.Module):
+        observation_dim, action_dim, horizon = S, A, H
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, trajectory, actions, timesteps):
+            alphabar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1)
+            # the best predictions for standard normal data
+            best = (1 - alphabar).sqrt() if prediction_type == "epsilon" else alphabar.sqrt()
+            # what it was trained on has unit variance: beyond, it does not follow
+            return best * trajectory.clamp(-3, 3) + 0.2
+
+    schedule = pg.NoiseSchedule.cosine(128)
+    moments = [(torch.zeros(size), torch.ones(size)) for size in (S, A)]
+    sampler = pg.PolicyGuidedSampler(
+        Erring(),
+        pg.GaussianPolicy(S, A, hidden_dim=8),
+        schedule,
+        pg.Normalizer.from_moments(*moments),
+        pg.SamplerConfig.paper(prediction_type=prediction_type),
+        engine="reference",
+    )
+    generator = torch.Generator().manual_seed(0)
+    batch = sampler.sample(torch.zeros(256, S), 0.005, generator)
+    if prediction_type == "epsilon":
+        assert batch.rewards.mean().abs() > 50
+    else:
+        assert batch.rewards.abs().max() < 10

@@ -119,3 +119,15 @@ def test_invalid_options_are_named(options):
     name, value = next(iter(options.items()))
     with pytest.raises(InputError, match=f"GuidanceConfig.{name} must be .* got {value!r}"):
         GuidanceConfig(**options)
+
+
+def test_unknown_names_do_not_fall_through():
+    """However they got past the configuration's own check."""
+    config = GuidanceConfig()
+    object.__setattr__(config, "rule", "typo")
+    tuner = GuidanceTuner(config)
+    with pytest.raises(InputError, match="rule must be .* got 'typo'"):
+        tuner.update(1.5)
+    assert tuner.value == config.initial
+    with pytest.raises(InputError, match="statistic must be .* got 'typo'"):
+        spread(torch.randn(4, 1), "typo")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
 import sys
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 
 from polygrad_fast import cli
 from polygrad_fast.benchmarking import figures, report, sampler_case
+from polygrad_fast.benchmarking import rows as rows_module
 from polygrad_fast.benchmarking.rows import (
     Check,
     Row,
     RowFile,
+    code_changed,
     provenance,
     read_folder,
     read_rows,
@@ -28,7 +31,11 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
 
 CPU = torch.device("cpu")
-FACTS = dataclasses.asdict(provenance(CPU, "pytest benchmarks/", commit="a" * 40))
+FACTS = dataclasses.asdict(provenance(CPU, "pytest benchmarks/", commit="a" * 40)) | {"threads": 1}
+EPYC = {"processor": "AMD EPYC", "processor_vendor": "AuthenticAMD", "processor_family": 26,
+        "processor_model": 2, "instruction_sets": "avx2 avx512f avx512_bf16"}  # fmt: skip
+XEON = {"processor": "Xeon", "processor_vendor": "GenuineIntel", "processor_family": 6,
+        "processor_model": 143, "instruction_sets": "avx2 avx512f amx_bf16"}  # fmt: skip
 PASSED = (Check("largest error", 1e-6, 1e-4),)
 
 
@@ -159,6 +166,41 @@ def test_a_new_row_takes_the_place_of_the_old_one(tmp_path):
     assert again.holds(sampled()) and not again.holds(sampled(commit="b" * 40))
     assert not again.holds(sampled(dirty=True)) and not again.holds(sampled(smoke=True))
     assert [row.ms for row in again.added] == [500.0]
+
+
+def test_new_rows_do_not_make_the_code_another(tmp_path):
+    """A second row of a session, or the next command's first, is of the commit as it is."""
+
+    def git(*words: str) -> None:
+        identity = "-c", "user.name=x", "-c", "user.email=x@x"
+        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
+
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for path in (tmp_path / "code.py", results / "rows.jsonl"):
+        path.write_text("old")
+    assert code_changed(tmp_path)  # no repository: unknown
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert not code_changed(tmp_path)
+    (results / "rows.jsonl").write_text("new")
+    assert not code_changed(tmp_path)
+    git("add", ".")
+    assert not code_changed(tmp_path)
+    (tmp_path / "code.py").write_text("new")
+    assert code_changed(tmp_path)
+
+
+def test_a_commit_is_dirty_by_its_code_only(monkeypatch):
+    found = rows_module.versions() | {"git_commit": f"{'b' * 40}-dirty"}
+    monkeypatch.setattr(rows_module, "versions", lambda: found)
+    for changed in (True, False):
+        monkeypatch.setattr(rows_module, "code_changed", lambda checkout, changed=changed: changed)
+        facts = provenance(CPU, None)
+        assert (facts.commit, facts.dirty) == ("b" * 40, changed)
+    facts = provenance(CPU, None, commit="c-dirty")
+    assert (facts.commit, facts.dirty) == ("c", True)
 
 
 def test_a_write_that_fails_keeps_the_old_rows(tmp_path, monkeypatch):
@@ -422,7 +464,8 @@ MEASURED = [
     ),
     make_row(benchmark="A2C update", case={"batch": 1024}, ms=266.0),
     sampled("torch", "bfloat16", horizon=50, status="out of memory", ms=None),
-    make_row(benchmark="whole update", case={"env_id": "Hopper-v5"}, ms=5.0,
+    make_row(benchmark="whole update", case={"preset": "quick", "env_id": "Hopper-v5",
+                                             "batch": 128, "engine": "torch"}, ms=5.0,
              values={"env_steps": 4, "denoiser_updates": 3}),
     make_row(benchmark="environment step", case={"env_id": "Hopper-v5"}, ms=0.1,
              values={"bare_ms": 0.08}),
@@ -433,22 +476,20 @@ MEASURED = [
 
 def test_tables():
     tables = {name: report.build(name, MEASURED) for name in report.TABLES}
-    on_cpu, on_gpu = tables["samples"].split(f"On {MEASURED[0].machine}", 1)
+    on_cpu, on_gpu = tables["samples"].split("On NVIDIA H200:", 1)
+    assert on_cpu.startswith(f"On {MEASURED[0].machine}; `*`: of one call, not a median:\n\n|")
     assert "| denoiser | H | B | reference float32 | torch bfloat16 | torch float32 |" in on_cpu
     assert "| residual mlp | 10 | 64 | 1,280 ms | 320 us* | 640 ms (50%) |" in on_cpu
     assert "| residual mlp | 50 | 64 | not measured | out of memory | 6,400 ms |" in on_cpu
     assert "Hidden widths: residual mlp 1024 (H = 10), 2048 (H = 50)." in on_cpu
-    assert "; `*`: of one call, not a median." in on_gpu
-    assert "| residual mlp | 10 | 64 | 9 ms |" in on_gpu and "On NVIDIA H200." in on_gpu
+    assert "| residual mlp | 10 | 64 | 9 ms |" in on_gpu and "one call" not in on_gpu
     steps = tables["sampler_cpu"]
     assert "| float32 | 64 | 64 | 6.00 | 12.00 | 2.00x | 5.00 (1.20x) | 4.00 (1.50x) |" in steps
     assert "at most 1.15 (float32) and 1.25 (bfloat16)" in steps
-    assert steps.count("missed at float32 B = 64.") == 1
+    assert "Targets here: missed at float32 B = 64 (1.200 times its GEMMs).\n" in steps
     assert "| A2C update | batch 1024 | float32 | 266 ms |" in tables["updates"]
-    assert (
-        "on Hopper-v5, environment steps 4, denoiser updates 3 | float32 | 5 ms"
-        in (tables["updates"])
-    )
+    update = "on Hopper-v5, batch 128, engine torch, environment steps 4, denoiser updates 3"
+    assert f"{update} | float32 | 5 ms" in tables["updates"]
     assert "| Hopper-v5 | 10,000 | 12,500 | 20,000 |" in tables["environments"]
     assert tables["quick_seeds"] == "On a CPU: not measured."
     assert tables["kernels"] == "On a CPU: not measured.\n\nOn a GPU: not measured."
@@ -513,10 +554,174 @@ def test_rows_without_what_a_table_shows_are_one_error(name, damage):
 def test_machines_do_not_mix():
     """What a GPU machine's processor measured stands in a table of its own."""
     row = make_row(benchmark="environment step", case={"env_id": "Hopper-v5"}, ms=0.05,
-                   values={"bare_ms": 0.04}, processor="Xeon", threads=16)  # fmt: skip
+                   values={"bare_ms": 0.04}, **XEON | {"threads": 16})  # fmt: skip
     table = report.build("environments", [*MEASURED, row])
     assert "| Hopper-v5 | 10,000 |" in table and "| Hopper-v5 | 20,000 |" in table
-    assert "On Xeon, 16 threads." in table
+    assert "On Xeon, family 6 model 143 with AMX, 16 threads:\n\n| " in table
+
+
+def test_machines_are_told_apart_by_family_and_model():
+    """Processors of one name share nothing else; rows from before say what is missing."""
+
+    def machine(**changes) -> str:
+        return dataclasses.replace(MEASURED[0], **EPYC | changes).machine
+
+    assert machine() == "AMD EPYC, family 26 model 2 with AVX-512 BF16, 1 thread"
+    assert machine(processor_family=25, processor_model=17).startswith("AMD EPYC, family 25 model")
+    assert machine(instruction_sets="avx2") == "AMD EPYC, family 26 model 2 with AVX2, 1 thread"
+    assert machine(instruction_sets=None, threads=2) == "AMD EPYC, family 26 model 2, 2 threads"
+    unknown = machine(processor_family=None, processor_model=None, instruction_sets=None)
+    assert unknown == "AMD EPYC, family not recorded, 1 thread"
+    assert machine(processor="Intel(R) Xeon(R) 6").startswith("Intel Xeon 6, family 26")
+    assert machine(device="cuda", gpu="NVIDIA H200") == "NVIDIA H200"
+    keys = {dataclasses.replace(MEASURED[0], **EPYC | {"processor_model": m}).key for m in (1, 2)}
+    assert len(keys) == 2
+
+
+def test_rows_of_two_machines_stand_side_by_side(tmp_path):
+    """Also beside one from before families were recorded, which keeps its line."""
+    path = tmp_path / "rows.jsonl"
+    old = dataclasses.asdict(dataclasses.replace(MEASURED[1], processor="AMD EPYC"))
+    for name in ("vendor", "family", "model"):
+        del old[f"processor_{name}"]
+    del old["instruction_sets"]
+    path.write_text(json.dumps(old) + "\n")
+    file = RowFile(path)
+    for ms in (500.0, 400.0):
+        file.add(dataclasses.replace(MEASURED[1], ms=ms, **XEON))
+    file.add(dataclasses.replace(MEASURED[1], ms=300.0, **EPYC))
+    rows = read_rows(path)
+    assert [row.ms for row in rows] == [640.0, 400.0, 300.0]
+    assert [row.processor_family for row in rows] == [None, 6, 26]
+    table = report.build("samples", rows)
+    places = [table.index(f"On {row.machine}:\n") for row in rows]
+    assert places == sorted(places) and "family not recorded" in table
+
+
+def stepped(dtype, batch, ms, reference, share=0.5, **changes) -> Row:
+    case = {"engine": "torch", "batch": batch, "horizon": 10, "steps": 64}
+    values = {"gemms_ms": 5.0, "packed_ms": 5.0, "reference_ms": reference}
+    changes = {"benchmark": "sampler step", "case": case, "values": values} | changes
+    return make_row(dtype=dtype, ms=ms, share_of_floor=share, **changes)
+
+
+def test_what_is_claimed_holds_on_every_machine():
+    """Factors are rounded down, and only batches that all machines measured count."""
+    rows = [
+        stepped("float32", 64, 4.0, 9.19, 0.699, **EPYC),
+        stepped("float32", 256, 4.0, 8.0, 0.75, **EPYC),
+        stepped("float32", 1024, 4.0, 4.0, 0.1, **EPYC),
+        stepped("float32", 64, 4.0, 4.79, 0.5, **XEON),
+        stepped("float32", 256, 4.0, 5.0, 0.6, **XEON),
+        stepped("bfloat16", 64, 4.0, 12.0, None, **EPYC),
+        stepped("bfloat16", 64, 4.0, 12.0, None, **XEON),
+        stepped("bfloat16", 256, 4.0, 8.0, **EPYC),
+        stepped("bfloat16", 256, None, 8.0, status="wrong", checks=(), **XEON),
+    ]
+    table = report.build("claims", rows)
+    first, _, float32, bfloat16, *_ = table.splitlines()
+    assert first.startswith("| engine torch | on all of these | AMD EPYC, family 26 model 2 with")
+    assert float32 == (
+        "| float32 | at least 1.1x | 2.0 to 2.2x, 69% to 75% of floor "
+        "| 1.1 to 1.2x, 50% to 60% of floor |"
+    )
+    assert bfloat16 == "| bfloat16 | at least 3.0x | 3.0x | 3.0x |"
+    assert "B = 64, 256, S = 17" in table
+    alone = report.build("claims", rows[:3])
+    assert "| float32 | at least 1.0x | 1.0 to 2.2x, 10% to 75% of floor |" in alone
+    assert "| on this machine |" in alone
+    apart = report.build("claims", [rows[2], rows[3]])
+    assert apart == "On a CPU: not measured."
+    assert report.build("claims", []) == "On a CPU: not measured."
+
+
+def updated(preset, batch, engine, ms, dtype="float32", env_id="Walker2d-v5", **changes) -> Row:
+    case = {"preset": preset, "env_id": env_id, "batch": batch, "engine": engine}
+    values = {"env_steps": 4, "denoiser_updates": 4}
+    return make_row(benchmark="whole update", dtype=dtype, case=case, ms=ms, values=values,
+                    **changes)  # fmt: skip
+
+
+def test_the_table_for_users():
+    rows = [
+        sampled("reference", batch=256, ms=5000.0, calls=1),
+        sampled("torch", batch=256, ms=2500.0),
+        sampled("torch", batch=64, ms=600.0),
+        sampled("torch", "bfloat16", batch=256, ms=25_000.0, calls=1),
+        sampled("torch", batch=4096, ms=1.0),
+        sampled("torch", batch=256, horizon=50, ms=1.0),
+        updated("default", 64, "torch", 3600.0),
+        updated("default", 64, "reference", 4680.0),
+        updated("quick", 128, "torch", 36.0, env_id="InvertedPendulum-v5"),
+        updated("quick", 8, "torch", 1.0, env_id="InvertedPendulum-v5"),
+    ]
+    table = report.build("speed", rows)
+    lines = table.splitlines()
+    machine = rows[0].machine
+    assert lines == [
+        f"|  | {machine} |",
+        "| --- | --- |",
+        "| imagining 256 trajectories, float32 | 2.5 s (2.0x)* |",
+        "| imagining 256 trajectories, bfloat16 | 25 s (0.2x)* |",
+        "| 1 M environment steps, preset default with 64 imagined trajectories an update, float32 "
+        "| 250 h (1.3x) |",
+        "| 1 M environment steps, preset quick, float32 | 2.5 h |",
+        "| its own 8,000 steps | 1.2 minutes |",
+        *lines[7:],
+    ]
+    assert "Walker2d-v5 and InvertedPendulum-v5" in table
+    assert table.endswith("On a GPU: not measured.")
+    whole = [*rows, updated("default", 1024, "torch", 36_000.0)]
+    line = "| 1 M environment steps, preset default, float32 | 2,500 h |"
+    assert line in report.build("speed", whole)
+    assert "imagined trajectories an update" not in report.build("speed", whole)
+    between = report.build("speed", [*rows, updated("default", 512, "torch", 7200.0)])
+    assert "with 512 imagined trajectories an update, float32 | 500 h |" in between
+    faster = [*whole, updated("default", 1024, "triton", 18_000.0)]
+    assert "float32 | 1,250 h |" in report.build("speed", faster)
+    elsewhere = dataclasses.replace(rows[1], processor="Another", ms=1000.0)
+    both = report.build("speed", [*rows, elsewhere])
+    assert "| imagining 256 trajectories, float32 | 2.5 s (2.0x)* | 1 s |" in both
+    on_gpu = dataclasses.replace(rows[1], device="cuda", gpu="NVIDIA H200", ms=10.0)
+    assert "On a GPU: not measured" not in report.build("speed", [*rows, on_gpu])
+
+
+def seeded(env_id, seed, untrained, best, last, **changes) -> Row:
+    values = {
+        "untrained_mean_reward": untrained, "best_mean_reward": best, "last_mean_reward": last,
+        "untrained_std_reward": 1.0, "best_std_reward": 2.0, "last_std_reward": 30.0,
+        "train_steps": 8000, "selection_steps": 96000 + seed, "selection_evaluations": 16,
+        "train_seconds": 60.0 * seed, "best_step": 7500, "episodes": 100,
+        "evaluation_seed": 2**31 + seed,
+    }  # fmt: skip
+    case = {"env_id": env_id, "preset": "quick", "seed": seed}
+    changes = {"benchmark": "quick_seeds", "case": case, "ms": None, "values": values} | changes
+    return make_row(**changes)
+
+
+def test_what_a_preset_learns():
+    rows = [
+        seeded("Hopper-v5", 1, 10.0, 300.0, 200.0),
+        seeded("Pendulum-v1", 3, -1200.0, -180.0, -230.0),
+        seeded("Pendulum-v1", 1, -1400.0, -220.0, -250.0),
+        seeded("Hopper-v5", 2, 1.0, 1.0, 1.0, status="error", error="NaN", values={}),
+        seeded("Swimmer-v5", 2, 1.0, 1.0, 1.0, status="error", error="NaN", values={}),
+    ]
+    lines = report.build("quick_seeds", rows).splitlines()
+    assert lines[4:7] == [
+        "| Pendulum-v1 | quick | yes | 2 | -1300 (-1400 to -1200) | -200 (-220 to -180) "
+        "| -240 (-250 to -230) | 8,000 + 96,002 | 2.0 |",
+        "| Hopper-v5 | quick | no | 1, 1 failed | 10 (10 to 10) | 300 (300 to 300) "
+        "| 200 (200 to 200) | 8,000 + 96,001 | 1.0 |",
+        "| Swimmer-v5 | quick | no | 0, 1 failed | - | - | - | - | - |",
+    ]
+    each = report.build("quick_seeds_each", rows)
+    assert (
+        "| Pendulum-v1 | quick | 1 | -1400 ± 1.0 | -220 ± 2.0 | -250 ± 30 | 7,500 | 8,000 "
+        "| 96,001 in 16 evaluations | 1.0 | 2147483649 |\n| Pendulum-v1 | quick | 3 |" in each
+    )
+    assert "| Hopper-v5 | quick | 2 | error | - |" in each
+    assert "over 100 episodes of the evaluation seed" in each
 
 
 def test_listing():
@@ -531,7 +736,7 @@ README = "before\n<!-- table: updates -->\nold\n<!-- end of table -->\nafter\n"
 
 def test_rendering():
     new = report.render(README, MEASURED)
-    assert new.startswith("before\n<!-- table: updates -->\n| what ")
+    assert new.startswith("before\n<!-- table: updates -->\nOn ") and "\n| what " in new
     assert new.endswith("\n<!-- end of table -->\nafter\n") and "\nold\n" not in new
     assert report.render(new, MEASURED) == new
     assert report.stale_tables(README, MEASURED) == ["updates"]
@@ -576,6 +781,22 @@ def test_the_command_line_prints_writes_and_checks(results, capsys):
     assert bench_report(results, "--readme", "{}/README.md", "--check") == 0
 
 
+def test_several_files_are_written_and_checked(results, capsys):
+    """One that cannot be written keeps the others from being written."""
+    for name, text in (("other.md", README), ("plain.md", "no tables")):
+        (results / name).write_text(text)
+    both = "--readme", "{}/README.md", "{}/other.md"
+    assert bench_report(results, *both, "{}/plain.md") == 2
+    assert (results / "README.md").read_text() == README
+    assert bench_report(results, *both) == 0
+    assert capsys.readouterr().out.count("1 tables changed") == 2
+    assert bench_report(results, *both, "--check") == 0
+    (results / "other.md").write_text(README)
+    assert bench_report(results, *both, "--check") == 2
+    assert "other.md: updates differ" in capsys.readouterr().err
+    assert (results / "other.md").read_text() == README
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -583,7 +804,7 @@ def test_the_command_line_prints_writes_and_checks(results, capsys):
         (["--plots", "{}/README.md"], "README.md is a file, wanted a folder"),
         (["--plots", "{}/none", "--check"], "batch.png, figure_4.png missing or not of the rows"),
         (["--results", "{}/empty"], "rows.jsonl is empty"),
-        (["--results", "{}/lacking"], "the table 'samples' cannot be made"),
+        (["--results", "{}/lacking"], "the table 'speed' cannot be made"),
         (["--results", "{}/lacking", "--plots", "{}/p"], "the plots cannot be made"),
         (["--readme", "{}/none.md"], "cannot read"),
         (["--readme", "{}/plain.md"], "plain.md: 0 tables begin"),
@@ -637,6 +858,30 @@ def test_plots(results, capsys, monkeypatch):
     assert "polygrad-fast[plots]" in capsys.readouterr().err
 
 
+def test_what_is_learned_is_drawn(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    curves = {
+        1: {"env_step": [0, 500, 1000], "mean_reward": [1.0, 5.0, 9.0]},
+        2: {"env_step": [0, 500], "mean_reward": [3.0, 6.0]},
+    }
+    rows = [
+        *(seeded("Hopper-v5", seed, 1.0, 1.0, 1.0, curves=curve) for seed, curve in curves.items()),
+        seeded("Hopper-v5", 3, 1.0, 1.0, 1.0, curves=curves[1], smoke=True),
+    ]
+    names = [path.name for path in figures.draw_all(MEASURED + rows, tmp_path)]
+    assert names == ["learning.png", "batch.png", "figure_4.png"]
+    (axes,) = drawn[0].axes
+    assert "Hopper-v5, quick" in axes.get_title() and "2 seeds" in axes.get_title()
+    first, second, mean = axes.lines
+    assert list(first.get_ydata()) == [1.0, 5.0, 9.0] and list(second.get_ydata()) == [3.0, 6.0]
+    assert list(mean.get_xdata()) == [0, 500, 1000] and list(mean.get_ydata()) == [2.0, 5.5, 9.0]
+    for wrong in ({"a": [float("nan")]}, {"a": ["x"]}, {"a": [1.0], "b": [1.0, 2.0]}):
+        with pytest.raises(InputError, match="curve"):
+            seeded("Hopper-v5", 1, 1.0, 1.0, 1.0, curves=wrong)
+
+
 def test_what_is_drawn(tmp_path, monkeypatch):
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     drawn = []
@@ -650,4 +895,7 @@ def test_what_is_drawn(tmp_path, monkeypatch):
         low, high = axes.get_ylim()
         ticks = [y for y in axes.yaxis.get_major_locator().tick_values(low, high) if low < y < high]
         assert len(ticks) >= 2
-    assert [axes.get_title() for axes in drawn[0].axes] == [MEASURED[0].machine, "NVIDIA H200"]
+    titles = [axes.get_title().replace("\n", " ") for axes in drawn[0].axes]
+    assert titles == [MEASURED[0].machine, "NVIDIA H200"]
+    widths = [len(line) for axes in drawn[0].axes for line in axes.get_title().splitlines()]
+    assert max(widths) <= 60

@@ -1,6 +1,7 @@
 """The benchmarks and the GPU check run without a GPU as far as they can; a wrong result carries no
 time."""
 
+import concurrent.futures
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.benchmarking.rows import Row, RowFile, provenance, read_rows
 from polygrad_fast.benchmarking.session import Session
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment
+from polygrad_fast.errors import InputError
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.training.a2c import ActorCritic
 from polygrad_fast.training.denoiser import DenoiserTrainer
@@ -283,6 +285,150 @@ def test_a_wrong_library_is_not_timed(mutation, monkeypatch):
     row = measure(test, *case)
     assert row.status in ("wrong", "error") and row.ms is None, (row.status, row.checks)
     assert row.status == "wrong" or mutation == "short chain", row.error
+
+
+def quick_seeds(path, *words) -> subprocess.CompletedProcess:
+    """Run the script in tiny sizes."""
+    script = [sys.executable, "benchmarks/quick_seeds.py", "--env-id", "InvertedPendulum-v5"]
+    words = ["--episodes", 3, "--rows", path, "--smoke", *words]
+    return subprocess.run(
+        [*script, *map(str, words)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_seeds_become_rows(tmp_path):
+    """Each as soon as it is there; the rows of other seeds stay."""
+    path = tmp_path / "rows.jsonl"
+    result = quick_seeds(path, "--seeds", 7, 8, "--jobs", 2)
+    assert result.returncode == 0, result.stderr
+    first = {row.case["seed"]: row for row in read_rows(path)}
+    assert set(first) == {7, 8} and result.stdout.count("\n") == 2
+    result = quick_seeds(path, "--seeds", 8)
+    assert result.returncode == 0, result.stderr
+    second = {row.case["seed"]: row for row in read_rows(path)}
+    assert second[7] == first[7] and set(second) == {7, 8}
+    timed = ("train_seconds", "jobs")
+    for row in (first[8], second[8]):
+        assert row.case == {"env_id": "InvertedPendulum-v5", "preset": "quick", "seed": 8}
+        assert row.status == "ok" and row.smoke and row.threads == 1 and row.processor
+        values = row.values
+        assert values["train_steps"] == 90 and 0 < values["train_seconds"] < 60
+        assert values["episodes"] == 3 and values["selection_evaluations"] == 3
+        assert 2 * 3 <= values["selection_steps"] <= 2 * 3 * 1000
+        assert values["evaluation_seed"] >= 2**31
+        for policy in ("untrained", "best", "last"):
+            assert 1 <= values[f"{policy}_mean_reward"] <= 1000
+            assert values[f"{policy}_std_reward"] >= 0
+        assert row.curves["env_step"] == [0, 80, 90]
+        assert all(1 <= value <= 1000 for value in row.curves["mean_reward"])
+    same = [{k: v for k, v in row[8].values.items() if k not in timed} for row in (first, second)]
+    assert same[0] == same[1]  # a seed gives what it gave, alone or beside another
+
+
+def test_a_seed_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
+    module = load("quick_seeds")
+    options = SimpleNamespace(
+        env_id=["a", "b"], preset="quick", seeds=[1, 2], episodes=1, jobs=2, smoke=True
+    )
+    rows = module.rows_of(options, provenance(torch.device("cpu"), None, commit="a" * 40))
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, jobs, context, max_tasks_per_child):
+            super().__init__(jobs)
+
+    def run_seed(env_id, preset, seed, episodes, smoke):
+        if (env_id, seed) == ("a", 2):
+            raise InputError("no such thing")
+        return {"best_mean_reward": 1.0}, {"env_step": [0, 10], "mean_reward": [0.5, 1.0]}
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(module, "run_seed", run_seed)
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    file = RowFile(tmp_path / "rows.jsonl")
+    assert module.measure(options, file, rows) == 1
+    stored = {(row.case["env_id"], row.case["seed"]): row for row in read_rows(file.path)}
+    assert len(stored) == 4
+    failed = stored.pop(("a", 2))
+    assert (failed.status, failed.error) == ("error", "InputError: no such thing")
+    for row in stored.values():
+        assert row.status == "ok" and row.values == {"best_mean_reward": 1.0, "jobs": 2}
+        assert row.curves == {"env_step": [0, 10], "mean_reward": [0.5, 1.0]}
+
+
+def test_what_was_measured_is_left_out_on_resume(tmp_path, monkeypatch):
+    module, ran = load("quick_seeds"), []
+    made = provenance(torch.device("cpu"), None, commit="a" * 40)
+    monkeypatch.setattr(module, "provenance", lambda *_: made)
+    monkeypatch.setattr(
+        module, "measure", lambda options, file, rows: [ran.append(row.case) for row in rows] and 0
+    )
+    words = ["--env-id", "Pendulum-v1", "--seeds", "1", "2", "--rows", str(tmp_path / "rows.jsonl")]
+    (row, _) = module.rows_of(
+        SimpleNamespace(env_id=["Pendulum-v1"], preset="quick", seeds=[1, 2], smoke=False), made
+    )
+    RowFile(tmp_path / "rows.jsonl").add(row)
+    module.main([*words, "--resume"])
+    assert [case["seed"] for case in ran] == [2]
+    module.main(words)
+    assert [case["seed"] for case in ran] == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--seeds", "-1"], "--seeds must be in [0, 2^31), got -1"),
+        (["--seeds", str(2**31)], "--seeds must be in [0, 2^31)"),
+        (["--seeds", "1", "--episodes", "0"], "--episodes must be at least 1, got 0"),
+        (["--seeds", "1", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--seeds", "1", "--env-id", "Wings-v0"], "Wings"),
+    ],
+)
+def test_bad_seeds_are_refused_before_any_work(words, message, capsys):
+    with pytest.raises(SystemExit):
+        load("quick_seeds").main(["--env-id", "Pendulum-v1", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_evaluation_episodes_are_seen_by_nothing_else(monkeypatch):
+    """Neither by another row nor by the evaluations that choose the best checkpoint."""
+    module = load("quick_seeds")
+    played = []
+    monkeypatch.setattr(
+        "polygrad_fast.agent.evaluate_policy", lambda act, environments, seeds: played.append(seeds)
+    )
+    agents = {seed: PolyGRAD("Pendulum-v1", "quick", seed, "cpu") for seed in (100, 101, 102)}
+    for seed, agent in agents.items():
+        agent.evaluate(agent.config.eval_episodes)
+        for preset in ("quick", "default"):
+            fresh = module.evaluation_seed("Pendulum-v1", preset, seed)
+            assert 2**31 <= fresh < 2**32
+            agent.evaluate(100, fresh)
+    episodes = [seed for seeds in played for seed in seeds]
+    assert len(episodes) == 3 * (agents[100].config.eval_episodes + 200)
+    assert len(set(episodes)) == len(episodes)
+    others = {
+        module.evaluation_seed(env_id, "quick", seed)
+        for env_id in ("InvertedPendulum-v5", "Pendulum-v1", "Hopper-v5")
+        for seed in range(300)
+    }
+    assert len(others) == 900
+    assert module.evaluation_seed("Pendulum-v1", "quick", 100) == 3355117035
+
+
+def test_the_cost_of_selection():
+    module = load("quick_seeds")
+    metrics = [
+        {"env_step": 0, "eval/mean_episode_length": 12.5},
+        {"env_step": 100, "denoiser/loss": 1.0},
+        {"env_step": 500, "eval/mean_episode_length": 200.0},
+    ]
+    cost = module.selection_cost(metrics, 32)
+    assert cost == {"selection_evaluations": 2, "selection_steps": 6800}
 
 
 LOST = '''

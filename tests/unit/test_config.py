@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import math
+import re
 
+import numpy as np
 import pytest
 
 import polygrad_fast as pg
@@ -65,7 +67,7 @@ def test_default_preset_is_the_released_configuration():
     assert config.denoiser.step_conditioning == "input"
     assert (config.denoiser.ema_decay, config.denoiser.ema_interval) == (0.99, 10)
     assert config.denoiser.ema_start == 2000
-    assert config.guidance == c.GuidanceConfig(0.005, "log", 3e-3, "std")
+    assert config.resolved("").guidance == c.GuidanceConfig(0.005, "log", 3e-3, "std")
     assert config.policy == c.PolicyConfig(256, 2, 1.0, 0.1, normed_inputs=False)
     assert config.a2c.actor_learning_rate == 3e-5
     assert config.a2c.max_grad_norm == 0.1
@@ -78,10 +80,78 @@ def test_default_preset_is_the_released_configuration():
 
 
 def test_paper_preset_follows_the_text():
-    config = pg.TrainConfig.from_preset("paper")
+    config = pg.TrainConfig.from_preset("paper").resolved("")
     assert config.sampler == pg.SamplerConfig.paper()
     assert config.denoiser.step_conditioning == "layer"
-    assert config.guidance.rule == "linear"
+    assert (config.guidance.rule, config.guidance.learning_rate) == ("linear", 1e-4)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("horizon, width", [(10, 1024), (50, 2048), (200, 2048)])
+@pytest.mark.parametrize("kind", ["residual_mlp", "transformer"])
+def test_kind_and_horizon_need_no_second_option(preset, horizon, width, kind):
+    config = pg.TrainConfig.from_preset(preset)
+    chosen = dataclasses.replace(
+        config, horizon=horizon, denoiser=dataclasses.replace(config.denoiser, kind=kind)
+    )
+    denoiser = chosen.resolved("Hopper-v5").denoiser
+    residual_mlp = kind == "residual_mlp"
+    assert denoiser.hidden_dim == (width if residual_mlp else 312)
+    assert denoiser.learning_rate == (3e-4 if residual_mlp else 1e-4)
+    of_the_paper = "layer" if residual_mlp else "learned"
+    assert denoiser.step_conditioning == (of_the_paper if preset == "paper" else "input")
+    assert chosen.resolved("Hopper-v5").schedule.tau == (0.1 if residual_mlp else 1.0)
+
+
+def test_what_none_stands_for_yields_to_what_is_given():
+    given = c.DenoiserConfig(kind="transformer", step_conditioning="input").resolved(10)
+    assert given.step_conditioning == "input"
+    assert c.GuidanceConfig(rule="linear", learning_rate=0.5).resolved().learning_rate == 0.5
+    rates = {rule: c.GuidanceConfig(rule=rule).resolved().learning_rate for rule in ("log", "none")}
+    assert rates == {"log": 3e-3, "none": 3e-3}
+
+
+@pytest.mark.parametrize(
+    "kind, step_conditioning", [("residual_mlp", "layer"), ("transformer", "learned")]
+)
+def test_configurations_of_earlier_paper_runs_stay_what_they_were(kind, step_conditioning):
+    """config.json holds every value resolved, as these words and numbers."""
+    config = pg.TrainConfig.from_preset("paper")
+    denoiser = dataclasses.replace(config.denoiser, kind=kind)
+    resolved = dataclasses.replace(config, denoiser=denoiser).resolved("Hopper-v5")
+    stored = json.loads(json.dumps(dataclasses.asdict(resolved)))
+    assert stored["denoiser"]["step_conditioning"] == step_conditioning
+    assert stored["guidance"]["learning_rate"] == 1e-4
+    assert c.from_dict(stored) == resolved == c.from_dict(stored).resolved("Hopper-v5")
+
+
+def flat(options: dict, prefix: str = "") -> dict:
+    values = {}
+    for name, value in options.items():
+        is_group = isinstance(value, dict)
+        values |= flat(value, f"{prefix}{name}.") if is_group else {f"{prefix}{name}": value}
+    return values
+
+
+def test_quick_says_what_it_switches_on_a_name():
+    pendulum, other = (
+        flat(dataclasses.asdict(pg.TrainConfig.from_preset("quick", name)))
+        for name in ("Pendulum-v1", "InvertedPendulum-v5")
+    )
+    switched = {name for name in pendulum if pendulum[name] != other[name]}
+    described = re.findall(r"`([\w.]+)` ([\d.e-]+) or\s+([\d.e-]+\d|\d)", c._quick.__doc__)
+    assert {name: (float(a), float(b)) for name, a, b in described} == {
+        name: (pendulum[name], other[name]) for name in switched
+    }
+    public = pg.TrainConfig.from_preset.__doc__
+    assert all(name.split(".")[-1] in public for name in switched)
+
+
+@pytest.mark.parametrize("env_id", ["", "Hopper-v5", "InvertedDoublePendulum-v5", "MyPendulum-v0"])
+def test_quick_has_only_the_settings_of_inverted_pendulum_for_others(env_id):
+    quick = pg.TrainConfig.from_preset
+    assert quick("quick", env_id) == quick("quick", "InvertedPendulum-v5")
+    assert quick("quick", "module:Pendulum-v0") == quick("quick", "Pendulum-v1")
 
 
 def test_official_sampler_is_the_released_code():
@@ -192,7 +262,7 @@ def test_unknown_options_are_named_with_their_class():
         (c.SamplerConfig, "max_guidance", -0.5, "None or a positive number"),
         (c.SamplerConfig, "clip_state_change_steps", -1, "at least 0"),
         (c.DenoiserConfig, "kind", "unet", "'residual_mlp', 'transformer'"),
-        (c.DenoiserConfig, "step_conditioning", "learned", "'input' or 'layer'"),
+        (c.DenoiserConfig, "step_conditioning", "learned", "'input', 'layer' or None"),
         (c.DenoiserConfig, "hidden_dim", 0, "None or a positive number"),
         (c.DenoiserConfig, "batch_size", 0, "at least 1"),
         (c.DenoiserConfig, "ema_interval", 0, "at least 1"),
@@ -259,3 +329,33 @@ def test_configurations_are_frozen_and_hashable(cls):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, field.name, None)
     assert hash(config) == hash(cls())
+
+
+def test_numpy_numbers_are_stored_as_python_numbers():
+    a2c = pg.A2CConfig(gamma=np.float32(0.5), line_search_max_steps=np.int64(7))
+    config = pg.TrainConfig(a2c=a2c, horizon=np.uint8(4), rescale_actions=np.bool_(False))
+    values = (config.a2c.gamma, config.a2c.line_search_max_steps, config.horizon)
+    assert [type(value) for value in values] == [float, int, int] and values == (0.5, 7, 4)
+    assert config.rescale_actions is False
+    assert c.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    with pytest.raises(pg.InputError, match="gamma must be in"):
+        pg.A2CConfig(gamma=np.float64(2))
+    with pytest.raises(pg.InputError, match="horizon must be an integer"):
+        pg.TrainConfig(horizon=np.float64(4))
+
+
+def test_the_prefill_holds_a_window():
+    with pytest.raises(
+        pg.InputError, match="learning_starts must be at least the horizon, 10 .*got 9"
+    ):
+        pg.TrainConfig(learning_starts=9)
+    assert pg.TrainConfig(learning_starts=10).learning_starts == 10
+
+
+def test_an_unknown_option_is_named_with_the_one_meant():
+    with pytest.raises(
+        pg.InputError, match="A2CConfig has no option 'gama', did you mean 'gamma'\\?$"
+    ):
+        c.from_dict({"a2c": {"gama": 1.0}})
+    with pytest.raises(pg.InputError, match="TrainConfig has no option 'xyzzy'$"):
+        c.from_dict({"xyzzy": 1})

@@ -1,32 +1,76 @@
-"""The README's tables are those of the stored rows, and all of them are there."""
+"""The tables of both READMEs are those of the stored rows, and all of them are there."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 from polygrad_fast.benchmarking import figures, report
 from polygrad_fast.benchmarking.rows import read_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+PATHS = ("README.md", "benchmarks/README.md")
 ROWS = read_folder(ROOT / "benchmarks" / "results")
 
 
-def test_tables_are_those_of_the_stored_rows():
-    assert report.stale_tables(README, ROWS) == []
-    shown = set(re.findall(r"<!-- table: (\w+) -->", README))
-    on_gpu = any(row.device == "cuda" for row in ROWS)  # until then the kernels' plain twins only
-    assert shown == set(report.TABLES) - (set() if on_gpu else {"kernels"})
+@pytest.mark.parametrize("path", PATHS)
+def test_tables_are_those_of_the_stored_rows(path):
+    assert report.stale_tables((ROOT / path).read_text(), ROWS) == []
+
+
+def test_the_code_runs(tmp_path, monkeypatch):
+    """Every block of Python, one after the other, with fewer steps and episodes."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        for size, smaller in (("8_000", "60"), ("2_000", "60"), ("=100)", "=2)"), ("1024", "8")):
+            block = block.replace(size, smaller)
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["batch"].observations.shape == (8, 10, 17)
+    own = names["pg"].PolyGRAD("Pendulum-v1", preset="quick", denoiser=names["Denoiser"](3, 1, 10))
+    assert own.learn(30).num_timesteps == 30
+
+
+def test_every_table_is_shown():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(report.TABLES)
 
 
 def test_rows_name_machine_and_versions():
-    assert len([row for row in ROWS if row.benchmark == "quick_seeds"]) >= 10
     for row in ROWS:
         assert row.processor and row.torch and row.commit and row.command and row.date
         assert not row.dirty, row.name
         assert row.status == "ok" and not row.smoke, f"{row.name}: {row.status}"
 
 
+def test_seeds_have_episodes_of_their_own():
+    """No two rows share an evaluation seed, and none is that of a training run."""
+    seeds = [row for row in ROWS if row.benchmark == "quick_seeds"]
+    for machine in {row.machine for row in seeds}:
+        own = [row for row in seeds if row.machine == machine]
+        assert len({row.values["evaluation_seed"] for row in own}) == len(own)
+        assert {row.values["evaluation_seed"] for row in own}.isdisjoint(
+            row.case["seed"] for row in own
+        )
+
+
 def test_pictures_are_those_of_the_stored_rows():
     assert figures.stale_plots(ROWS, ROOT / "benchmarks" / "results") == []
-    for name in re.findall(r"!\[.*?\]\((benchmarks/.*?)\)", README):
-        assert (ROOT / name).stat().st_size < 100_000
+    for path in PATHS:
+        folder = (ROOT / path).parent
+        for name in re.findall(r"!\[.*?\]\((?!http)(.*?)\)", (ROOT / path).read_text()):
+            assert (folder / name).is_file()
+
+
+def test_pictures_are_small():
+    for picture in (ROOT / "benchmarks" / "results").glob("*.png"):
+        assert picture.stat().st_size < 100_000
+
+
+def test_links_lead_to_files():
+    for path in PATHS:
+        folder = (ROOT / path).parent
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / path).read_text()):
+            assert (folder / target).exists(), f"{path}: {target}"

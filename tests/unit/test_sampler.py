@@ -2,9 +2,11 @@ import copy
 import itertools
 import math
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -424,6 +426,7 @@ def test_the_denoiser_sees_the_actions_it_should(denoiser_actions, scale_actions
     )
     spy = SpyDenoiser(make_parts()["denoiser"])
     sampler = make_sampler(config, denoiser=spy, action_bounds=(low, high))
+    spy.calls.clear()  # the check at construction
     noise, n = make_noise(), sampler.components.normalizer
     out = sampler.sample(make_observations(), 0.001, noise=noise, return_chain=True)
     held = torch.cat([noise.initial_actions[None], out.chain_actions[:-1]])
@@ -445,6 +448,7 @@ def test_policy_input(policy_input, clip_state_change):
     spy, policy = SpyDenoiser(make_parts()["denoiser"]), SpyPolicy(make_parts()["policy"])
     sampler = make_sampler(config, denoiser=spy, policy=policy)
     s0, schedule = make_observations(), sampler.components.schedule
+    spy.calls.clear(), policy.seen.clear()  # the check at construction
     sampler.sample(s0, 0.01, torch.Generator().manual_seed(1))
     assert len(policy.seen) == K
     for k, seen, (x, _, _, prediction) in zip(
@@ -646,7 +650,12 @@ def test_guidance_scale_may_be_a_tensor():
         (torch.zeros(B, S, dtype=torch.complex64), r"floating point, got torch\.complex64"),
         (torch.eye(B)[:, :S].log(), r"initial_observations\[0, 1\] is -inf, wanted a finite"),
         (torch.full((B, S), math.nan), r"initial_observations\[0, 0\] is nan, wanted a finite"),
-        ([[0.0] * S] * B, "must be a torch tensor, got list"),
+        (np.zeros((B, S), dtype=np.int32), r"floating point, got torch\.int32"),
+        ([[0.0] * S, [0.0]], "must be a tensor, an array or a list of equally long.*got list"),
+        ([["a"] * S], "must be a tensor, an array or a list.*got list"),
+        ("abc", "must be a tensor, an array or a list.*got str"),
+        (None, "must be a tensor, an array or a list.*got NoneType"),
+        ({}, "must be a tensor, an array or a list.*got dict"),
     ],
 )
 def test_unusable_observations_are_refused(observations, message):
@@ -710,6 +719,10 @@ def test_input_that_only_looks_right_is_refused(engine):
         sampler.sample(s0, noise=broken)
     with pytest.raises(pg.InputError, match="SampleNoise, got tuple"):
         sampler.sample(s0, noise=())
+    with pytest.raises(pg.InputError, match="noise.actions must be a tensor.* got str"):
+        sampler.sample(s0, noise=replace(noise, actions="x"))
+    with pytest.raises(pg.InputError, match=r"guidance_scale must be .* got array\(\[0., 0.\]\)"):
+        sampler.sample(s0, guidance_scale=np.zeros(2))
     with pytest.raises(pg.InputError, match="guidance_scale must be .* got 'x'"):
         sampler.sample(s0, guidance_scale="x")
 
@@ -720,6 +733,107 @@ def test_action_bounds_are_checked_at_construction():
         make_sampler(clipped, action_bounds=(torch.zeros(5), 1.0))
     with pytest.raises(pg.InputError, match="wanted low <= high, got 1.0 and -1.0"):
         make_sampler(clipped, action_bounds=(1.0, -1.0))
+    for wrong in (1.0, (1.0,), (0.0, 1.0, 2.0), (None, 1.0), "ab", {}, np.array(1.0)):
+        with pytest.raises(pg.InputError, match=r"action_bounds must be a pair \(low, high\).*got"):
+            make_sampler(clipped, action_bounds=wrong)
+    arrays = make_sampler(clipped, action_bounds=[np.full(A, -1.0), np.float64(1.0)])
+    assert arrays.components.action_bounds[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_accepted_inputs(engine):
+    """Arrays, lists, numpy's numbers, torch's dtypes and no device."""
+    sampler = make_sampler(engine=engine, device=None, dtype=torch.float32)
+    s0, noise = make_observations(), make_noise()
+    wanted = sampler.sample(s0, 0.25, noise=noise, return_chain=2)
+    arrays = pg.SampleNoise(*(tensor.double().numpy() for tensor in vars(noise).values()))
+    frozen = s0.numpy().copy()
+    frozen.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for observations in (
+            frozen,
+            s0.numpy().astype(np.longdouble),
+            s0.numpy()[::-1][::-1],
+            s0.tolist(),
+            list(s0),
+            list(s0.numpy()),
+            tuple(s0.numpy()),
+        ):
+            got = sampler.sample(
+                observations, np.float32(0.25), noise=arrays, return_chain=np.int64(2)
+            )
+            assert_same(got, wanted)
+            assert torch.equal(got.chain_actions, wanted.chain_actions)
+    for scale in (np.float64(0.25), np.array(0.25), np.array([0.25])):
+        assert_same(sampler.sample(s0, scale, noise=noise), wanted)
+    whole = [[1, 2, 3]] * B
+    assert_same(
+        sampler.sample(whole, noise=noise), sampler.sample(torch.tensor(whole).float(), noise=noise)
+    )
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("config", {}, r"config must be a SamplerConfig, got \{\}"),
+        ("schedule", 12, "schedule must be a NoiseSchedule, got 12"),
+        ("schedule", None, "schedule must be a NoiseSchedule, got None"),
+        ("normalizer", None, "normalizer must be a polygrad_fast.Normalizer.*got NoneType"),
+        ("normalizer", nn.Identity(), "normalizer must be a polygrad_fast.Normalizer.*Identity"),
+        ("dtype", torch.int8, "dtype.*got.*'int8'"),
+        ("dtype", 3, "dtype.*got.*3"),
+        ("device", 1.5, "device 1.5 is unknown"),
+    ],
+)
+def test_wrong_types_are_refused(option, value, message):
+    parts = {"config": None, "engine": "torch"} | {option: value}
+    with pytest.raises(pg.InputError, match=message):
+        make_sampler(**parts)
+
+
+class LogNormalizer(pg.Normalizer):
+    """Not affine, which only the reference engine reads."""
+
+    def normalize(self, x, field):
+        return super().normalize(x, field).asinh()
+
+    def unnormalize(self, x, field):
+        return super().unnormalize(x.sinh(), field)
+
+
+def test_a_normalizer_with_its_own_mapping():
+    normalizer = LogNormalizer(S, A)
+    for engine in ("torch", "auto"):
+        with pytest.raises(pg.InputError, match="LogNormalizer has a normalize of its own.*'ref"):
+            make_sampler(normalizer=normalizer, engine=engine)
+    sampler, s0, noise = make_sampler(normalizer=normalizer), make_observations(), make_noise()
+    plain = make_sampler(normalizer=pg.Normalizer(S, A)).sample(s0, noise=noise)
+    assert differs(sampler.sample(s0, noise=noise), plain)
+
+
+@pytest.mark.parametrize(
+    "option", ["action_update", "prediction_type", "clip_order", "policy_input", "variance_type"]
+)
+def test_an_unknown_name_raises_in_every_step(option):
+    """However it got into the configuration."""
+    config = pg.SamplerConfig.official()
+    object.__setattr__(config, option, "typo")
+    for k in range(K):
+        with pytest.raises(pg.InputError, match=f"{option} must be one of .*, got 'typo'"):
+            Float64Case(0).run(config, k, 0.1)
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+@pytest.mark.parametrize(
+    "option", ["action_update", "prediction_type", "clip_order", "policy_input", "denoiser_actions"]
+)
+def test_an_unknown_name_raises_in_every_engine(engine, option):
+    config = pg.SamplerConfig.official()
+    sampler = make_sampler(config, engine=engine)
+    object.__setattr__(config, option, "typo")
+    with pytest.raises(pg.InputError, match=f"{option} must be one of .*, got 'typo'"):
+        sampler.sample(make_observations())
 
 
 def test_more_steps_than_the_step_embedding_has():

@@ -1,6 +1,7 @@
 import math
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,6 +102,33 @@ def test_posterior_mean_is_equation_1(steps, tau, seed):
     torch.testing.assert_close(mean, equation_1, rtol=1e-7, atol=1e-7)
 
 
+@examples
+@given(num_steps, taus, st.integers(0, 2**31))
+def test_error_gain_is_what_equation_1_makes_of_an_error(steps, tau, seed):
+    s = float64_schedule(steps, tau)
+    x, noise, error = torch.randn(
+        3, steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+    def equation_1(predicted_noise):
+        correction = s.betas / (1 - s.alphas_cumprod).sqrt() * predicted_noise
+        return (x - correction) / (1 - s.betas).sqrt()
+
+    moved = (equation_1(noise + error) - equation_1(noise)) / -error
+    torch.testing.assert_close(s.epsilon_error_gain, moved, rtol=1e-6, atol=1e-6)
+    rounded = pg.NoiseSchedule.cosine(steps, tau).epsilon_error_gain
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.double(), moved, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps, tau", [(1, 1.0), (12, 1.0), (128, 1.0), (128, 0.1)])
+def test_first_reverse_step_of_every_cosine_schedule_multiplies_errors_by_32(steps, tau):
+    gain = pg.NoiseSchedule.cosine(steps, tau).epsilon_error_gain
+    assert gain.argmax() == steps - 1
+    assert gain[-1].item() == pytest.approx(math.sqrt(1000), rel=2e-3)
+    assert (gain[:-1] < 2).all()
+
+
 @pytest.mark.parametrize("steps, tau", [(12, 1.0), (128, 1.0), (128, 0.1)])
 def test_float32_tables_lose_no_more_than_their_conditioning(steps, tau):
     got = pg.NoiseSchedule.cosine(steps, tau)
@@ -136,6 +164,47 @@ def test_tau_must_be_a_positive_finite_number(tau):
 def test_a_schedule_that_float32_cannot_hold_is_refused(steps, tau):
     with pytest.raises(pg.InputError, match=f"num_train_timesteps {steps} with tau {tau}"):
         pg.NoiseSchedule.cosine(steps, tau)
+
+
+@pytest.mark.parametrize(
+    "betas", [[0.1, 0.2], (0.1, 0.2), np.array([0.1, 0.2]), torch.tensor([0.1, 0.2])]
+)
+def test_betas_of_any_kind_of_list(betas):
+    schedule = pg.NoiseSchedule.from_betas(betas)
+    for name in NAMES:
+        assert getattr(schedule, name).dtype == torch.float32
+    torch.testing.assert_close(schedule.alphas_cumprod, torch.tensor([0.9, 0.72]))
+    double = pg.NoiseSchedule.from_betas(torch.tensor([0.1, 0.2], dtype=torch.float64))
+    assert double.posterior_mean_coef1.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "betas, message",
+    [
+        ([[0.1, 0.2]], r"shape \(1, 2\) given, wanted \[K\]"),
+        (0.1, r"shape \(\) given"),
+        ([], r"shape \(0,\) given"),
+        ([0.1, 1.5], r"betas\[1\] is 1.5, wanted a number in \(0, 1\)"),
+        ([0.1, 1.0], r"betas\[1\] is 1.0"),
+        ([0.0], r"betas\[0\] is 0.0"),
+        ([-0.1, 0.5], r"betas\[0\] is -0.1"),
+        ([0.5, math.nan], r"betas\[1\] is nan"),
+        (torch.tensor([1, 2]), "float32 or float64, got torch.int64"),
+        (torch.tensor([0.5]).half(), "float32 or float64, got torch.float16"),
+        ("abc", "must be numbers.*'abc'"),
+        (None, "betas"),
+        ([0.1, [0.2]], "must be numbers"),
+        ([1e-9, 0.1], "not finite in torch.float32"),
+    ],
+)
+def test_unusable_betas_are_refused(betas, message):
+    with pytest.raises(pg.InputError, match=message):
+        pg.NoiseSchedule.from_betas(betas)
+
+
+def test_unknown_variance_type():
+    with pytest.raises(pg.InputError, match="variance_type must be .* got 'typo'"):
+        pg.NoiseSchedule.cosine(3).step_coefficients("typo")
 
 
 def test_to_converts_every_table():

@@ -501,6 +501,65 @@ def test_foreign_denoiser():
         TorchEngine(c, "bfloat16")
 
 
+class FarPolicy(nn.Module):
+    """Its means are far from all actions, as on a coarse normalizer."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, observations):
+        mean = self.size * (1.0 + 0.1 * observations[..., :A].sin())
+        return mean, torch.full_like(mean, 0.7)
+
+
+@pytest.mark.parametrize("clip_order", ["before", "after"])
+@pytest.mark.parametrize("clip_std", [None, 3.0])
+@pytest.mark.parametrize("size", [1e4, 1e7])
+def test_huge_means_cost_no_digits(size, clip_std, clip_order):
+    """m + (u - m) (1 - pull) would: its error is that of m, here compared in float64."""
+    config = pg.SamplerConfig.official(clip_std=clip_std, clip_order=clip_order)
+    c = make_components(config=config)
+    c = with_modules(c, policy=FarPolicy(size), normalizer=pg.Normalizer(S, A))
+    exact = with_modules(
+        c,
+        denoiser=copy.deepcopy(c.denoiser).double(),
+        normalizer=pg.Normalizer(S, A).double(),
+        schedule=c.schedule.to(torch.float64),
+    )
+    s0, noise = torch.randn(7, S), make_noise(c, 7)
+    x, u = noise.initial_trajectories, noise.initial_actions
+    delta = 0.05 / size  # moves the actions by the order of one
+    for step in (0, 3, 5):
+        k = c.schedule.num_train_timesteps - 1 - step
+        with torch.no_grad():
+            wide = [t.double() for t in (x, u, s0)]
+            wide[0][:, 0, :S] = wide[2]
+            seen = denoiser_actions(
+                wide[1], k, exact.schedule, exact.normalizer, config, c.action_bounds
+            )
+            prediction = exact.denoiser(wide[0], seen, torch.full((7,), k))
+            normals = noise.trajectories[step].double(), noise.actions[step].double()
+            _, wanted = guided_step(
+                prediction,
+                *wide,
+                k,
+                *(exact.policy, exact.normalizer, exact.schedule, config, delta),
+                *normals,
+            )
+        _, got = single_step(TorchEngine(c), step, x, u, s0, noise, delta)
+        error = ((got - wanted).abs() / wanted.abs().clamp(min=1.0)).max()
+        assert error < 1e-6, (step, error)
+
+
+def test_an_action_within_the_clip_stays_exactly_as_it_is():
+    config = pg.SamplerConfig.official(clip_std=1e3, clip_final_actions=True)
+    c = make_components(num_steps=1, config=config)
+    noise = make_noise(c, 7)
+    _, u, _ = TorchEngine(c).sample(torch.randn(7, S), 0.05, None, noise, False)
+    assert torch.equal(u, noise.initial_actions)
+
+
 def test_dtypes_that_cannot_be():
     with pytest.raises(InputError, match="'int8'"):
         TorchEngine(make_components(), "int8")

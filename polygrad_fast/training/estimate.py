@@ -1,0 +1,81 @@
+"""How long a training will still take, from what its parts have taken so far."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Mapping
+
+from polygrad_fast.config import TrainConfig
+
+MEASUREMENTS = 3
+"""Updates measured before an estimate: the first ones compile, capture and warm up."""
+RECENT = 25
+
+
+def num_updates(steps: int, ratio: float) -> int:
+    """Return how many updates are due within the first `steps` steps at `ratio` per step."""
+    return math.floor(max(steps, 0) * ratio)
+
+
+def remaining_counts(config: TrainConfig, step: int, target: int) -> dict[str, int]:
+    """Return how many environment steps, denoiser and policy updates and evaluations follow
+    environment step `step` up to `target`."""
+    c = config
+    start = c.learning_starts
+    ratios = {
+        "denoiser_update": (c.denoiser.updates_per_env_step, start),
+        "policy_update": (c.policy_updates_per_env_step, start + c.policy_delay_steps),
+    }
+    counts = {
+        name: num_updates(target - first, ratio) - num_updates(step - first, ratio)
+        for name, (ratio, first) in ratios.items()
+    }
+    if step < start <= target:
+        counts["denoiser_update"] += c.denoiser.pretrain_updates
+    # after the prefill at every multiple of the interval, and at the end
+    done = max(step, min(start, target - 1))
+    counts["evaluation"] = (target - 1) // c.eval_interval - done // c.eval_interval + 1
+    return {"env_step": target - step} | counts if target > step else {}
+
+
+def remaining_seconds(seconds: Mapping[str, float], counts: Mapping[str, int]) -> float | None:
+    """Return what `counts` take at `seconds` each; None where an update that is still to come has
+    not been measured. Evaluations not measured yet are left out."""
+    total = 0.0
+    for name, count in counts.items():
+        if name in seconds:
+            total += count * seconds[name]
+        elif count and name != "evaluation":
+            return None
+    return total
+
+
+class Durations:
+    """Seconds that the parts of a training took recently."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+
+    def add(self, name: str, seconds: float) -> None:
+        """Note how long one "env_step", "denoiser_update", "policy_update" or "evaluation" took."""
+        self._seconds[name].append(seconds)
+
+    def typical(self) -> dict[str, float]:
+        """Return the median of each part measured `MEASUREMENTS` times, or once if it is an
+        evaluation."""
+        return {
+            name: statistics.median(values)
+            for name, values in self._seconds.items()
+            if len(values) >= MEASUREMENTS or name == "evaluation"
+        }
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration in a unit that suits it: "40 s", "12 min", "6.7 h", "30 days"."""
+    for unit, name, above in ((86400, "days", 2), (3600, "h", 1.5), (60, "min", 1.5)):
+        if seconds >= above * unit:
+            value = seconds / unit
+            return f"{value:.0f} {name}" if value >= 10 else f"{value:.1f} {name}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,75 @@
+"""What a training still takes, from measured parts."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polygrad_fast as pg
+from polygrad_fast.agent import _due
+from polygrad_fast.training.estimate import (
+    Durations,
+    in_words,
+    remaining_counts,
+    remaining_seconds,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    step=st.integers(0, 80),
+    left=st.integers(0, 60),
+    starts=st.integers(10, 50),
+    delay=st.integers(0, 20),
+    ratio=st.sampled_from([0.0, 0.25, 0.3, 1.0, 2.5]),
+    interval=st.integers(1, 30),
+)
+def test_counts_are_those_of_the_training_loop(step, left, starts, delay, ratio, interval):
+    target = step + left
+    config = pg.TrainConfig(
+        denoiser=replace(pg.TrainConfig().denoiser, updates_per_env_step=ratio, pretrain_updates=7),
+        policy_updates_per_env_step=ratio,
+        learning_starts=starts,
+        policy_delay_steps=delay,
+        eval_interval=interval,
+    )
+    counts = {"env_step": 0, "denoiser_update": 0, "policy_update": 0, "evaluation": 0}
+    for s in range(step + 1, target + 1):
+        counts["env_step"] += 1
+        counts["denoiser_update"] += 7 * (s == starts) + _due(s - starts, ratio)
+        counts["policy_update"] += _due(s - starts - delay, ratio)
+        counts["evaluation"] += s == target or (s > starts and s % interval == 0)
+    got = remaining_counts(config, step, target)
+    assert got == (counts if left else {})
+
+
+def test_seconds_are_counts_times_measured_seconds():
+    counts = {"env_step": 1000, "denoiser_update": 1000, "policy_update": 250, "evaluation": 2}
+    seconds = {"env_step": 1e-3, "denoiser_update": 0.05, "policy_update": 10.0}
+    assert remaining_seconds(seconds, counts) == pytest.approx(1 + 50 + 2500)
+    assert remaining_seconds(seconds | {"evaluation": 3.0}, counts) == pytest.approx(2557)
+    assert remaining_seconds({"env_step": 1e-3}, counts) is None  # the prefill tells nothing
+    assert remaining_seconds({"env_step": 1e-3}, {"env_step": 5}) == pytest.approx(5e-3)
+    assert remaining_seconds({}, {}) == 0
+
+
+def test_the_first_slow_update_does_not_count():
+    durations = Durations()
+    for seconds in (30.0, 0.5):  # the first one compiles
+        durations.add("policy_update", seconds)
+        assert durations.typical() == {}
+    durations.add("policy_update", 0.5)
+    durations.add("evaluation", 2.0)
+    assert durations.typical() == {"policy_update": 0.5, "evaluation": 2.0}
+    for _ in range(25):
+        durations.add("policy_update", 0.25)
+    assert durations.typical()["policy_update"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "seconds, words",
+    [(0.2, "0 s"), (59.6, "60 s"), (720, "12 min"), (6.7 * 3600, "6.7 h"), (30 * 86400, "30 days")],
+)
+def test_durations_in_words(seconds, words):
+    assert in_words(seconds) == words

@@ -193,10 +193,9 @@ class PolicyGuidedSampler:
             s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
             autocast_off = torch.autocast(self.components.device.type, enabled=False)
             with self._lock, torch.inference_mode(False), torch.no_grad(), autocast_off:
-                with annotate("check_structure"):
-                    if _structure(self.components) != self._built_for:
-                        self._check_changed_modules()
-                        self._build()
+                if _structure(self.components) != self._built_for:
+                    self._check_changed_modules()
+                    self._build()
                 trajectory, actions, chain = self._engine.sample(
                     s0_norm, guidance_scale, generator, noise, return_chain
                 )

@@ -116,7 +116,7 @@ class Autoregressive:
 
     @torch.no_grad()
     def _measure_scale(self, differences: Tensor, weights: Tensor) -> None:
-        """Set the unit of differences, from the first batch on: the network keeps what it learnt."""
+        """Set the unit of differences once, from the first batch: it may not move later."""
         mean = (differences * weights).sum((0, 1)) / weights.sum().clamp(min=1.0)
         variance = ((differences - mean).square() * weights).sum((0, 1)) / weights.sum().clamp(1.0)
         for network in (self.trainer.model, self.trainer.ema_model):

@@ -23,7 +23,7 @@ from polygrad_fast.agent import _Speed
 from polygrad_fast.benchmarking import sampler_case
 from polygrad_fast.benchmarking.work import Work, parameter_bytes, tensor_bytes
 from polygrad_fast.config import DenoiserConfig
-from polygrad_fast.training.denoiser import DenoiserTrainer
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 
 SMALL_DENOISER = {"residual_mlp": 32, "transformer": 16}
 MAX_STEP_ERROR = 0.02

@@ -32,7 +32,7 @@ from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.benchmarking.rows import Provenance, Row, RowFile, provenance
 from polygrad_fast.config import PRESETS, TrainConfig
 from polygrad_fast.errors import InputError
-from polygrad_fast.training.run_log import read_metrics
+from polygrad_fast.runs.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "quick_seeds.jsonl"
 FIRST_EVALUATION_SEED = 2**31

@@ -31,36 +31,23 @@ from polygrad_fast.data import (
     make_environment,
 )
 from polygrad_fast.data.environment import environment_name
+from polygrad_fast.denoisers.build import build_denoiser
+from polygrad_fast.diffusion.ddpm import NoiseSchedule, warn_of_amplified_errors
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.evaluation.returns import EpisodeStatistics, evaluate_policy
+from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import check_denoiser, check_policy
-from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
-from polygrad_fast.schedule import NoiseSchedule
-from polygrad_fast.training.a2c import ActorCritic
-from polygrad_fast.training.checkpoint import (
+from polygrad_fast.runs.checkpoint import (
     CheckpointManager,
     load_checkpoint,
     read_metadata,
     save_checkpoint,
 )
-from polygrad_fast.training.denoiser import (
-    DenoiserTrainer,
-    build_denoiser,
-    warn_of_amplified_errors,
-)
-from polygrad_fast.training.estimate import (
-    Durations,
-    in_words,
-    num_updates,
-    remaining_counts,
-    remaining_seconds,
-)
-from polygrad_fast.training.guidance import GuidanceTuner
-from polygrad_fast.training.interrupts import stop_on_signals
-from polygrad_fast.training.run_directory import (
+from polygrad_fast.runs.directory import (
     difference,
     locked,
     options_of,
@@ -68,7 +55,19 @@ from polygrad_fast.training.run_directory import (
     refuse_another_run,
     refuse_lost_progress,
 )
-from polygrad_fast.training.run_log import MetricsLog, TensorboardLog, versions, write_json_atomic
+from polygrad_fast.runs.files import write_json_atomic
+from polygrad_fast.runs.interrupts import stop_on_signals
+from polygrad_fast.runs.metrics import MetricsLog, TensorboardLog
+from polygrad_fast.runs.versions import versions
+from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
+from polygrad_fast.training.estimate import (
+    Durations,
+    in_words,
+    num_updates,
+    remaining_counts,
+    remaining_seconds,
+)
+from polygrad_fast.world_models.guidance import GuidanceTuner
 
 Callback = Callable[["PolyGRAD", dict[str, float]], Any]
 

@@ -26,9 +26,10 @@ import tyro
 from polygrad_fast._version import __version__
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
-from polygrad_fast.training.interrupts import stop_on_signals
-from polygrad_fast.training.run_directory import difference, read_run_config
-from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
+from polygrad_fast.runs.directory import difference, read_run_config
+from polygrad_fast.runs.files import write_bytes_atomic
+from polygrad_fast.runs.interrupts import stop_on_signals
+from polygrad_fast.runs.metrics import read_metrics
 
 if TYPE_CHECKING:
     from polygrad_fast.agent import PolyGRAD

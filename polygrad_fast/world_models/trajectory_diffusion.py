@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.data.replay import Windows
+from polygrad_fast.denoisers.build import build_denoiser
+from polygrad_fast.diffusion.ddpm import NoiseSchedule
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
-from polygrad_fast.schedule import NoiseSchedule
-from polygrad_fast.training.denoiser import DenoiserTrainer, build_denoiser
-from polygrad_fast.training.guidance import GuidanceTuner
+from polygrad_fast.world_models.guidance import GuidanceTuner
 
 
 class TrajectoryDiffusion:

@@ -18,10 +18,10 @@ import torch
 
 import polygrad_fast as pg
 from polygrad_fast.evaluation.returns import EpisodeStatistics
-from polygrad_fast.training import run_log
-from polygrad_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from polygrad_fast.training.run_directory import locked
-from polygrad_fast.training.run_log import read_metrics
+from polygrad_fast.runs import metrics as run_log
+from polygrad_fast.runs.checkpoint import load_checkpoint, save_checkpoint
+from polygrad_fast.runs.directory import locked
+from polygrad_fast.runs.metrics import read_metrics
 
 
 def tiny_config(**overrides) -> pg.TrainConfig:

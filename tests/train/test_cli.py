@@ -17,8 +17,8 @@ import pytest
 
 import polygrad_fast as pg
 from polygrad_fast import cli
-from polygrad_fast.training.checkpoint import CheckpointManager, load_checkpoint
-from polygrad_fast.training.run_log import read_metrics
+from polygrad_fast.runs.checkpoint import CheckpointManager, load_checkpoint
+from polygrad_fast.runs.metrics import read_metrics
 
 TINY = (
     "--preset quick --horizon 4 --schedule.num-train-timesteps 3 --denoiser.hidden-dim 16 "

@@ -10,7 +10,7 @@ from torch import nn
 
 import polygrad_fast as pg
 from polygrad_fast import cli
-from polygrad_fast.training.run_log import read_metrics
+from polygrad_fast.runs.metrics import read_metrics
 
 S, A, H = 3, 1, 4  # Pendulum
 

@@ -19,10 +19,10 @@ from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.benchmarking.rows import Row, RowFile, provenance, read_rows
 from polygrad_fast.benchmarking.session import Session
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import InputError
+from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.sampling.torch_engine import TorchEngine
-from polygrad_fast.training.a2c import ActorCritic
-from polygrad_fast.training.denoiser import DenoiserTrainer
 
 ROOT = Path(__file__).parents[2]
 GPU_CHECK = ROOT / "benchmarks" / "gpu_check.sh"

@@ -11,14 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polygrad_fast.errors import InputError
-from polygrad_fast.training import run_log
-from polygrad_fast.training.run_log import (
-    MetricsLog,
-    TensorboardLog,
-    read_metrics,
-    versions,
-    write_json_atomic,
-)
+from polygrad_fast.runs import metrics as run_log
+from polygrad_fast.runs.files import write_json_atomic
+from polygrad_fast.runs.metrics import MetricsLog, TensorboardLog, read_metrics
+from polygrad_fast.runs.versions import versions
 
 
 def bits(value: float) -> bytes:
@@ -112,7 +108,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     """A limit on the file size stands for the full disk: the write is cut short or refused."""
     script = f"""
 import resource, signal
-from polygrad_fast.training.run_log import MetricsLog
+from polygrad_fast.runs.metrics import MetricsLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = MetricsLog({str(tmp_path / "metrics.csv")!r})
 log.write(1, {{"a": 0.125}})

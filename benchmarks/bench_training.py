@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import polygrad_fast as pg
+from harness import sampler_case
+from harness.work import Work, parameter_bytes, tensor_bytes
 from polygrad_fast.agent import _Speed
-from polygrad_fast.benchmarking import sampler_case
-from polygrad_fast.benchmarking.work import Work, parameter_bytes, tensor_bytes
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 

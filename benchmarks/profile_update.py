@@ -18,8 +18,8 @@ import sys
 import torch
 
 import polygrad_fast as pg
+from harness import profiled
 from polygrad_fast.agent import _Speed
-from polygrad_fast.benchmarking import profiled
 from polygrad_fast.config import PRESETS
 
 

@@ -964,7 +964,7 @@ class PolyGRAD:
         if found is not None:
             agent = cls._from_checkpoint(found, env, device, stored, (denoiser, policy))
         else:
-            interval = from_dict(stored["config"]).checkpoint_interval
+            interval = from_dict(stored["config"], TrainConfig).checkpoint_interval
             damage, saved = manager.damage("last"), manager.has_saved()
             refuse_lost_progress(run_dir, interval, saved, damage, manager.best())
             agent = cls._from_metadata(stored, env, device, denoiser, policy)
@@ -997,7 +997,7 @@ class PolyGRAD:
             metadata["preset"],
             metadata["seed"],
             device,
-            from_dict(metadata["config"]),
+            from_dict(metadata["config"], TrainConfig),
             denoiser=denoiser,
             policy=policy,
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.benchmarking import sampler_case
+from harness import sampler_case
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.sampling.reference_engine import ReferenceEngine

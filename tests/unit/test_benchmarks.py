@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from harness.rows import Row, RowFile, provenance, read_rows
+from harness.session import Session
 from polygrad_fast.agent import PolyGRAD
-from polygrad_fast.benchmarking.rows import Row, RowFile, provenance, read_rows
-from polygrad_fast.benchmarking.session import Session
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import InputError
@@ -88,7 +88,7 @@ def test_all_benchmarks_in_tiny_sizes(tmp_path):
 
 BROKEN = '''
 """Break engines: one a little, one into NaN, one in its own noise only; one raises."""
-from polygrad_fast.benchmarking import sampler_case
+from harness import sampler_case
 
 make_engine = sampler_case.make_engine
 
@@ -435,7 +435,7 @@ LOST = '''
 """The device is lost after the second case of the first process."""
 from pathlib import Path
 
-from polygrad_fast.benchmarking.session import Session
+from harness.session import Session
 
 
 def is_lost(self):

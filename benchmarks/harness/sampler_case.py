@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import polygrad_fast as pg
-from polygrad_fast.benchmarking.work import Work, parameter_bytes
+from harness.work import Work, parameter_bytes
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.denoisers.build import build_denoiser
 from polygrad_fast.errors import InputError

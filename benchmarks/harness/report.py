@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from polygrad_fast.benchmarking.rows import Row
+from harness.rows import Row
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.runs.files import write_bytes_atomic

@@ -94,7 +94,7 @@ def from_dict(data: dict[str, Any], cls: type) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints), key=str)
     if unknown:
-        close = difflib.get_closematches(str(unknown[0]), hints, n=1)
+        close = difflib.get_close_matches(str(unknown[0]), hints, n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise InputError(f"{cls.__name__} has no option {unknown[0]!r}{hint}")
     values = {

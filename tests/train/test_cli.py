@@ -82,7 +82,7 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
     "arguments, message",
     [
         ("", "train, evaluate, sample"),
-        ("fly", "unknown command 'fly', wanted train, evaluate, sample, bench"),
+        ("fly", "unknown command 'fly', wanted train, evaluate, sample"),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),

@@ -114,10 +114,11 @@ def test_ratios_of_updates_to_environment_steps():
 
 
 def test_resume_continues_exactly(tmp_path):
-    whole = pg.PolyGRAD("Pendulum-v1", seed=1, config=tiny_config(), run_dir=tmp_path / "whole")
+    config = tiny_config(log_interval=30)  # the row of step 120 spans the checkpoint of step 100
+    whole = pg.PolyGRAD("Pendulum-v1", seed=1, config=config, run_dir=tmp_path / "whole")
     whole.learn(150)
-    part = pg.PolyGRAD("Pendulum-v1", seed=1, config=tiny_config(), run_dir=tmp_path / "part")
-    part.learn(150, callback=killed_at(125, tmp_path / "left"))
+    part = pg.PolyGRAD("Pendulum-v1", seed=1, config=config, run_dir=tmp_path / "part")
+    part.learn(150, callback=killed_at(120, tmp_path / "left"))
     np.random.seed(99)  # the resumed run restores every generator itself
     torch.manual_seed(99)
     resumed = pg.PolyGRAD.resume(tmp_path / "left")
@@ -384,6 +385,20 @@ def test_nan_in_training_names_step_quantity_and_checkpoint(tmp_path):
     assert "denoiser's loss is nan" in message
     assert "step_000000050" in message
     assert pg.PolyGRAD.resume(tmp_path / "run").num_timesteps == 50
+
+
+def test_broken_weights_replace_no_checkpoint(tmp_path):
+    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(learning_starts=120), run_dir=tmp_path)
+
+    def poison(agent, metrics):
+        if agent.num_timesteps == 75:
+            with torch.no_grad():
+                agent.actor_critic.value_function.network[-1].bias.fill_(float("nan"))
+
+    message = r"step 100: the weight value_function\..* is not finite; .*step_000000050"
+    with pytest.raises(pg.NonFiniteError, match=message):
+        agent.learn(150, callback=poison)
+    assert pg.PolyGRAD.resume(tmp_path).num_timesteps == 50
 
 
 def test_environment_instances_and_functions():

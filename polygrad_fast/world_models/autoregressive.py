@@ -69,15 +69,15 @@ class Autoregressive:
         device: torch.device,
     ):
         self.horizon, self.normalizer = horizon, normalizer
-        self.batch_size = config.batch_size
-        self.updates_per_env_step = config.updates_per_env_step
-        self.pretrain_updates = config.pretrain_updates
         self._low, self._high = (torch.as_tensor(b, device=device) for b in action_bounds)
         dims = normalizer.observation_dim, normalizer.action_dim
         network = OneStepNetwork(*dims, config.hidden_dim, config.num_layers)
         self.trainer = AveragedTrainer(
             network.to(device), config.learning_rate, config.ema_decay, config.ema_interval
         )
+
+    def prepare(self, policy: Any) -> None:
+        """Do nothing: any policy will do."""
 
     def update(
         self, windows: Windows, generator: torch.Generator | None = None

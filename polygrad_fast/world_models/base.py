@@ -15,16 +15,16 @@ from polygrad_fast.sampling import TrajectoryBatch
 class WorldModel(Protocol):
     """Learns from windows of real data and imagines trajectories under a policy.
 
-    It holds what it learns and what it tunes; the training loop holds data, policy and counters.
-
-    Attributes:
-        batch_size: windows per update. updates_per_env_step, pretrain_updates: how many updates
-            belong to an environment step, and how many come right after the prefill.
+    It holds what it learns and what it tunes; the training loop holds data, policy and counters,
+    and `TrainConfig.world_model_training` how many windows and updates there are.
     """
 
-    batch_size: int
-    updates_per_env_step: float
-    pretrain_updates: int
+    def prepare(self, policy: Any) -> None:
+        """Build what imagining under `policy` needs, so that errors come before any work.
+
+        Raises:
+            InputError: the policy or an option cannot be used.
+        """
 
     def update(
         self, windows: Windows, generator: torch.Generator | None = None

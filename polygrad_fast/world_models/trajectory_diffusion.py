@@ -40,9 +40,6 @@ class TrajectoryDiffusion:
         denoiser: nn.Module | None = None,
     ):
         self.config, self.normalizer, self.device = config, normalizer, device
-        self.batch_size = config.denoiser.batch_size
-        self.updates_per_env_step = config.denoiser.updates_per_env_step
-        self.pretrain_updates = config.denoiser.pretrain_updates
         num_steps = config.schedule.num_train_timesteps
         self.schedule = NoiseSchedule.cosine(num_steps, config.schedule.tau).to(device)
         if denoiser is None:
@@ -59,6 +56,10 @@ class TrajectoryDiffusion:
     def denoiser(self) -> nn.Module:
         """The averaged denoiser, which imagines."""
         return self.trainer.ema_model
+
+    def prepare(self, policy: Any) -> None:
+        """Build the sampler under a policy; see `WorldModel.prepare`."""
+        self.sampler(policy)
 
     def sampler(self, policy: Any) -> PolicyGuidedSampler:
         """Return the sampler under a policy; it is kept until another policy is asked for."""

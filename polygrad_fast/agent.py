@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -28,13 +27,18 @@ from polygrad_fast.data import (
     ReplayBuffer,
     ResumableEnvironment,
     check_spaces,
-    make_environment,
 )
-from polygrad_fast.data.environment import environment_name
+from polygrad_fast.data.environment import environment_name, warn_of_statistics
+from polygrad_fast.data.replay import as_finite_float32
 from polygrad_fast.denoisers.build import build_denoiser
 from polygrad_fast.diffusion.ddpm import NoiseSchedule, warn_of_amplified_errors
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
+from polygrad_fast.evaluation.environments import (
+    EnvironmentSource,
+    EvaluationEnvironments,
+    build_environment,
+)
 from polygrad_fast.evaluation.returns import EpisodeStatistics, evaluate_policy
 from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.normalizer import Normalizer
@@ -76,7 +80,9 @@ class PolyGRAD:
     """Train a policy in imagination on any `gymnasium.Env` with Box observations and actions.
 
     Args:
-        env: environment id, a function that makes the environment, or an environment.
+        env: environment id, a function that makes the environment, or an environment. Of the latter
+            evaluations use copies, which have its wrappers, physics and everything else as they are
+            now.
         preset: "default" (released code), "paper", or "quick" (CPU-sized); see `TrainConfig`.
         seed: seeds python, numpy, torch, the environment and its action space.
         device: "auto" is CUDA where there is one, else the CPU.
@@ -92,6 +98,8 @@ class PolyGRAD:
             and acts and imagines in the mode it is in. Of `config.policy` the sizes of the value
             function and `normed_inputs`, for it, apply; `a2c.saturation_coef` above 0 needs
             GaussianPolicy's `network` and `squash`.
+        eval_env: what to evaluate on instead of environments like `env`: an id, a function, or an
+            environment, which is then used itself, its episodes one after the other.
 
     Attributes:
         num_timesteps: environment steps taken so far, the prefill included, with all updates due
@@ -99,14 +107,14 @@ class PolyGRAD:
         policy, denoiser, normalizer, replay: what is being trained, on what.
 
     Raises:
-        InputError: unknown environment or preset, unsuitable spaces, a device that is not there,
-            an own module that cannot be used, a `run_dir` that holds another run, or an argument
-            of another type.
+        InputError: unknown environment or preset, unsuitable spaces, an environment that cannot be
+            copied, a device that is not there, an own module that cannot be used, a `run_dir` that
+            holds another run, or an argument of another type.
     """
 
     def __init__(
         self,
-        env: str | gymnasium.Env | Callable[[], gymnasium.Env],
+        env: EnvironmentSource,
         preset: str = "default",
         seed: int = 0,
         device: str | torch.device | None = "auto",
@@ -115,6 +123,7 @@ class PolyGRAD:
         tensorboard: bool = False,
         denoiser: torch.nn.Module | None = None,
         policy: torch.nn.Module | None = None,
+        eval_env: EnvironmentSource | None = None,
     ):
         if config is not None and not isinstance(config, TrainConfig):
             raise InputError(
@@ -124,8 +133,8 @@ class PolyGRAD:
         if run_dir is not None:
             run_dir = as_path(run_dir, "run_dir")
             refuse_another_run(run_dir)
-        self._env_source = env
-        environment = _make(env)
+        self._env_source, self._eval_env_source = env, eval_env
+        environment = build_environment(env)
         observation_dim, action_dim = check_spaces(environment)
         # as given: "module:Name-v0" must be imported again by whoever loads the agent
         self.env_id = env if isinstance(env, str) else environment_name(environment)
@@ -210,7 +219,8 @@ class PolyGRAD:
         self._consistent = True  # whether training can go on from the state as it is
         self._environment_state: dict[str, Any] | None = None  # to restore after an error
         self._locked = False
-        self._evaluation_environments = [self.make_evaluation_environment()]
+        warn_of_statistics(environment)
+        self.evaluation_environments = EvaluationEnvironments(environment, env, eval_env)
         self._stop_requested = False
         self._can_learn = True
         if tensorboard and run_dir is None:
@@ -597,8 +607,18 @@ class PolyGRAD:
         noise = torch.randn(mean.shape, generator=self._acting_generator)
         action = (mean + std * noise).numpy()
         if not np.isfinite(action).all():
+            self._check_too_large(observation)
             raise NonFiniteError(f"the policy's action is {action.tolist()}")
         return action
+
+    def _check_too_large(self, observation: np.ndarray) -> None:
+        """Blame an observation where a policy of finite weights gave a result that is not."""
+        if all(torch.isfinite(weight).all() for weight in self.policy.parameters()):
+            largest = np.unravel_index(np.abs(observation).argmax(), observation.shape)
+            raise InputError(
+                f"observation{[int(i) for i in largest]} is {observation[largest]:g}, so large "
+                f"that the policy's mean is not finite, wanted less"
+            )
 
     @torch.no_grad()
     def predict(
@@ -614,23 +634,27 @@ class PolyGRAD:
             The action, [A] or [N, A], and None (the state that Stable-Baselines3 returns).
 
         Raises:
-            InputError: wrong shape or dtype, or a value that is not finite.
+            InputError: wrong shape or dtype, or a value that is not finite in float32.
             NonFiniteError: the policy's weights are not finite.
         """
-        array = np.asarray(observation)
+        if isinstance(observation, Tensor):
+            observation = observation.detach().cpu()
+        try:
+            array = np.asarray(observation)
+        except ValueError as error:  # rows of different lengths
+            raise InputError(f"observation cannot be read as an array: {error}") from error
         size = self.environment.observation_dim
         if array.ndim not in (1, 2) or array.shape[-1] != size:
             raise InputError(
                 f"observation of shape {array.shape} given, wanted [{size}] or [N, {size}]"
             )
-        if not np.issubdtype(array.dtype, np.number):
-            raise InputError(f"observation of dtype {array.dtype} given, wanted numbers")
-        if not np.isfinite(array).all():
-            index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-            raise InputError(f"observation{list(index)} is {array[index]}, wanted a finite number")
-        inputs = torch.from_numpy(array.astype(np.float32)).to(self.device)
+        if array.dtype.kind not in "iuf":
+            raise InputError(f"observation of dtype {array.dtype} given, wanted real numbers")
+        array = as_finite_float32(array, array.shape, "observation")
+        inputs = torch.from_numpy(array).to(self.device)
         mean, std = torch.stack(self.policy(inputs)).cpu()
         if not torch.isfinite(mean).all():
+            self._check_too_large(array)
             raise NonFiniteError("the policy's mean is not finite")
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self._prediction_generator)
@@ -639,7 +663,7 @@ class PolyGRAD:
     def evaluate(
         self, num_episodes: int = 10, seed: int | None = None, deterministic: bool = True
     ) -> EpisodeStatistics:
-        """Play whole episodes on fresh environments; the training environment is not touched.
+        """Play whole episodes on other environments than the training one, which is not touched.
 
         Args:
             num_episodes: at least 1.
@@ -648,7 +672,8 @@ class PolyGRAD:
             deterministic: act by the policy's mean.
 
         Raises:
-            InputError: fewer than one episode, or a seed that is no integer of at least 0.
+            InputError: fewer than one episode, a seed that is no integer of at least 0, or an
+                environment that returns something unusable, as a reward that is not finite.
         """
         num_episodes = as_integer(num_episodes, "num_episodes", 1)
         seeds = (
@@ -656,12 +681,10 @@ class PolyGRAD:
             .integers(2**31, size=num_episodes)
             .tolist()
         )
-        while len(self._evaluation_environments) < min(num_episodes, 16):
-            self._evaluation_environments.append(self.make_evaluation_environment())
         with annotate("evaluation"):
             return evaluate_policy(
                 lambda observations: self.predict(observations, deterministic)[0],
-                self._evaluation_environments[:num_episodes],
+                self.evaluation_environments.take(num_episodes),
                 seeds,
             )
 
@@ -672,19 +695,9 @@ class PolyGRAD:
         return None if path is None else int(read_metadata(path)["num_timesteps"])
 
     def make_evaluation_environment(self, render_mode: str | None = None) -> gymnasium.Env:
-        """Make another environment like the one trained on."""
-        if isinstance(self._env_source, gymnasium.Env):
-            if self._env_source.spec is not None:
-                with contextlib.suppress(Exception):  # wrappers that keep no record of themselves
-                    return gymnasium.make(self._env_source.spec, render_mode=render_mode)
-            try:
-                return copy.deepcopy(self._env_source)
-            except Exception as error:
-                raise InputError(
-                    f"{self.env_id} cannot be copied for evaluation ({error}); "
-                    f"give a function that makes the environment instead"
-                ) from error
-        return _make(self._env_source, render_mode)
+        """Return another environment like those that `evaluate` plays on; where `eval_env` is an
+        environment, that one."""
+        return self.evaluation_environments.make(render_mode)
 
     def _add_metric(self, name: str, value: float) -> None:
         entry = self._sums.setdefault(name, [0.0, 0.0])
@@ -711,8 +724,9 @@ class PolyGRAD:
 
     def _evaluate_and_keep_best(self) -> dict[str, float]:
         result = self.evaluate(self.config.eval_episodes)
-        # of equals the later one, which is trained longer
-        if self._best_mean_reward is None or result.mean_reward >= self._best_mean_reward:
+        # of equals the later one, which is trained longer; older checkpoints may hold a NaN
+        best = self._best_mean_reward
+        if best is None or not result.mean_reward < best:
             self._best_mean_reward = result.mean_reward
             if self._checkpoints is not None:
                 with annotate("checkpoint"):
@@ -772,12 +786,20 @@ class PolyGRAD:
         return {
             "env_id": self.env_id,
             "env_given_by_id": isinstance(self._env_source, str),
+            "eval_env": self._describe_eval_env(),
             "preset": self.preset,
             "seed": self.seed,
             "num_timesteps": self.num_timesteps,
             "own_modules": self._own_modules,
             "config": dataclasses.asdict(self.config),
         }
+
+    def _describe_eval_env(self) -> dict[str, Any] | None:
+        source = self._eval_env_source
+        if source is None or isinstance(source, str):
+            return source and {"id": source, "given_by_id": True}
+        name = environment_name(self.evaluation_environments.take(1)[0])
+        return {"id": name, "given_by_id": False}
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {
@@ -894,12 +916,13 @@ class PolyGRAD:
     def load(
         cls,
         path: str | Path,
-        env: str | gymnasium.Env | Callable[[], gymnasium.Env] | None = None,
+        env: EnvironmentSource | None = None,
         device: str | torch.device | None = "auto",
         checkpoint: str = "last",
         tensorboard: bool = False,
         denoiser: torch.nn.Module | None = None,
         policy: torch.nn.Module | None = None,
+        eval_env: EnvironmentSource | None = None,
     ) -> PolyGRAD:
         """Load an agent from `save`'s directory or from a run directory.
 
@@ -912,12 +935,15 @@ class PolyGRAD:
             tensorboard: as in the constructor.
             denoiser, policy: modules of the same structure where the agent was made with own ones;
                 their weights are overwritten.
+            eval_env: as in the constructor; one that the saved agent had is kept where it was an
+                id, and must be given again where it was not.
 
         Raises:
             InputError: an own module is missing, or one is given where the agent has none.
             CheckpointError: nothing there, a damaged checkpoint, or one of another configuration.
         """
         path = as_path(path, "path")
+        given = dict(env=env, device=device, denoiser=denoiser, policy=policy, eval_env=eval_env)
         if checkpoint not in ("last", "best"):
             raise InputError(f"checkpoint must be 'last' or 'best', got {checkpoint!r}")
         if path.is_file():
@@ -925,7 +951,7 @@ class PolyGRAD:
         if not path.is_dir():
             raise CheckpointError(f"{path} does not exist, wanted a run or checkpoint directory")
         if not (path / "config.json").exists():
-            return cls._from_checkpoint(path, env, device, own=(denoiser, policy))
+            return cls._from_checkpoint(path, given)
         manager = CheckpointManager(path)
         found = manager.best() if checkpoint == "best" else manager.latest()
         if found is None:
@@ -933,8 +959,7 @@ class PolyGRAD:
             gone = checkpoint == "last" and manager.has_saved()
             why = f" that can be used: {damage}" if damage else " any more" if gone else " yet"
             raise CheckpointError(f"{path} has no {checkpoint} checkpoint{why}")
-        stored = read_run_config(path)
-        agent = cls._from_checkpoint(found, env, device, stored, (denoiser, policy))
+        agent = cls._from_checkpoint(found, given, read_run_config(path))
         if checkpoint == "last":
             agent._attach(manager, path, tensorboard)
         return agent
@@ -943,11 +968,12 @@ class PolyGRAD:
     def resume(
         cls,
         run_dir: str | Path,
-        env: str | gymnasium.Env | Callable[[], gymnasium.Env] | None = None,
+        env: EnvironmentSource | None = None,
         device: str | torch.device | None = "auto",
         tensorboard: bool = False,
         denoiser: torch.nn.Module | None = None,
         policy: torch.nn.Module | None = None,
+        eval_env: EnvironmentSource | None = None,
     ) -> PolyGRAD:
         """Load a run to continue it; a run killed before its first checkpoint starts anew.
 
@@ -961,50 +987,59 @@ class PolyGRAD:
         stored = read_run_config(run_dir)
         manager = CheckpointManager(run_dir)
         found = manager.latest()
+        given = dict(env=env, device=device, denoiser=denoiser, policy=policy, eval_env=eval_env)
         if found is not None:
-            agent = cls._from_checkpoint(found, env, device, stored, (denoiser, policy))
+            agent = cls._from_checkpoint(found, given, stored)
         else:
             interval = from_dict(stored["config"], TrainConfig).checkpoint_interval
             damage, saved = manager.damage("last"), manager.has_saved()
             refuse_lost_progress(run_dir, interval, saved, damage, manager.best())
-            agent = cls._from_metadata(stored, env, device, denoiser, policy)
+            agent = cls._from_metadata(stored, given)
         agent._attach(manager, run_dir, tensorboard)
         return agent
 
     @classmethod
-    def _from_metadata(
-        cls, metadata: dict[str, Any], env, device, denoiser=None, policy=None
-    ) -> PolyGRAD:
-        if env is None and not metadata["env_given_by_id"]:
-            raise InputError(
-                f"this agent was trained on an environment given as an object or a function "
-                f"({metadata['env_id']}): give the environment as env="
-            )
+    def _from_metadata(cls, metadata: dict[str, Any], given: dict[str, Any]) -> PolyGRAD:
+        """Build the agent that was saved; `given` are the arguments of `load` that the constructor
+        takes too."""
+        given = dict(given)
+        if given["env"] is None:
+            if not metadata["env_given_by_id"]:
+                raise InputError(
+                    f"this agent was trained on an environment given as an object or a function "
+                    f"({metadata['env_id']}): give the environment as env="
+                )
+            given["env"] = metadata["env_id"]
+        evaluated_on = metadata.get("eval_env")
+        if given["eval_env"] is None and evaluated_on is not None:
+            if not evaluated_on["given_by_id"]:
+                raise InputError(
+                    f"this agent was evaluated on an environment given as an object or a function "
+                    f"({evaluated_on['id']}): give the environment as eval_env="
+                )
+            given["eval_env"] = evaluated_on["id"]
         trained = metadata.get("own_modules", {})
-        for name, module in (("denoiser", denoiser), ("policy", policy)):
-            if name in trained and module is None:
+        for name in ("denoiser", "policy"):
+            if name in trained and given[name] is None:
                 raise InputError(
                     f"this agent was trained with an own {name}, {trained[name]}: load it in "
                     f"Python and give such a module as {name}="
                 )
-            if module is not None and name not in trained:
+            if given[name] is not None and name not in trained:
                 raise InputError(
                     f"this agent was trained with its built-in {name}, got {name}="
-                    f"{type(module).__name__}; wanted none"
+                    f"{type(given[name]).__name__}; wanted none"
                 )
         return cls(
-            metadata["env_id"] if env is None else env,
-            metadata["preset"],
-            metadata["seed"],
-            device,
-            from_dict(metadata["config"], TrainConfig),
-            denoiser=denoiser,
-            policy=policy,
+            preset=metadata["preset"],
+            seed=metadata["seed"],
+            config=from_dict(metadata["config"], TrainConfig),
+            **given,
         )
 
     @classmethod
     def _from_checkpoint(
-        cls, path: Path, env, device, wanted: dict[str, Any] | None = None, own=(None, None)
+        cls, path: Path, given: dict[str, Any], wanted: dict[str, Any] | None = None
     ) -> PolyGRAD:
         """Load one checkpoint; where the run's config.json is given as `wanted`, it must be of that
         run."""
@@ -1015,7 +1050,7 @@ class PolyGRAD:
                 raise CheckpointError(
                     f"checkpoint {path} is of another run than its config.json: {differs[1]}"
                 )
-        agent = cls._from_metadata(metadata, env, device, *own)
+        agent = cls._from_metadata(metadata, given)
         agent._load_weights(weights)
         agent.num_timesteps = metadata["num_timesteps"]
         agent._can_learn = state is not None
@@ -1069,19 +1104,6 @@ class _Speed:
 def _due(steps: int, ratio: float) -> int:
     """Return how many updates fall on the last of `steps` steps at `ratio` updates per step."""
     return num_updates(steps, ratio) - num_updates(steps - 1, ratio)
-
-
-def _make(
-    env: str | gymnasium.Env | Callable[[], gymnasium.Env], render_mode: str | None = None
-) -> gymnasium.Env:
-    if callable(env) and not isinstance(env, gymnasium.Env):
-        made = env()
-        if not isinstance(made, gymnasium.Env):
-            raise InputError(
-                f"the environment function returned {type(made).__name__}, wanted a gymnasium.Env"
-            )
-        return made
-    return make_environment(env, render_mode)
 
 
 def _resolve_device(device: str | torch.device | None) -> torch.device:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import re
 import shlex
 import signal
@@ -100,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
+        _find_modules_here()
         command = _parse(arguments)
         run = {Train: _train, Evaluate: _evaluate, Sample: _sample}
         run[type(command)](command)
@@ -120,6 +122,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _one_line(message: Warning | str, *where: object) -> str:
     return f"polygrad-fast: warning: {' '.join(str(message).split())}\n"
+
+
+def _find_modules_here() -> None:
+    """Let `--env-id module:Name-v0` find modules of the working directory, as `python -m` does; a
+    console script looks in its own directory instead."""
+    with contextlib.suppress(FileNotFoundError):  # the working directory is gone
+        here = os.getcwd()
+        if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
+            sys.path.insert(0, here)
 
 
 def _fail(message: str, code: int) -> int:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.wrappers.utils import RunningMeanStd
 from torch import Tensor
 
-from polygrad_fast.data.replay import as_finite_float32
+from polygrad_fast.data.replay import as_finite_float32, as_flag
 from polygrad_fast.errors import CheckpointError, InputError
 
 _LOGGER = logging.getLogger(__name__)
 _FORMAT = "polygrad_fast.environment.v1"
+_GL_FILES = {"gl_context.py", "egl", "glfw", "osmesa"}  # of mujoco, which load a renderer
 _STATE_TYPES = {
     "format": str,
     "environment": str,
@@ -48,8 +53,9 @@ def make_environment(env_id: str | gymnasium.Env, render_mode: str | None = None
         The environment, with gymnasium's default wrappers.
 
     Raises:
-        InputError: not a string; unknown id, namespace or version (close matches are named); a
-            package the environment needs is not installed.
+        InputError: not a string; malformed; unknown id, namespace or version (close matches are
+            named); a package the environment needs is not installed; its module, or making it,
+            raised anything else.
     """
     if isinstance(env_id, gymnasium.Env):
         return env_id
@@ -58,8 +64,7 @@ def make_environment(env_id: str | gymnasium.Env, render_mode: str | None = None
             f"environment: got {env_id!r} of type {type(env_id).__name__}, wanted an id such as "
             f'"Hopper-v5" or a gymnasium.Env'
         )
-    if env_id.count(":") > 1:
-        raise InputError(f"environment id: got {env_id!r}, wanted at most one ':', module:Name-v0")
+    _check_form(env_id)
     _silence_mujoco_log()
     try:
         with warnings.catch_warnings(record=True) as caught:  # of an environment that is not made
@@ -74,14 +79,18 @@ def make_environment(env_id: str | gymnasium.Env, render_mode: str | None = None
             f"environment id: got {env_id!r}, which gymnasium does not know{_close_matches(env_id)}"
         ) from error
     except gymnasium.error.DependencyNotInstalled as error:
+        if reason := _rendering_library(error.__cause__):
+            raise InputError(f"environment {env_id!r} cannot be made: {reason}") from error
         raise InputError(
             f"environment {env_id!r} needs a package that is not installed: {_hint(env_id, error)}"
         ) from error
     except (gymnasium.error.Error, ImportError) as error:
         # ImportError: the removed MuJoCo v2 and v3, and ids whose module cannot be imported.
-        raise InputError(
-            f"environment {env_id!r} cannot be made: {_clause(error)}{_close_matches(env_id)}"
-        ) from error
+        reason = _rendering_library(error) or f"{_clause(error)}{_close_matches(env_id)}"
+        raise InputError(f"environment {env_id!r} cannot be made: {reason}") from error
+    except Exception as error:  # whatever the module and the environment's constructor raise
+        reason = _rendering_library(error) or f"{type(error).__name__}: {_clause(error)}"
+        raise InputError(f"environment {env_id!r} cannot be made: {reason}") from error
 
 
 def check_spaces(env: gymnasium.Env) -> tuple[int, int]:
@@ -99,14 +108,17 @@ def check_spaces(env: gymnasium.Env) -> tuple[int, int]:
     """
     for kind in ("observation", "action"):
         space = getattr(env, f"{kind}_space")
+        hint = ""
+        if kind == "observation" and space.is_np_flattenable:
+            hint = "; gymnasium.wrappers.FlattenObservation flattens"
+        if kind == "action" and not isinstance(space, gymnasium.spaces.Box):
+            hint = " and a floating dtype: actions are continuous here"
         if not isinstance(space, gymnasium.spaces.Box):
             raise InputError(
                 f"{environment_name(env)}: got {kind} space {space}, wanted a Box of one dimension"
+                f"{hint}"
             )
         if len(space.shape) != 1 or space.shape[0] < 1:
-            hint = (
-                "; gymnasium.wrappers.FlattenObservation flattens" if kind == "observation" else ""
-            )
             raise InputError(
                 f"{environment_name(env)}: got {kind} space {space} of shape {space.shape}, wanted "
                 f"a Box of one dimension{hint}"
@@ -121,6 +133,89 @@ def check_spaces(env: gymnasium.Env) -> tuple[int, int]:
 def environment_name(env: gymnasium.Env) -> str:
     """Return the environment's registered id, or its class name if it has none."""
     return env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+
+
+def layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
+    """Yield the environment's wrappers, outermost first, and the bare environment."""
+    while isinstance(env, gymnasium.Wrapper):
+        yield env
+        env = env.env
+    yield env
+
+
+def warn_of_statistics(env: gymnasium.Env) -> None:
+    """Warn of wrappers that keep running statistics, as `gymnasium.wrappers.NormalizeObservation`:
+    training and evaluation each have their own, so the policy is evaluated on other inputs than it
+    learns from, and no checkpoint holds them."""
+    for layer in layers(env):
+        if any(isinstance(value, RunningMeanStd) for value in vars(layer).values()):
+            warnings.warn(
+                f"{environment_name(env)}: {type(layer).__name__} keeps running statistics, of "
+                f"which the evaluation has its own and checkpoints have none; wanted observations "
+                f"and rewards that do not depend on the past (policy.normed_inputs normalizes "
+                f"within the agent)",
+                stacklevel=3,
+            )
+
+
+def reset_environment(
+    env: gymnasium.Env, seed: int, observation_dim: int, where: str
+) -> np.ndarray:
+    """Reset an environment and check what it returns.
+
+    Args:
+        env: the environment.
+        seed: of the episode.
+        observation_dim: S.
+        where: names the environment and the episode in an error.
+
+    Returns:
+        The first observation, float32 [S].
+
+    Raises:
+        InputError: not a pair, or an observation that is not finite or not of shape [S].
+    """
+    returned = env.reset(seed=seed)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise InputError(f"{where}: got {_outline(returned)}, wanted (observation, info)")
+    return as_finite_float32(returned[0], (observation_dim,), f"{where}: observation")
+
+
+def step_environment(
+    env: gymnasium.Env, action: np.ndarray, observation_dim: int, where: str
+) -> tuple[np.ndarray, float, bool, bool]:
+    """Step an environment and check what it returns.
+
+    Args:
+        env: the environment.
+        action: [A] in the environment's space.
+        observation_dim: S.
+        where: names the environment, episode and step in an error.
+
+    Returns:
+        (observation float32 [S], reward, terminated, truncated).
+
+    Raises:
+        InputError: not five values, or one of them not finite, of another shape or no flag.
+    """
+    returned = env.step(action)
+    if not isinstance(returned, tuple) or len(returned) != 5:
+        raise InputError(
+            f"{where}: got {_outline(returned)}, wanted (observation, reward, terminated, "
+            f"truncated, info)"
+        )
+    observation, reward, terminated, truncated, _ = returned
+    observation = as_finite_float32(observation, (observation_dim,), f"{where}: observation")
+    as_finite_float32(reward, (), f"{where}: reward")
+    terminated = as_flag(terminated, f"{where}: terminated")
+    truncated = as_flag(truncated, f"{where}: truncated")
+    return observation, float(reward), terminated, truncated
+
+
+def _outline(returned: Any) -> str:
+    if isinstance(returned, tuple):
+        return f"{len(returned)} values"
+    return f"one {type(returned).__name__}"
 
 
 class ActionScaler:
@@ -139,7 +234,9 @@ class ActionScaler:
         rescaled: whether the policy's space is [-1, 1]^A.
 
     Raises:
-        InputError: the action space is not a Box of one dimension.
+        InputError: the action space is not a Box of one dimension, or has a finite bound that
+            float32 arithmetic cannot handle: beyond float32, or beyond 1e18 without rescaling,
+            where squares overflow.
     """
 
     def __init__(self, action_space: gymnasium.spaces.Box, rescale: bool) -> None:
@@ -148,9 +245,16 @@ class ActionScaler:
         self._dtype = action_space.dtype
         self._env_low, self._env_high = action_space.low, action_space.high
         self._low64 = action_space.low.astype(np.float64)
-        with np.errstate(over="ignore"):  # bounds too far apart for a float64 count as infinite
-            self._range64 = action_space.high.astype(np.float64) - self._low64
-        self.rescaled = bool(rescale) and bool(np.isfinite(self._range64).all())
+        high64 = action_space.high.astype(np.float64)
+        self.rescaled = bool(rescale) and bool(np.isfinite([self._low64, high64]).all())
+        largest = float(np.finfo(np.float32).max) if self.rescaled else 1e18
+        for name, bound in (("low", self._low64), ("high", high64)):
+            for i in np.flatnonzero(np.isfinite(bound) & (np.abs(bound) > largest)):
+                raise InputError(
+                    f"action space: {name}[{i}] is {bound[i]:g}, wanted a bound from "
+                    f"{-largest:.3g} to {largest:.3g}, or infinite"
+                )
+        self._range64 = high64 - self._low64
         if self.rescaled:
             self.low = np.full(action_space.shape, -1.0, dtype=np.float32)
             self.high = np.full(action_space.shape, 1.0, dtype=np.float32)
@@ -286,7 +390,7 @@ class ResumableEnvironment:
 
         Raises:
             InputError: no episode is running; the action is of another shape or not finite; the
-                observation or the reward is not finite or of another shape.
+                observation or the reward is not finite or of another shape, or a flag is none.
         """
         if not self._running:
             raise InputError(
@@ -295,17 +399,17 @@ class ResumableEnvironment:
         as_finite_float32(environment_action, (self.action_dim,), f"{self.name}: action")
         # A copy in the space's dtype, which is what a replay hands in again.
         action = np.array(environment_action, dtype=self._action_space.dtype)
-        observation, reward, terminated, truncated, _ = self.env.step(action.copy())
         where = f"{self.name}, step {self.episode_length + 1} of the episode"
-        observation = self._checked_observation(observation, where)
-        as_finite_float32(reward, (), f"{where}: reward")
+        observation, reward, terminated, truncated = step_environment(
+            self.env, action.copy(), self.observation_dim, where
+        )
         # Only now: after an error the state is that before the step.
         self._actions.append(action)
-        self.episode_length += 1
-        self._running = not (terminated or truncated)
         self._observation = observation
-        self.episode_return += float(reward)
-        return self.observation, float(reward), bool(terminated), bool(truncated)
+        self.episode_length += 1
+        self.episode_return += reward
+        self._running = not (terminated or truncated)
+        return self.observation, reward, terminated, truncated
 
     def sample_action(self) -> np.ndarray:
         """Draw an action [A] from the environment's action space, in the environment's space."""
@@ -393,9 +497,10 @@ class ResumableEnvironment:
         return int(self._generator.integers(2**31))
 
     def _begin(self, seed: int) -> None:
-        observation, _ = self.env.reset(seed=seed)
         self._running = False  # until the observation has been found usable
-        self._observation = self._checked_observation(observation, f"{self.name}, reset")
+        self._observation = reset_environment(
+            self.env, seed, self.observation_dim, f"{self.name}, reset"
+        )
         self._episode_seed = seed
         self._actions = []
         self.episode_return = 0.0
@@ -413,9 +518,6 @@ class ResumableEnvironment:
         except InputError:  # an observation that was finite before
             return False
         return self._running
-
-    def _checked_observation(self, observation: Any, where: str) -> np.ndarray:
-        return as_finite_float32(observation, (self.observation_dim,), f"{where}: observation")
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         for name, kind in _STATE_TYPES.items():
@@ -459,12 +561,40 @@ def _log_mujoco_warning(message: str) -> None:
 def _silence_mujoco_log() -> None:
     try:
         import mujoco
-    except (ImportError, OSError, RuntimeError):
-        # Absent or broken (an invalid MUJOCO_GL raises): environments that need it will say so.
+    except Exception:  # absent or broken: environments that need it will say so
         return
     current = getattr(mujoco, "get_mju_user_warning", lambda: None)()
     if current is None:
         mujoco.set_mju_user_warning(_log_mujoco_warning)
+
+
+def _check_form(env_id: str) -> None:
+    """Raise InputError for what gymnasium would fail on without naming the id."""
+    module, colon, name = env_id.rpartition(":")
+    if ":" in module:
+        raise InputError(f"environment id: got {env_id!r}, wanted at most one ':', module:Name-v0")
+    importable = all(part.isidentifier() for part in module.split("."))
+    if not name.strip() or (colon and not importable):
+        raise InputError(
+            f"environment id: got {env_id!r}, wanted an id such as Hopper-v5 or module:Name-v0"
+        )
+
+
+def _rendering_library(error: BaseException | None) -> str | None:
+    """Return what to do about MUJOCO_GL if it kept mujoco from being imported, else None."""
+    value = os.environ.get("MUJOCO_GL", "").strip()
+    frames = traceback.walk_tb(error.__traceback__ if error is not None else None)
+    files = (PurePath(frame.f_code.co_filename).parts for frame, _ in frames)
+    if not value or not any("mujoco" in file and _GL_FILES & set(file) for file in files):
+        return None
+    if "invalid value" in str(error):
+        return f"MUJOCO_GL is {value!r}, wanted egl, osmesa, glfw or disable, or unset it"
+    package = {"osmesa": "libosmesa6", "egl": "libegl1", "glfw": "libglfw3"}.get(value.lower())
+    install = f"install its library (Debian and Ubuntu: {package})" if package else "set another"
+    return (
+        f"MUJOCO_GL is {value!r}, which mujoco cannot load ({type(error).__name__}: "
+        f"{_clause(error)}); {install}, or unset MUJOCO_GL"
+    )
 
 
 def _close_matches(env_id: str) -> str:

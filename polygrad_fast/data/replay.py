@@ -64,6 +64,24 @@ def as_finite_float32(value: Any, shape: tuple[int, ...], name: str) -> np.ndarr
     return array
 
 
+def as_flag(value: Any, name: str) -> bool:
+    """Return an episode's flag as a bool.
+
+    Args:
+        value: True or False, also of numpy or a tensor, or 1 or 0.
+        name: what to call the value in an error.
+
+    Raises:
+        InputError: anything else, as NaN, None or an array of several.
+    """
+    try:
+        if value == 0 or value == 1:
+            return bool(value)
+    except (TypeError, ValueError, RuntimeError):  # comparisons of arrays
+        pass
+    raise InputError(f"{name} is {value!r}, wanted True or False")
+
+
 class ReplayBuffer:
     """Keep the newest `capacity` steps and draw windows of `horizon` steps of one episode.
 
@@ -140,6 +158,11 @@ class ReplayBuffer:
         return self._total_steps
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the device's memory that the buffer takes."""
+        return self._steps.nbytes + self._starts.nbytes
+
+    @property
     def num_windows(self) -> int:
         """Windows that can be drawn now, one per valid start."""
         return self._end_start - self._first_start
@@ -167,16 +190,18 @@ class ReplayBuffer:
             truncated: the episode was cut off after this step. If both are true, terminated wins.
 
         Raises:
-            InputError: another shape, or NaN or infinity, naming field, index and value. Nothing is
-                stored then.
+            InputError: another shape, NaN or infinity, or a flag that is none, naming field, index
+                and value. Nothing is stored then.
         """
         n = self._total_steps
+        terminated = as_flag(terminated, f"step {n}: terminated")
+        truncated = as_flag(truncated, f"step {n}: truncated")
         row = np.empty(sum(self._field_sizes), dtype=np.float32)
         s, a = self.observation_dim, self.action_dim
         row[:s] = as_finite_float32(observation, (s,), f"step {n}: observation")
         row[s : s + a] = as_finite_float32(action, (a,), f"step {n}: action")
         row[s + a] = as_finite_float32(reward, (), f"step {n}: reward")
-        row[s + a + 1] = bool(terminated)
+        row[s + a + 1] = terminated
 
         if n - self._moment_steps >= min(self.capacity, _MAX_PENDING_STEPS):
             self._merge_moments()

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 import gymnasium
 import numpy as np
 
+from polygrad_fast.data.environment import (
+    check_spaces,
+    environment_name,
+    reset_environment,
+    step_environment,
+)
 from polygrad_fast.errors import InputError
 
 MAX_EPISODE_STEPS = 1_000_000
@@ -47,8 +53,9 @@ def evaluate_policy(
         on_step: called after every reset and step, for instance to render.
 
     Raises:
-        InputError: no environment, no seed, an observation that is not finite, or an episode that
-            does not end within `MAX_EPISODE_STEPS`.
+        InputError: no environment, no seed, an observation or a reward that is not finite or of
+            another shape, a flag that is none (the message names environment, episode and step), or
+            an episode that does not end within `MAX_EPISODE_STEPS`.
     """
     if not environments or not seeds:
         raise InputError(
@@ -59,11 +66,19 @@ def evaluate_policy(
     waiting = list(range(len(seeds)))
     running: dict[int, tuple[int, np.ndarray]] = {}  # environment -> (episode, observation)
 
+    names = [environment_name(env) for env in environments]
+    sizes = [check_spaces(env)[0] for env in environments]
+
+    def where(slot: int, episode: int) -> str:
+        return f"{names[slot]}, evaluation episode {episode + 1}"
+
     def begin(slot: int) -> None:
         running.pop(slot, None)
         if waiting:
             episode = waiting.pop(0)
-            observation, _ = environments[slot].reset(seed=int(seeds[episode]))
+            place = f"{where(slot, episode)}, reset"
+            seed = int(seeds[episode])
+            observation = reset_environment(environments[slot], seed, sizes[slot], place)
             running[slot] = (episode, observation)
 
     for slot in range(len(environments)):
@@ -72,21 +87,18 @@ def evaluate_policy(
         if on_step is not None:
             on_step()
         slots = list(running)
-        observations = np.stack([running[slot][1] for slot in slots]).astype(np.float32)
-        if not np.isfinite(observations).all():
-            lengths_now = [int(lengths[running[slot][0]]) for slot in slots]
-            raise InputError(
-                f"evaluation: an observation after {lengths_now} steps of the running episodes is "
-                f"not finite, wanted numbers"
-            )
+        observations = np.stack([running[slot][1] for slot in slots])
         for slot, action in zip(slots, act(observations), strict=True):
             episode = running[slot][0]
-            observation, reward, terminated, truncated, _ = environments[slot].step(action)
-            returns[episode] += float(reward)
             lengths[episode] += 1
+            place = f"{where(slot, episode)}, step {lengths[episode]}"
+            observation, reward, terminated, truncated = step_environment(
+                environments[slot], action, sizes[slot], place
+            )
+            returns[episode] += reward
             if lengths[episode] >= MAX_EPISODE_STEPS and not (terminated or truncated):
                 raise InputError(
-                    f"evaluation: an episode has not ended after {lengths[episode]:,} steps, "
+                    f"{where(slot, episode)} has not ended after {lengths[episode]:,} steps, "
                     f"wanted an environment with a time limit (gymnasium.wrappers.TimeLimit)"
                 )
             running[slot] = (episode, observation)

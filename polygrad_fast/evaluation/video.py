@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,18 +29,22 @@ def record_episode(agent: PolyGRAD, path: Path, seed: int) -> None:
         raise InputError(
             "--video needs the extra 'video': pip install 'polygrad-fast[video]'"
         ) from None
+    environment = agent.make_evaluation_environment(render_mode="rgb_array")
     try:
-        environment = agent.make_evaluation_environment(render_mode="rgb_array")
         environment.reset(seed=seed)
         environment.render()
     except Exception as error:  # no display, no GL library, no pygame: many kinds of errors
         raise InputError(
             f"{agent.env_id} cannot render here ({type(error).__name__}: {error}); for MuJoCo "
-            "without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+            f"without a display set MUJOCO_GL to egl or osmesa, whichever is installed, got "
+            f"{os.environ.get('MUJOCO_GL', '')!r}"
         ) from error
     fps = environment.metadata.get("render_fps", 30)
     try:
-        with contextlib.closing(environment), imageio.get_writer(path, fps=fps) as writer:
+        with contextlib.ExitStack() as stack:
+            if not agent.evaluation_environments.is_given(environment):
+                stack.callback(environment.close)
+            writer = stack.enter_context(imageio.get_writer(path, fps=fps))
             evaluate_policy(
                 lambda observations: agent.predict(observations, deterministic=True)[0],
                 [environment],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import subprocess
+import sys
 import warnings
 
 import gymnasium
@@ -82,14 +85,77 @@ def test_make_environment_makes_and_passes_on():
         ("no_such_module:Thing-v0", "cannot be made: No module named 'no_such_module'"),
         ("not an id", "'not an id' cannot be made: Malformed"),
         ("a:b:Thing-v0", "'a:b:Thing-v0', wanted at most one ':'"),
+        (":", "':', wanted an id such as Hopper-v5 or module:Name-v0"),
+        ("", "'', wanted an id such as Hopper-v5"),
+        ("  ", "'  ', wanted an id such as Hopper-v5"),
+        ("numpy:", "'numpy:', wanted an id such as"),
+        (":Pendulum-v1", "':Pendulum-v1', wanted an id such as"),
+        (".:Pendulum-v1", "'.:Pendulum-v1', wanted an id such as"),
+        ("my file:Pendulum-v1", "'my file:Pendulum-v1', wanted an id such as"),
+        ("Pendulum-v1 ", "'Pendulum-v1 ' cannot be made: Malformed.*did you mean Pendulum-v1"),
+        (
+            "broken_on_import:Own-v0",
+            "'broken_on_import:Own-v0' cannot be made: NameError: .*'oops'",
+        ),
         (3, "got 3 of type int, wanted an id"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*out of date")
-def test_ids_that_cannot_be_made_raise_one_sentence(env_id, message):
+def test_ids_that_cannot_be_made_raise_one_sentence(env_id, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_on_import.py").write_text("oops\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=message) as caught:
         make_environment(env_id)
     assert "\n" not in str(caught.value)
+
+
+def test_an_environment_that_raises_while_it_is_made_is_named():
+    with pytest.raises(InputError, match="'Raises-v0' cannot be made: ZeroDivisionError: division"):
+        gymnasium.register("Raises-v0", lambda **options: 1 / 0)
+        make_environment("Raises-v0")
+    gymnasium.registry.pop("Raises-v0")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("bogus", "MUJOCO_GL is 'bogus', wanted egl, osmesa, glfw or disable, or unset it"),
+        (
+            "osmesa",
+            "MUJOCO_GL is 'osmesa', which mujoco cannot load (AttributeError: no library); "
+            "install its library (Debian and Ubuntu: libosmesa6), or unset MUJOCO_GL",
+        ),
+    ],
+)
+def test_a_renderer_that_mujoco_cannot_load_is_blamed_on_mujoco_gl(tmp_path, value, message):
+    pytest.importorskip("mujoco")
+    # PyOpenGL without libOSMesa, whether or not this machine has it
+    (tmp_path / "OpenGL.py").write_text("raise AttributeError('no library')\n")
+    code = (
+        "from polygrad_fast.data.environment import make_environment\n"
+        "make_environment('Pendulum-v1')\n"
+        "try:\n    make_environment('Hopper-v5')\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    changed = {"MUJOCO_GL": value, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **changed}, capture_output=True, text=True
+    )
+    assert result.stderr == ""
+    assert result.stdout == f"environment 'Hopper-v5' cannot be made: {message}\n"
+
+
+def test_other_errors_are_not_blamed_on_mujoco_gl(monkeypatch):
+    pytest.importorskip("mujoco")
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    gymnasium.register(
+        "NoModel-v0",
+        "gymnasium.envs.mujoco.hopper_v5:HopperEnv",
+        kwargs={"xml_file": "/nowhere.xml"},
+    )
+    with pytest.raises(InputError, match="cannot be made: OSError: File /nowhere.xml does not"):
+        make_environment("NoModel-v0")
+    gymnasium.registry.pop("NoModel-v0")
 
 
 def test_a_missing_dependency_says_what_to_install(monkeypatch):
@@ -145,7 +211,9 @@ def test_a_mujoco_handler_of_the_user_is_kept():
 
 def test_spaces_other_than_vectors_are_refused_by_name():
     env = make_environment("CartPole-v1")
-    with pytest.raises(InputError, match=r"CartPole-v1: got action space Discrete\(2\)"):
+    with pytest.raises(
+        InputError, match=r"CartPole-v1: got action space Discrete\(2\), .*continuous"
+    ):
         check_spaces(env)
     with pytest.raises(InputError, match="CartPole-v1"):
         ResumableEnvironment(env, seed=0)
@@ -154,7 +222,15 @@ def test_spaces_other_than_vectors_are_refused_by_name():
     with pytest.raises(InputError, match=r"Walk: got observation space .* of shape \(4, 4\)"):
         check_spaces(env)
     env.observation_space = gymnasium.spaces.Dict({"a": Box(-1, 1, (2,))})
-    with pytest.raises(InputError, match=r"Walk: got observation space Dict"):
+    flattens = "wanted a Box of one dimension; gymnasium.wrappers.FlattenObservation flattens"
+    with pytest.raises(InputError, match=rf"Walk: got observation space Dict.*{flattens}"):
+        check_spaces(env)
+    env.observation_space = gymnasium.spaces.Tuple([Box(-1, 1, (2,)), gymnasium.spaces.Discrete(3)])
+    with pytest.raises(InputError, match=rf"Walk: got observation space Tuple.*{flattens}"):
+        check_spaces(env)
+    assert check_spaces(gymnasium.wrappers.FlattenObservation(env)) == (5, 2)
+    env.observation_space = gymnasium.spaces.Sequence(Box(-1, 1, (2,)))
+    with pytest.raises(InputError, match=r"Walk: got observation space Sequence.*dimension$"):
         check_spaces(env)
     env = Walk()
     env.action_space = Box(0, 5, (2,), np.int64)

@@ -1,0 +1,130 @@
+"""The environments that a policy is evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import gymnasium
+import numpy as np
+
+from polygrad_fast.data.environment import check_spaces, environment_name, make_environment
+from polygrad_fast.data.environment_copy import check_independent, copy_environment
+from polygrad_fast.errors import InputError
+
+EnvironmentSource = str | gymnasium.Env | Callable[[], gymnasium.Env]
+MAX_ENVIRONMENTS = 16
+"""Environments that play evaluation episodes side by side."""
+
+
+def build_environment(source: EnvironmentSource, render_mode: str | None = None) -> gymnasium.Env:
+    """Make an environment from an id or a function; an environment is returned as it is.
+
+    Raises:
+        InputError: those of `make_environment`, or a function that returns something else.
+    """
+    if not callable(source) or isinstance(source, gymnasium.Env):
+        return make_environment(source, render_mode)
+    made = source()
+    if not isinstance(made, gymnasium.Env):
+        raise InputError(
+            f"the environment function returned {type(made).__name__}, wanted a gymnasium.Env"
+        )
+    return made
+
+
+class EvaluationEnvironments:
+    """Environments to evaluate on: as the training environment is made, copies of it, or others.
+
+    An id or a function makes every environment anew. An environment trained on is copied as it is
+    at construction: what is changed in it later is not seen in evaluations. An environment given
+    for evaluation is used itself, alone, and its episodes are played one after the other.
+
+    Args:
+        training: the environment trained on.
+        source: what it was made from.
+        given: `eval_env`, what evaluation environments are made from instead; None: `source`.
+
+    Raises:
+        InputError: `training` cannot be copied, or an evaluation environment is the training
+            environment or has other spaces.
+    """
+
+    def __init__(
+        self,
+        training: gymnasium.Env,
+        source: EnvironmentSource,
+        given: EnvironmentSource | None = None,
+    ):
+        self._training = training
+        self._source = source if given is None else given
+        self._pristine = self._alone = None
+        if given is not None and isinstance(given, gymnasium.Env):
+            self._alone = given
+        elif isinstance(self._source, gymnasium.Env):
+            self._pristine = copy_environment(self._source)
+            # a window for each of the copies is not what the user asked for
+            if self._pristine.unwrapped.render_mode == "human":
+                self._pristine.unwrapped.render_mode = None
+            check_independent(self._pristine)
+        self._made = [self.make()]
+
+    def take(self, num_episodes: int) -> list[gymnasium.Env]:
+        """Return the environments that play `num_episodes` episodes, the same each time."""
+        wanted = 1 if self._alone is not None else min(num_episodes, MAX_ENVIRONMENTS)
+        while len(self._made) < wanted:
+            self._made.append(self.make())
+        return self._made[:wanted]
+
+    def make(self, render_mode: str | None = None) -> gymnasium.Env:
+        """Return another environment; the one given, where evaluation uses that.
+
+        Raises:
+            InputError: it cannot be made, or not with this `render_mode`: that of an environment
+                object, or of a function's environment, is its own.
+        """
+        if self._alone is not None:
+            environment = self._alone
+        elif self._pristine is not None:
+            environment = copy_environment(self._pristine)
+        else:
+            environment = build_environment(self._source, render_mode)
+            self._check_new(environment)
+        self._check_spaces(environment)
+        made_so = isinstance(self._source, str) or environment.render_mode == render_mode
+        if render_mode is not None and not made_so:
+            raise InputError(
+                f"{environment_name(environment)} was made with render_mode "
+                f"{environment.render_mode!r}, wanted {render_mode!r} to render: make it with that"
+            )
+        return environment
+
+    def is_given(self, environment: gymnasium.Env) -> bool:
+        """Whether an environment of `make` is the user's own, not to be closed."""
+        return environment is self._alone
+
+    def _check_new(self, environment: gymnasium.Env) -> None:
+        known = [self._training, *getattr(self, "_made", [])]
+        if any(environment.unwrapped is other.unwrapped for other in known):
+            raise InputError(
+                f"the environment function returned the same {environment_name(environment)} "
+                f"twice, wanted a new one at each call"
+            )
+
+    def _check_spaces(self, environment: gymnasium.Env) -> None:
+        if environment.unwrapped is self._training.unwrapped:
+            raise InputError(
+                f"eval_env is the environment trained on, {environment_name(environment)}, wanted "
+                f"another one"
+            )
+        wanted, got = check_spaces(self._training), check_spaces(environment)
+        if got != wanted:
+            raise InputError(
+                f"the evaluation environment {environment_name(environment)} has (observation, "
+                f"action) dimensions {got}, wanted {wanted} of {environment_name(self._training)}"
+            )
+        ours, theirs = self._training.action_space, environment.action_space
+        if not (np.array_equal(ours.low, theirs.low) and np.array_equal(ours.high, theirs.high)):
+            raise InputError(
+                f"the evaluation environment {environment_name(environment)} has action space "
+                f"{theirs}, wanted {ours} of {environment_name(self._training)}"
+            )

@@ -30,9 +30,7 @@ from polygrad_fast.data import (
 )
 from polygrad_fast.data.environment import environment_name, warn_of_statistics
 from polygrad_fast.data.replay import as_finite_float32
-from polygrad_fast.denoisers.build import build_denoiser
-from polygrad_fast.diffusion.ddpm import NoiseSchedule, warn_of_amplified_errors
-from polygrad_fast.diffusion.trainer import DenoiserTrainer
+from polygrad_fast.diffusion.ddpm import warn_of_amplified_errors
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.evaluation.environments import (
     EnvironmentSource,
@@ -71,7 +69,7 @@ from polygrad_fast.training.estimate import (
     remaining_counts,
     remaining_seconds,
 )
-from polygrad_fast.world_models.guidance import GuidanceTuner
+from polygrad_fast.world_models import Autoregressive, TrajectoryDiffusion, WorldModel
 
 Callback = Callable[["PolyGRAD", dict[str, float]], Any]
 
@@ -161,21 +159,13 @@ class PolyGRAD:
             c.replay_capacity, c.horizon, observation_dim, action_dim, self.device
         )
         self.normalizer = Normalizer(observation_dim, action_dim).to(self.device)
-        num_steps = c.schedule.num_train_timesteps
-        schedule = NoiseSchedule.cosine(num_steps, c.schedule.tau).to(self.device)
         own = {"denoiser": denoiser, "policy": policy}
         self._own_modules = {
             name: f"{type(module).__module__}.{type(module).__qualname__}"
             for name, module in own.items()
             if module is not None
         }
-        if denoiser is None:
-            denoiser = build_denoiser(c.denoiser, observation_dim, action_dim, c.horizon, num_steps)
-        else:
-            self._check_own_denoiser(denoiser)
-        self.denoiser_trainer = DenoiserTrainer(
-            denoiser.to(self.device), schedule, c.denoiser, c.sampler
-        )
+        self.world_model = self._build_world_model(denoiser)
         if policy is None:
             policy = GaussianPolicy(
                 observation_dim,
@@ -197,18 +187,7 @@ class PolyGRAD:
             c.a2c,
             c.policy.normed_inputs,
         )
-        self.guidance = GuidanceTuner(c.guidance)
-        self.sampler = PolicyGuidedSampler(
-            self.denoiser_trainer.ema_model,
-            policy,
-            schedule,
-            self.normalizer,
-            c.sampler,
-            engine=c.engine,
-            dtype=c.dtype,
-            device=self.device,
-            action_bounds=(self.action_scaler.low, self.action_scaler.high),
-        )
+        self.world_model.prepare(policy)
 
         self.num_timesteps = 0
         self._target_timesteps = c.total_timesteps
@@ -235,6 +214,26 @@ class PolyGRAD:
         self._checkpoints: CheckpointManager | None = None
         if run_dir is not None:
             self._open_run_dir(run_dir)
+
+    def _build_world_model(self, denoiser: torch.nn.Module | None) -> WorldModel:
+        """Return the configured world model, with an own denoiser where one is given."""
+        bounds = self.action_scaler.low, self.action_scaler.high
+        if self.config.world_model == "autoregressive":
+            if denoiser is not None:
+                raise InputError(
+                    f"denoiser={type(denoiser).__name__} needs the world model "
+                    f"'trajectory_diffusion', got {self.config.world_model!r}"
+                )
+            return Autoregressive(
+                self.config.autoregressive,
+                self.config.horizon,
+                self.normalizer,
+                bounds,
+                self.device,
+            )
+        if denoiser is not None:
+            self._check_own_denoiser(denoiser)
+        return TrajectoryDiffusion(self.config, self.normalizer, bounds, self.device, denoiser)
 
     def _check_own_denoiser(self, denoiser: torch.nn.Module) -> None:
         """Raise InputError unless this is a denoiser for the environment and configuration."""
@@ -269,8 +268,13 @@ class PolyGRAD:
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        """The averaged denoiser that imagines."""
-        return self.denoiser_trainer.ema_model
+        """The averaged denoiser that imagines; of the world model "trajectory_diffusion" only."""
+        return self.world_model.denoiser
+
+    @property
+    def sampler(self) -> PolicyGuidedSampler:
+        """What imagines; of the world model "trajectory_diffusion" only."""
+        return self.world_model.sampler(self.policy)
 
     def learn(
         self,
@@ -310,8 +314,7 @@ class PolyGRAD:
                 "the best checkpoint holds weights only; load the last one to continue training"
             )
         if self.num_timesteps == 0:
-            trainer = self.denoiser_trainer
-            warn_of_amplified_errors(trainer.schedule, trainer.sampler_config, stacklevel=2)
+            self._warn()
         self._target_timesteps = self.num_timesteps + total_timesteps
         self._stop_requested = False
         with contextlib.ExitStack() as stack:
@@ -336,6 +339,12 @@ class PolyGRAD:
                     raise
                 raise explained from error
         return self
+
+    def _warn(self) -> None:
+        """Say what is known to go wrong with this configuration."""
+        if isinstance(self.world_model, TrajectoryDiffusion):
+            schedule = self.world_model.schedule
+            warn_of_amplified_errors(schedule, self.config.sampler, stacklevel=3)
 
     def stop(self) -> None:
         """Let the running `learn` end after its current update, with a checkpoint; safe in a signal
@@ -508,10 +517,11 @@ class PolyGRAD:
             trained_steps = self.num_timesteps - c.learning_starts
             if trained_steps == 0:
                 self._refresh_normalizer()
-            pretrain = c.denoiser.pretrain_updates if trained_steps == 0 else 0
+            pretrain = c.world_model_training.pretrain_updates if trained_steps == 0 else 0
             delayed = trained_steps - c.policy_delay_steps
             self._begun = {
-                "denoiser_update": pretrain + _due(trained_steps, c.denoiser.updates_per_env_step),
+                "model_update": pretrain
+                + _due(trained_steps, c.world_model_training.updates_per_env_step),
                 "policy_update": _due(delayed, c.policy_updates_per_env_step),
             }
         if terminated or truncated:
@@ -522,9 +532,9 @@ class PolyGRAD:
 
     def _take_updates(self, speed: _Speed) -> bool:
         """Take the updates that the begun step still lacks; return False where `stop` left some."""
-        while self._begun["denoiser_update"] > 0 and not self._stop_requested:
-            with self._update("denoiser_update", speed), annotate("denoiser_update"):
-                self._update_denoiser(speed)
+        while self._begun["model_update"] > 0 and not self._stop_requested:
+            with self._update("model_update", speed), annotate("denoiser_update"):
+                self._update_model(speed)
         while self._begun["policy_update"] > 0 and not self._stop_requested:
             with self._update("policy_update", speed), annotate("policy_update"):
                 self._update_policy(speed)
@@ -543,18 +553,15 @@ class PolyGRAD:
         with annotate("normalizer_update"):
             self.normalizer.update(self.replay.moments(), self.config.normalizer.min_std())
 
-    def _update_denoiser(self, speed: _Speed) -> None:
-        windows = self.replay.sample(self.config.denoiser.batch_size, self.generator)
-        trajectory = self.normalizer.normalize_trajectory(
-            windows.observations, windows.rewards, windows.terminals
-        )
-        actions = self.normalizer.normalize(windows.actions, "actions")
-        losses = self.denoiser_trainer.update(trajectory, actions, self.generator)
+    def _update_model(self, speed: _Speed) -> None:
+        windows = self.replay.sample(self.config.world_model_training.batch_size, self.generator)
+        losses = self.world_model.update(windows, self.generator)
         values = torch.stack(list(losses.values())).tolist()
         for name, value in zip(losses, values, strict=True):
             if not math.isfinite(value):
-                raise NonFiniteError(f"the denoiser's {name} is {value}")
-            self._add_metric(f"denoiser/{name}", value)
+                part, _, quantity = name.partition("/")
+                raise NonFiniteError(f"the {part}'s {quantity} is {value}")
+            self._add_metric(name, value)
         speed.updates += 1
 
     def _update_policy(self, speed: _Speed) -> None:
@@ -576,13 +583,11 @@ class PolyGRAD:
                 (terminals > 0.5).to(batch.rewards.dtype),
                 progress=min(1.0, self.num_timesteps / self._target_timesteps),
             )
-        statistic = {"std": "action_std", "mean_abs": "action_mean_abs"}
-        if self.config.sampler.action_update == "score":
-            with annotate("guidance_update"):
-                self.guidance.update(metrics[statistic[self.config.guidance.statistic]])
-        metrics["guidance_scale"] = self.guidance.value
+        tuned = self.world_model.feedback(metrics)
         for name, value in metrics.items():
             self._add_metric(f"a2c/{name}", value)
+        for name, value in tuned.items():
+            self._add_metric(name, value)
         speed.updates += 1
 
     def imagine(self, num_trajectories: int, normalized: bool = False) -> TrajectoryBatch:
@@ -596,9 +601,7 @@ class PolyGRAD:
             observations = self.replay.sample_initial_observations(num_trajectories, self.generator)
             if normalized:
                 observations = self.normalizer.normalize(observations, "observations")
-            return self.sampler.sample(
-                observations, self.guidance.value, generator=self.generator, normalized=normalized
-            )
+            return self.world_model.imagine(observations, self.policy, self.generator, normalized)
 
     @torch.no_grad()
     def _act(self, observation: np.ndarray) -> np.ndarray:
@@ -803,8 +806,7 @@ class PolyGRAD:
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {
-            "denoiser": self.denoiser_trainer.model,
-            "ema_denoiser": self.denoiser_trainer.ema_model,
+            **self.world_model.modules(),
             "normalizer": self.normalizer,
             **self.actor_critic.modules(),
         }
@@ -836,8 +838,7 @@ class PolyGRAD:
             "sums": self._sums,
             "action": None if self._action is None else torch.from_numpy(self._action),
             "begun_step": self._begun,
-            "guidance_scale": self.guidance.value,
-            "denoiser_trainer": self.denoiser_trainer.state_dict(),
+            **self.world_model.state_dict(),
             "actor_critic": self.actor_critic.state_dict(),
             "replay": self.replay.state_dict(),
             "environment": self._environment_state or self.environment.state_dict(),
@@ -853,8 +854,7 @@ class PolyGRAD:
         self.num_timesteps = state["num_timesteps"]
         self._best_mean_reward = state["best_mean_reward"]
         self._sums = {name: list(entry) for name, entry in state["sums"].items()}
-        self.guidance.value = state["guidance_scale"]
-        self.denoiser_trainer.load_state_dict(state["denoiser_trainer"])
+        self.world_model.load_state_dict(state)
         self.actor_critic.load_state_dict(state["actor_critic"])
         self.replay.load_state_dict(state["replay"])
         if state["device_type"] == self.device.type:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from polygrad_fast.config.groups import (
     A2CConfig,
+    AutoregressiveConfig,
     DenoiserConfig,
     GuidanceConfig,
     NormalizerConfig,
@@ -22,10 +23,14 @@ from polygrad_fast.errors import InputError
 class TrainConfig(Options):
     """Everything a run of Algorithm 3 needs besides the environment, seed and device."""
 
+    world_model: Literal["trajectory_diffusion", "autoregressive"] = "trajectory_diffusion"
+    """What imagines: policy-guided trajectory diffusion (options schedule, sampler, denoiser,
+    guidance), or a plain one-step network rolled out (option autoregressive)."""
     horizon: int = 10
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    autoregressive: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     a2c: A2CConfig = field(default_factory=A2CConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -79,6 +84,12 @@ class TrainConfig(Options):
         )
         self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
         self._check_positive("cpu_threads")
+
+    @property
+    def world_model_training(self) -> DenoiserConfig | AutoregressiveConfig:
+        """The options of the world model in use that say how often and on how much it trains:
+        batch_size, updates_per_env_step, pretrain_updates."""
+        return self.denoiser if self.world_model == "trajectory_diffusion" else self.autoregressive
 
     def resolved(self, env_id: str) -> TrainConfig:
         """Return the configuration with the value in place of every None that stands for one."""

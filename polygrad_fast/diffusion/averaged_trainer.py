@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polygrad_fast.errors import InputError
+
 
 class AveragedTrainer:
     """Minimize losses of a network by Adam and keep an exponential moving average of its weights.
@@ -19,6 +21,9 @@ class AveragedTrainer:
     Args:
         model: the network; its weights change in place.
         learning_rate, ema_decay, ema_interval, ema_start: as in `DenoiserConfig`.
+
+    Raises:
+        InputError: the network cannot be copied.
 
     Attributes:
         model: the network being trained. ema_model: its averaged copy.
@@ -34,7 +39,12 @@ class AveragedTrainer:
         ema_start: int = 0,
     ):
         self.model = model
-        self.ema_model = copy.deepcopy(model).requires_grad_(False).eval()
+        try:
+            self.ema_model = copy.deepcopy(model).requires_grad_(False).eval()
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} cannot be copied for its average: {error}"
+            ) from error
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
         self.num_updates = 0
         self._ema_decay, self._ema_interval, self._ema_start = ema_decay, ema_interval, ema_start
@@ -53,6 +63,9 @@ class AveragedTrainer:
         decay = self._ema_decay if self.num_updates >= self._ema_start else 0.0
         averages, weights = list(self.ema_model.parameters()), list(self.model.parameters())
         torch._foreach_lerp_(averages, weights, 1.0 - decay)
+        # running statistics, for instance
+        for copied, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            copied.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return optimizer state and counter; the weights are saved with the other weights."""

@@ -376,7 +376,7 @@ def test_nan_in_training_names_step_quantity_and_checkpoint(tmp_path):
     def poison(agent, metrics):
         if agent.num_timesteps == 75:
             with torch.no_grad():
-                agent.denoiser_trainer.model.output.bias.fill_(float("nan"))
+                agent.world_model.trainer.model.output.bias.fill_(float("nan"))
 
     with pytest.raises(pg.NonFiniteError) as caught:
         agent.learn(150, callback=poison)
@@ -576,7 +576,7 @@ def crash_in_evaluation(agent):
 
 
 def interrupt_in_pretraining(agent):
-    update, seen = agent._update_denoiser, []
+    update, seen = agent._update_model, []
 
     def interrupted(speed):
         seen.append(None)
@@ -584,18 +584,18 @@ def interrupt_in_pretraining(agent):
             signal.raise_signal(signal.SIGINT)
         update(speed)
 
-    agent._update_denoiser = interrupted
+    agent._update_model = interrupted
 
 
 def interrupt_in_the_last_step(agent):
-    update = agent._update_denoiser
+    update = agent._update_model
 
     def interrupted(speed):
         if agent.num_timesteps == 230:
             signal.raise_signal(signal.SIGINT)
         update(speed)
 
-    agent._update_denoiser = interrupted
+    agent._update_model = interrupted
 
 
 CRASHES = {
@@ -646,7 +646,7 @@ def test_what_was_learnt_is_saved_before_an_error_is_raised(tmp_path, capfd, who
             with pytest.raises(Crash):  # nothing is lost by trying again too early
                 agent.learn(230 - finished)
         agent.environment.env.where = ""
-        for name in ("evaluate", "_update_denoiser"):
+        for name in ("evaluate", "_update_model"):
             agent.__dict__.pop(name, None)
     agent.learn(230 - finished)
     assert_same_run(agent, whole_run)
@@ -654,7 +654,7 @@ def test_what_was_learnt_is_saved_before_an_error_is_raised(tmp_path, capfd, who
 
 def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
-    update, updates = agent._update_denoiser, []
+    update, updates = agent._update_model, []
 
     def interrupted(speed):
         updates.append(agent.num_timesteps)
@@ -664,7 +664,7 @@ def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
             signal.raise_signal(signal.SIGINT)
         update(speed)
 
-    agent._update_denoiser = interrupted
+    agent._update_model = interrupted
     with pytest.raises(KeyboardInterrupt):
         agent.learn(60)
     assert updates == [40, 40]  # of five
@@ -673,7 +673,7 @@ def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
     assert updates == [40] * 4  # the fourth was cut off: what was saved before it stays
     assert "step_000000039" in caught.value.__notes__[0]
     _, state, _ = load_checkpoint(tmp_path / "checkpoints" / "step_000000039")
-    assert state["begun_step"] == {"denoiser_update": 3, "policy_update": 0}
+    assert state["begun_step"] == {"model_update": 3, "policy_update": 0}
 
 
 def test_signals_are_left_alone_where_they_are_not_ours(tmp_path):

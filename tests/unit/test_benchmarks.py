@@ -251,7 +251,7 @@ MUTATIONS = {
         WHOLE, changed(PolyGRAD, "imagine", lambda imagine, self, n, *a, **k: imagine(self, 4, **k))
     ),
     "zero actions": (WHOLE, changed(PolyGRAD, "_act", lambda act, *a: np.zeros_like(act(*a)))),
-    "no denoiser update": (WHOLE, changed(PolyGRAD, "_update_denoiser", lambda *_: None)),
+    "no denoiser update": (WHOLE, changed(PolyGRAD, "_update_model", lambda *_: None)),
     "steps not stored": (WHOLE, changed(ReplayBuffer, "add", until_step_203)),
     "actor's sign": (A2C, changed(ActorCritic, "_step_actor", sign_of_the_actor)),
     "actor's gradient": (A2C, changed(ActorCritic, "_step_actor", random_gradient_of_the_actor)),

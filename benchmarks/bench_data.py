@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from polygrad_fast.benchmarking.work import Work
+from harness.work import Work
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment, make_environment
 
 try:

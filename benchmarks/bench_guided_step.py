@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.benchmarking.sampler_case import (
+from harness.sampler_case import (
     ACTION_DIM,
     OBSERVATION_DIM,
     matmul_precision,
     policy_flops,
 )
-from polygrad_fast.benchmarking.timing import repeated
-from polygrad_fast.benchmarking.work import Work, parameter_bytes, tensor_bytes
+from harness.timing import repeated
+from harness.work import Work, parameter_bytes, tensor_bytes
 from polygrad_fast.reference import guided_step as twin
 
 try:

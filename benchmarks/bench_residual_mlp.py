@@ -11,9 +11,9 @@ import dataclasses
 import pytest
 import torch
 
-from polygrad_fast.benchmarking.sampler_case import matmul_precision
-from polygrad_fast.benchmarking.timing import repeated
-from polygrad_fast.benchmarking.work import DTYPES, Work, tensor_bytes
+from harness.sampler_case import matmul_precision
+from harness.timing import repeated
+from harness.work import DTYPES, Work, tensor_bytes
 from polygrad_fast.reference import residual_mlp as twin
 
 try:

@@ -5,7 +5,7 @@
 
 S = 17, A = 6, K = 128 steps. "compile" is a control: the reference's denoiser and guided step under
 torch.compile(max-autotune), K steps in one CUDA graph. The checks are those of
-`polygrad_fast.benchmarking.sampler_case`. A time is that of a whole call, weights read anew and
+`harness.sampler_case`. A time is that of a whole call, weights read anew and
 results copied out.
 """
 
@@ -15,8 +15,8 @@ import itertools
 import pytest
 import torch
 
-from polygrad_fast.benchmarking import sampler_case
-from polygrad_fast.benchmarking.sampler_case import DTYPES, ENGINES
+from harness import sampler_case
+from harness.sampler_case import DTYPES, ENGINES
 
 BATCHES, HORIZONS = (1024, 4096, 256, 16384), (10, 50, 200)  # most important first
 CPU_CASES = [  # importance; denoiser, batch, horizon; engine-dtype

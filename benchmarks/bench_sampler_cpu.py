@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 pytest benchmarks/bench_sampler_cpu.py --benchmark-only --rows rows.jsonl
 
 Milliseconds per diffusion step (medians of interleaved rounds), refresh of weights included. The
-checks are those of `polygrad_fast.benchmarking.sampler_case`. What is aimed at stands in
-`polygrad_fast.benchmarking.report`, in the caption of the table.
+checks are those of `harness.sampler_case`. What is aimed at stands in
+`harness.report`, in the caption of the table.
 
 "gemms" is every matrix product the engine does in a step, by the same operator, in the same shapes
 and parts, without activation or residual, on operands that are already in the caches and on weights
@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from polygrad_fast.benchmarking import sampler_case
-from polygrad_fast.benchmarking.sampler_case import GUIDANCE_SCALE
+from harness import sampler_case
+from harness.sampler_case import GUIDANCE_SCALE
 from polygrad_fast.sampling.linear import LinearOps, Weight
 from polygrad_fast.sampling.torch_engine import TorchEngine
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.benchmarking import sampler_case
-from polygrad_fast.benchmarking.work import Work, parameter_bytes, tensor_bytes
+from harness import sampler_case
+from harness.work import Work, parameter_bytes, tensor_bytes
 from polygrad_fast.config import DenoiserConfig
-from polygrad_fast.training.denoiser import DenoiserTrainer
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 
 SMALL_DENOISER = {"residual_mlp": 32, "transformer": 16}
 MAX_STEP_ERROR = 0.02
@@ -331,7 +331,7 @@ def check_denoiser(case, trainer, trajectory, actions, generator, max_loss_error
 def check_whole_update(case, agent, env_steps: int, update) -> int:
     """Take one update; check that it acts by the policy, takes every update that is due, on a whole
     imagined batch, and changes the networks. Return the number of denoiser updates."""
-    config, trainer, ac = agent.config, agent.denoiser_trainer, agent.actor_critic
+    config, trainer, ac = agent.config, agent.world_model.trainer, agent.actor_critic
     noise = torch.Generator().set_state(agent._acting_generator.get_state())
     step, learn = agent.environment.step, ac.update
     errors, shapes = [], []
@@ -422,7 +422,7 @@ def test_whole_update(bench, preset, env_id, batch, engine, dtype):
             windows.observations, windows.rewards, windows.terminals
         )
         actions = agent.normalizer.normalize(windows.actions, "actions")
-        check_denoiser(case, agent.denoiser_trainer, trajectory, actions, agent.generator, 1e-4)
+        check_denoiser(case, agent.world_model.trainer, trajectory, actions, agent.generator, 1e-4)
         imagined = agent.imagine(batch, normalized=True)
         fields = ("observations", "actions", "rewards", "terminals")
         imagined = {name: getattr(imagined, name) for name in fields}
@@ -431,7 +431,7 @@ def test_whole_update(bench, preset, env_id, batch, engine, dtype):
         denoiser_updates = check_whole_update(case, agent, env_steps, update)
 
         sampling = sampler_case.sample_work(c, batch, dtype)
-        trainer, actor_critic = agent.denoiser_trainer, agent.actor_critic
+        trainer, actor_critic = agent.world_model.trainer, agent.actor_critic
         training = denoiser_work(trainer, config.denoiser.batch_size)
         learning = a2c_work(actor_critic, batch, config.horizon)
         work = Work(

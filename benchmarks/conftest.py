@@ -1,7 +1,7 @@
 """What every benchmark here has: options, selection of cases, the fixture `bench`, the table.
 
 A benchmark is a test of pytest-benchmark whose case is measured by
-`polygrad_fast.benchmarking.session`; pytest-benchmark selects it (`--benchmark-only`) and is handed
+`harness.session`; pytest-benchmark selects it (`--benchmark-only`) and is handed
 the times, so that its table and its JSON show the ones in the rows.
 
     @pytest.mark.cases(of=list_cases)  # Setting -> [(importance, parameters)]
@@ -25,9 +25,9 @@ from typing import Any
 import pytest
 import torch
 
-from polygrad_fast.benchmarking.report import listing
-from polygrad_fast.benchmarking.rows import RowFile, provenance
-from polygrad_fast.benchmarking.session import NotMeasured, Session
+from harness.report import listing
+from harness.rows import RowFile, provenance
+from harness.session import NotMeasured, Session
 from polygrad_fast.errors import InputError
 
 TIME_BUDGET = {"cpu": 240, "cuda": 480}

@@ -172,8 +172,8 @@ step "timings" "$seconds" optional timings.log bash -c "$begin_again" timings "$
 [[ ! -e $out/rows.jsonl ]] || "$python" - "$out/rows.jsonl" >>"$summary" 2>&1 <<'PYTHON'
 import sys
 
-from polygrad_fast.benchmarking.report import listing
-from polygrad_fast.benchmarking.rows import read_rows
+from harness.report import listing
+from harness.rows import read_rows
 
 print(listing(read_rows(sys.argv[1])))
 PYTHON

@@ -15,7 +15,7 @@ import sys
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.benchmarking import profiled, sampler_case
+from harness import profiled, sampler_case
 from polygrad_fast.errors import InputError
 
 DENOISERS = ("residual_mlp", "transformer")

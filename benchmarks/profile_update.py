@@ -18,7 +18,7 @@ import sys
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.benchmarking import profiled
+from harness import profiled
 from polygrad_fast.config import PRESETS
 
 

@@ -7,7 +7,7 @@ episodes, whose seed follows from environment, preset and training seed: no two 
 and none are those of the evaluations that chose the best checkpoint. Every seed is a process with
 one thread. A row is written to benchmarks/results/quick_seeds.jsonl as soon as its seed is done, in
 place of one of the same case and machine; after an interruption `--resume` measures the rest.
-`polygrad-fast bench report` makes the tables.
+`python benchmarks/report.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pathlib import Path
 
 import torch
 
+from harness.rows import Provenance, Row, RowFile, provenance
 from polygrad_fast.agent import PolyGRAD
-from polygrad_fast.benchmarking.rows import Provenance, Row, RowFile, provenance
 from polygrad_fast.config import PRESETS, TrainConfig
 from polygrad_fast.errors import InputError
-from polygrad_fast.training.run_log import read_metrics
+from polygrad_fast.runs.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "quick_seeds.jsonl"
 FIRST_EVALUATION_SEED = 2**31

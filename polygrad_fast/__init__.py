@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from polygrad_fast.agent import PolyGRAD
     from polygrad_fast.config import A2CConfig, SamplerConfig, TrainConfig
     from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+    from polygrad_fast.diffusion.ddpm import NoiseSchedule
     from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
+    from polygrad_fast.learners.a2c import ActorCritic
     from polygrad_fast.normalizer import Normalizer
     from polygrad_fast.policy import GaussianPolicy, ValueFunction
     from polygrad_fast.protocols import Denoiser, Policy
     from polygrad_fast.sampling import PolicyGuidedSampler, SampleNoise, TrajectoryBatch
-    from polygrad_fast.schedule import NoiseSchedule
-    from polygrad_fast.training.a2c import ActorCritic
 
 __all__ = [
     "A2CConfig",
@@ -51,8 +51,8 @@ _MODULES = {
     "policy": ("GaussianPolicy", "ValueFunction"),
     "protocols": ("Denoiser", "Policy"),
     "sampling": ("PolicyGuidedSampler", "SampleNoise", "TrajectoryBatch"),
-    "schedule": ("NoiseSchedule",),
-    "training.a2c": ("ActorCritic",),
+    "diffusion.ddpm": ("NoiseSchedule",),
+    "learners.a2c": ("ActorCritic",),
 }
 
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from polygrad_fast.training.interrupts import end_on_interrupt
+from polygrad_fast.runs.interrupts import end_on_interrupt
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ from polygrad_fast.data import (
 )
 from polygrad_fast.data.environment import environment_name, warn_of_statistics
 from polygrad_fast.data.replay import as_finite_float32
+from polygrad_fast.diffusion.ddpm import warn_of_amplified_errors
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.evaluation.environments import (
     EnvironmentSource,
@@ -37,35 +38,18 @@ from polygrad_fast.evaluation.environments import (
     build_environment,
 )
 from polygrad_fast.evaluation.returns import EpisodeStatistics, evaluate_policy
+from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import check_denoiser, check_policy, policy_moments
-from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
-from polygrad_fast.schedule import NoiseSchedule
-from polygrad_fast.training.a2c import ActorCritic
-from polygrad_fast.training.checkpoint import (
+from polygrad_fast.runs.checkpoint import (
     CheckpointManager,
     load_checkpoint,
     read_metadata,
     save_checkpoint,
 )
-from polygrad_fast.training.denoiser import (
-    DenoiserTrainer,
-    build_denoiser,
-    warn_of_amplified_errors,
-)
-from polygrad_fast.training.estimate import (
-    Durations,
-    TimeLeft,
-    num_updates,
-    remaining_counts,
-    time_left,
-)
-from polygrad_fast.training.guidance import GuidanceTuner
-from polygrad_fast.training.interrupts import stop_on_signals
-from polygrad_fast.training.memory import check_sampling_memory, check_training_memory
-from polygrad_fast.training.run_directory import (
+from polygrad_fast.runs.directory import (
     difference,
     locked,
     options_of,
@@ -73,7 +57,20 @@ from polygrad_fast.training.run_directory import (
     refuse_another_run,
     refuse_lost_progress,
 )
-from polygrad_fast.training.run_log import MetricsLog, TensorboardLog, versions, write_json_atomic
+from polygrad_fast.runs.files import write_json_atomic
+from polygrad_fast.runs.interrupts import stop_on_signals
+from polygrad_fast.runs.metrics import MetricsLog, TensorboardLog
+from polygrad_fast.runs.versions import versions
+from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
+from polygrad_fast.training.estimate import (
+    Durations,
+    TimeLeft,
+    num_updates,
+    remaining_counts,
+    time_left,
+)
+from polygrad_fast.training.memory import check_sampling_memory, check_training_memory
+from polygrad_fast.world_models import Autoregressive, TrajectoryDiffusion, WorldModel
 
 Callback = Callable[["PolyGRAD", dict[str, float]], Any]
 
@@ -166,21 +163,13 @@ class PolyGRAD:
             c.replay_capacity, c.horizon, observation_dim, action_dim, self.device
         )
         self.normalizer = Normalizer(observation_dim, action_dim).to(self.device)
-        num_steps = c.schedule.num_train_timesteps
-        schedule = NoiseSchedule.cosine(num_steps, c.schedule.tau).to(self.device)
         own = {"denoiser": denoiser, "policy": policy}
         self._own_modules = {
             name: f"{type(module).__module__}.{type(module).__qualname__}"
             for name, module in own.items()
             if module is not None
         }
-        if denoiser is None:
-            denoiser = build_denoiser(c.denoiser, observation_dim, action_dim, c.horizon, num_steps)
-        else:
-            self._check_own_denoiser(denoiser)
-        self.denoiser_trainer = DenoiserTrainer(
-            denoiser.to(self.device), schedule, c.denoiser, c.sampler
-        )
+        self.world_model = self._build_world_model(denoiser)
         if policy is None:
             policy = GaussianPolicy(
                 observation_dim,
@@ -202,18 +191,7 @@ class PolyGRAD:
             c.a2c,
             c.policy.normed_inputs,
         )
-        self.guidance = GuidanceTuner(c.guidance)
-        self.sampler = PolicyGuidedSampler(
-            self.denoiser_trainer.ema_model,
-            policy,
-            schedule,
-            self.normalizer,
-            c.sampler,
-            engine=c.engine,
-            dtype=c.dtype,
-            device=self.device,
-            action_bounds=(self.action_scaler.low, self.action_scaler.high),
-        )
+        self.world_model.prepare(policy)
 
         self.num_timesteps = 0
         self._target_timesteps = c.total_timesteps
@@ -242,6 +220,26 @@ class PolyGRAD:
         self._checkpoints: CheckpointManager | None = None
         if run_dir is not None:
             self._open_run_dir(run_dir)
+
+    def _build_world_model(self, denoiser: torch.nn.Module | None) -> WorldModel:
+        """Return the configured world model, with an own denoiser where one is given."""
+        bounds = self.action_scaler.low, self.action_scaler.high
+        if self.config.world_model == "autoregressive":
+            if denoiser is not None:
+                raise InputError(
+                    f"denoiser={type(denoiser).__name__} needs the world model "
+                    f"'trajectory_diffusion', got {self.config.world_model!r}"
+                )
+            return Autoregressive(
+                self.config.autoregressive,
+                self.config.horizon,
+                self.normalizer,
+                bounds,
+                self.device,
+            )
+        if denoiser is not None:
+            self._check_own_denoiser(denoiser)
+        return TrajectoryDiffusion(self.config, self.normalizer, bounds, self.device, denoiser)
 
     def _check_own_denoiser(self, denoiser: torch.nn.Module) -> None:
         """Raise InputError unless this is a denoiser for the environment and configuration."""
@@ -275,8 +273,13 @@ class PolyGRAD:
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        """The averaged denoiser that imagines."""
-        return self.denoiser_trainer.ema_model
+        """The averaged denoiser that imagines; of the world model "trajectory_diffusion" only."""
+        return self.world_model.denoiser
+
+    @property
+    def sampler(self) -> PolicyGuidedSampler:
+        """What imagines; of the world model "trajectory_diffusion" only."""
+        return self.world_model.sampler(self.policy)
 
     def learn(
         self,
@@ -316,8 +319,7 @@ class PolyGRAD:
                 "the best checkpoint holds weights only; load the last one to continue training"
             )
         if self.num_timesteps == 0:
-            trainer = self.denoiser_trainer
-            warn_of_amplified_errors(trainer.schedule, trainer.sampler_config, stacklevel=2)
+            self._warn()
         self._check_memory()
         self._target_timesteps = self.num_timesteps + total_timesteps
         self._stop_requested = False
@@ -344,6 +346,12 @@ class PolyGRAD:
             if interrupts:
                 raise self._explained(KeyboardInterrupt())
         return self
+
+    def _warn(self) -> None:
+        """Say what is known to go wrong with this configuration."""
+        if isinstance(self.world_model, TrajectoryDiffusion):
+            schedule = self.world_model.schedule
+            warn_of_amplified_errors(schedule, self.config.sampler, stacklevel=3)
 
     def step(self) -> None:
         """Take one environment step and all updates due after it, as `learn` does, but without
@@ -543,10 +551,11 @@ class PolyGRAD:
                     self._refresh_normalizer()
             if trained_steps == 0:
                 self._refresh_normalizer()
-            pretrain = c.denoiser.pretrain_updates if trained_steps == 0 else 0
+            pretrain = c.world_model_training.pretrain_updates if trained_steps == 0 else 0
             delayed = trained_steps - c.policy_delay_steps
             self._updates_left = {
-                "denoiser_update": pretrain + _due(trained_steps, c.denoiser.updates_per_env_step),
+                "model_update": pretrain
+                + _due(trained_steps, c.world_model_training.updates_per_env_step),
                 "policy_update": _due(delayed, c.policy_updates_per_env_step),
             }
         speed.durations.add("env_step", time.perf_counter() - start)
@@ -554,7 +563,7 @@ class PolyGRAD:
     def _take_updates(self, speed: _Speed) -> bool:
         """Take the updates that are left; return False where `stop` left some."""
         for name, take in (
-            ("denoiser_update", self._update_denoiser),
+            ("model_update", self._update_model),
             ("policy_update", self._update_policy),
         ):
             while self._updates_left[name] > 0:
@@ -571,19 +580,17 @@ class PolyGRAD:
         with annotate("normalizer_update"):
             self.normalizer.update(self.replay.moments(), self.config.normalizer.min_std())
 
-    def _update_denoiser(self, speed: _Speed) -> None:
-        with annotate("denoiser_update"):
-            windows = self.replay.sample(self.config.denoiser.batch_size, self.generator)
-            trajectory = self.normalizer.normalize_trajectory(
-                windows.observations, windows.rewards, windows.terminals
-            )
-            actions = self.normalizer.normalize(windows.actions, "actions")
-            losses = self.denoiser_trainer.update(trajectory, actions, self.generator)
+    def _update_model(self, speed: _Speed) -> None:
+        with annotate("model_update"):
+            batch_size = self.config.world_model_training.batch_size
+            windows = self.replay.sample(batch_size, self.generator)
+            losses = self.world_model.update(windows, self.generator)
             values = torch.stack(list(losses.values())).tolist()
             for name, value in zip(losses, values, strict=True):
                 if not math.isfinite(value):
-                    raise NonFiniteError(f"the denoiser's {name} is {value}")
-                self._add_metric(f"denoiser/{name}", value)
+                    part, _, quantity = name.partition("/")
+                    raise NonFiniteError(f"the {part}'s {quantity} is {value}")
+                self._add_metric(name, value)
             speed.updates += 1
 
     def _update_policy(self, speed: _Speed) -> None:
@@ -608,13 +615,11 @@ class PolyGRAD:
                     (terminals > 0.5).to(batch.rewards.dtype),
                     progress=min(1.0, (self.num_timesteps + 1) / self._target_timesteps),
                 )
-            statistic = {"std": "action_std", "mean_abs": "action_mean_abs"}
-            if self.config.sampler.action_update == "score":
-                with annotate("guidance_update"):
-                    self.guidance.update(metrics[statistic[self.config.guidance.statistic]])
-            metrics["guidance_scale"] = self.guidance.value
+            tuned = self.world_model.feedback(metrics)
             for name, value in metrics.items():
                 self._add_metric(f"a2c/{name}", value)
+            for name, value in tuned.items():
+                self._add_metric(name, value)
             speed.updates += 1
 
     def imagine(self, num_trajectories: int, normalized: bool = False) -> TrajectoryBatch:
@@ -632,9 +637,7 @@ class PolyGRAD:
             observations = self.replay.sample_initial_observations(num_trajectories, self.generator)
             if normalized:
                 observations = self.normalizer.normalize(observations, "observations")
-            return self.sampler.sample(
-                observations, self.guidance.value, generator=self.generator, normalized=normalized
-            )
+            return self.world_model.imagine(observations, self.policy, self.generator, normalized)
 
     def _moments(self, observations: Tensor) -> Tensor:
         """Return the policy's mean and std at raw observations, on the CPU: [..., S] -> [2, ...,
@@ -847,8 +850,7 @@ class PolyGRAD:
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {
-            "denoiser": self.denoiser_trainer.model,
-            "ema_denoiser": self.denoiser_trainer.ema_model,
+            **self.world_model.modules(),
             "normalizer": self.normalizer,
             **self.actor_critic.modules(),
         }
@@ -880,8 +882,7 @@ class PolyGRAD:
             "sums": self._sums,
             "action": None if self._action is None else torch.from_numpy(self._action),
             "begun_step": self._updates_left,
-            "guidance_scale": self.guidance.value,
-            "denoiser_trainer": self.denoiser_trainer.state_dict(),
+            **self.world_model.state_dict(),
             "actor_critic": self.actor_critic.state_dict(),
             "replay": self.replay.state_dict(),
             "environment": self._environment_state or self.environment.state_dict(),
@@ -897,8 +898,7 @@ class PolyGRAD:
         self.num_timesteps = state["num_timesteps"]
         self._best_mean_reward = state["best_mean_reward"]
         self._sums = {name: list(entry) for name, entry in state["sums"].items()}
-        self.guidance.value = state["guidance_scale"]
-        self.denoiser_trainer.load_state_dict(state["denoiser_trainer"])
+        self.world_model.load_state_dict(state)
         self.actor_critic.load_state_dict(state["actor_critic"])
         self.replay.load_state_dict(state["replay"])
         if state["device_type"] == self.device.type:
@@ -1030,7 +1030,7 @@ class PolyGRAD:
         if found is not None:
             agent = cls._from_checkpoint(found, given, stored)
         else:
-            interval = from_dict(stored["config"]).checkpoint_interval
+            interval = from_dict(stored["config"], TrainConfig).checkpoint_interval
             damage, saved = manager.damage("last"), manager.has_saved()
             refuse_lost_progress(run_dir, interval, saved, damage, manager.best())
             agent = cls._from_metadata(stored, given)
@@ -1072,7 +1072,7 @@ class PolyGRAD:
         return cls(
             preset=metadata["preset"],
             seed=metadata["seed"],
-            config=from_dict(metadata["config"]),
+            config=from_dict(metadata["config"], TrainConfig),
             **given,
         )
 

@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, sample, bench.
+"""Command line: train, evaluate, sample.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -27,10 +27,11 @@ import tyro
 from polygrad_fast._version import __version__
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
+from polygrad_fast.runs.directory import difference, read_run_config
+from polygrad_fast.runs.files import write_bytes_atomic
+from polygrad_fast.runs.interrupts import end_on_interrupt, stop_on_signals
+from polygrad_fast.runs.metrics import read_metrics
 from polygrad_fast.training.estimate import num_updates
-from polygrad_fast.training.interrupts import end_on_interrupt, stop_on_signals
-from polygrad_fast.training.run_directory import difference, read_run_config
-from polygrad_fast.training.run_log import read_metrics, write_bytes_atomic
 
 if TYPE_CHECKING:
     from polygrad_fast.agent import PolyGRAD
@@ -93,24 +94,6 @@ class Sample:
     device: str = "auto"
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Report stored benchmark rows, which `pytest benchmarks/ --benchmark-only --rows FILE` makes:
-    print their tables, or write them into Markdown files, and draw plots."""
-
-    action: tyro.conf.Positional[Literal["report"]]
-    """What to do with the rows."""
-    results: Path = Path("benchmarks/results")
-    """Folder of the rows (*.jsonl)."""
-    readme: tuple[Path, ...] = ()
-    """Write the tables between the markers of these files, e.g. README.md benchmarks/README.md."""
-    check: bool = False
-    """Write nothing; exit with 2 if a table in --readme or a plot in --plots differs from the
-    rows."""
-    plots: Path | None = None
-    """Draw the plots into this folder; needs the extra "plots"."""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (training met NaN), 2 (bad input)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -122,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         _find_modules_here()
         command = _parse(arguments)
         if command is not None:
-            run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Bench: _bench}
+            run = {Train: _train, Evaluate: _evaluate, Sample: _sample}
             run[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
@@ -160,9 +143,9 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Bench | None:
+def _parse(arguments: list[str]) -> Train | Evaluate | Sample | None:
     """Parse with tyro, whose boxed messages become one line; return None where it printed help."""
-    names = ("train", "evaluate", "sample", "bench")
+    names = ("train", "evaluate", "sample")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         close = difflib.get_close_matches(arguments[0], names, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
@@ -172,7 +155,6 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Bench | None:
         Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
     )
     complaint = io.StringIO()
     try:
@@ -209,7 +191,7 @@ def _train_defaults(arguments: list[str]) -> Train:
             run_dir=str(run_dir),
             preset=stored["preset"],
             seed=stored["seed"],
-            config=from_dict(stored["config"]),
+            config=from_dict(stored["config"], TrainConfig),
         )
     preset = preset or "default"
     config = TrainConfig.from_preset(preset, env_id or "")
@@ -421,43 +403,6 @@ def _sample(command: Sample) -> None:
     write_bytes_atomic(command.out, data.getvalue())
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     print(f"{command.num} imagined trajectories in {command.out}: {shapes}")
-
-
-def _bench(command: Bench) -> None:
-    from polygrad_fast.benchmarking.figures import draw_all, stale_plots
-    from polygrad_fast.benchmarking.report import all_tables, update_readme
-    from polygrad_fast.benchmarking.rows import read_folder
-
-    if command.check and not command.readme and command.plots is None:
-        raise InputError(
-            "--check needs --readme or --plots, the files or the folder that are to be checked"
-        )
-    rows = read_folder(command.results)
-    if not command.readme and command.plots is None:
-        print(all_tables(rows))
-    for path in command.readme:  # a file that cannot be rewritten stops before any is
-        update_readme(path, rows, check=True)
-    for path in command.readme:
-        stale = update_readme(path, rows, command.check)
-        if stale and command.check:
-            raise InputError(
-                f"{path}: {', '.join(stale)} differ from the rows in {command.results}; "
-                f"`polygrad-fast bench report --readme {path}` writes them anew"
-            )
-        done = "checked" if command.check else f"{len(stale)} tables changed"
-        print(f"{path}: {done}, {len(rows)} rows in {command.results}")
-    if command.plots is not None and command.check:
-        stale = stale_plots(rows, command.plots)
-        if stale:
-            raise InputError(
-                f"{command.plots}: {', '.join(stale)} missing or not of the rows in "
-                f"{command.results}; `polygrad-fast bench report --plots {command.plots}` draws "
-                "them anew"
-            )
-        print(f"{command.plots}: checked")
-    elif command.plots is not None:
-        for path in draw_all(rows, command.plots):
-            print(path)
 
 
 def _check_writable(path: Path) -> None:

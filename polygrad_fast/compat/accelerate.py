@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from polygrad_fast.compat.guidance_options import GuidanceOptions, sampler_config
 from polygrad_fast.compat.live import LiveDenoiser, LivePolicy, dropout_is_active, moments
 from polygrad_fast.config import SamplerConfig
+from polygrad_fast.diffusion.ddpm import TABLES, NoiseSchedule
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.sampling import PolicyGuidedSampler, SampleNoise
-from polygrad_fast.schedule import TABLES, NoiseSchedule
 
 DIFFUSION_ATTRIBUTES = (
     "model",

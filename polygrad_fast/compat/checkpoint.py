@@ -27,13 +27,13 @@ from polygrad_fast.compat.weights import (
 )
 from polygrad_fast.config import A2CConfig
 from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+from polygrad_fast.diffusion.ddpm import TABLES, NoiseSchedule
 from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
+from polygrad_fast.runs.files import write_bytes_atomic
 from polygrad_fast.sampling.folded_networks import why_foreign
-from polygrad_fast.schedule import TABLES, NoiseSchedule
-from polygrad_fast.training.a2c import ActorCritic
-from polygrad_fast.training.run_log import write_bytes_atomic
 
 _FILE = re.compile(r"step-(\d+)-(ac|diffusion)\.pt")
 

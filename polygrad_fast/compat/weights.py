@@ -12,10 +12,10 @@ from torch import Tensor
 from polygrad_fast.config import A2CConfig
 from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import InputError
+from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.protocols import check_normalizer
-from polygrad_fast.training.a2c import ActorCritic
 
 _LINEAR = re.compile(r"(\d+)\.weight$")
 _TRANSFORMER_NAMES = {

@@ -29,7 +29,8 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
         raise InputError(
             "plots need the extra 'plots': pip install 'polygrad-fast[plots]'"
         ) from error
-    from polygrad_fast.training.run_log import STEP_COLUMN, read_metrics, write_bytes_atomic
+    from polygrad_fast.runs.files import write_bytes_atomic
+    from polygrad_fast.runs.metrics import STEP_COLUMN, read_metrics
 
     rows = read_metrics(metrics_csv)
     evaluations = [row for row in rows if math.isfinite(row.get("eval/mean_reward", math.nan))]

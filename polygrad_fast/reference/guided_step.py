@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.config import SamplerConfig, check_choices
+from polygrad_fast.diffusion.ddpm import NoiseSchedule
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import log_prob, score
 from polygrad_fast.protocols import Policy, policy_moments
-from polygrad_fast.schedule import NoiseSchedule
 
 
 def denoiser_actions(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.config import SamplerConfig
+from polygrad_fast.diffusion.ddpm import NoiseSchedule
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.protocols import Denoiser, Policy
-from polygrad_fast.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

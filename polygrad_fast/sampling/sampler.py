@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polygrad_fast.config import SamplerConfig
+from polygrad_fast.diffusion.ddpm import NoiseSchedule
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
@@ -29,7 +30,6 @@ from polygrad_fast.sampling.folded_networks import why_foreign
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
-from polygrad_fast.schedule import NoiseSchedule
 from polygrad_fast.structure import parts
 
 ENGINES = ("auto", "reference", "torch", "triton")

@@ -21,12 +21,12 @@ def num_updates(steps: int, ratio: float) -> int:
 
 
 def remaining_counts(config: TrainConfig, step: int, target: int) -> dict[str, int]:
-    """Return how many environment steps, denoiser and policy updates and evaluations follow
+    """Return how many environment steps, world model and policy updates and evaluations follow
     environment step `step` up to `target`."""
     c = config
     start = c.learning_starts
     ratios = {
-        "denoiser_update": (c.denoiser.updates_per_env_step, start),
+        "model_update": (c.world_model_training.updates_per_env_step, start),
         "policy_update": (c.policy_updates_per_env_step, start + c.policy_delay_steps),
     }
     counts = {
@@ -34,7 +34,7 @@ def remaining_counts(config: TrainConfig, step: int, target: int) -> dict[str, i
         for name, (ratio, first) in ratios.items()
     }
     if step < start <= target:
-        counts["denoiser_update"] += c.denoiser.pretrain_updates
+        counts["model_update"] += c.world_model_training.pretrain_updates
     # after the prefill at every multiple of the interval, and at the end
     done = max(step, min(start, target - 1))
     counts["evaluation"] = (target - 1) // c.eval_interval - done // c.eval_interval + 1
@@ -66,7 +66,7 @@ class Durations:
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
 
     def add(self, name: str, seconds: float) -> None:
-        """Note how long one "env_step", "denoiser_update", "policy_update" or "evaluation" took."""
+        """Note how long one "env_step", "model_update", "policy_update" or "evaluation" took."""
         self._seconds[name].append(seconds)
 
     def typical(self) -> dict[str, float]:

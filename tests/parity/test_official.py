@@ -15,8 +15,8 @@ import torch
 
 import polygrad_fast as pg
 from polygrad_fast.compat import official
+from polygrad_fast.diffusion.ddpm import denoising_loss
 from polygrad_fast.sampling.reference_engine import diffusion_step
-from polygrad_fast.training.denoiser import denoising_loss
 
 OWN_COPY = Path(__file__).parents[1] / "fixtures" / "official"
 FIXTURES = Path(os.environ.get("POLYGRAD_RECORDED_OFFICIAL", OWN_COPY))

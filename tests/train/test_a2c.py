@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
 import polygrad_fast as pg
+from polygrad_fast.learners.a2c import generalized_advantages
 from polygrad_fast.policy import log_prob
-from polygrad_fast.training.a2c import generalized_advantages
 
 S, A, B, H = 4, 2, 16, 6
 FIELDS = ("observations", "actions", "rewards", "terminals")

@@ -18,11 +18,11 @@ import torch
 
 import polygrad_fast as pg
 from polygrad_fast.evaluation.returns import EpisodeStatistics
-from polygrad_fast.training import run_log
-from polygrad_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from polygrad_fast.runs import metrics as run_log
+from polygrad_fast.runs.checkpoint import load_checkpoint, save_checkpoint
+from polygrad_fast.runs.directory import locked
+from polygrad_fast.runs.metrics import read_metrics
 from polygrad_fast.training.estimate import Durations
-from polygrad_fast.training.run_directory import locked
-from polygrad_fast.training.run_log import read_metrics
 
 
 def tiny_config(**overrides) -> pg.TrainConfig:
@@ -407,7 +407,7 @@ def test_nan_in_training_names_step_quantity_and_checkpoint(tmp_path):
     def poison(agent, metrics):
         if agent.num_timesteps == 75:
             with torch.no_grad():
-                agent.denoiser_trainer.model.output.bias.fill_(float("nan"))
+                agent.world_model.trainer.model.output.bias.fill_(float("nan"))
 
     with pytest.raises(pg.NonFiniteError) as caught:
         agent.learn(150, callback=poison)
@@ -646,7 +646,7 @@ def crash_in_evaluation(agent):
 
 
 def interrupt_in_pretraining(agent):
-    update, seen = agent._update_denoiser, []
+    update, seen = agent._update_model, []
 
     def interrupted(speed):
         seen.append(None)
@@ -654,18 +654,18 @@ def interrupt_in_pretraining(agent):
             signal.raise_signal(signal.SIGINT)
         update(speed)
 
-    agent._update_denoiser = interrupted
+    agent._update_model = interrupted
 
 
 def interrupt_in_the_last_step(agent):
-    update = agent._update_denoiser
+    update = agent._update_model
 
     def interrupted(speed):
         if agent.num_timesteps == 229:
             signal.raise_signal(signal.SIGINT)
         update(speed)
 
-    agent._update_denoiser = interrupted
+    agent._update_model = interrupted
 
 
 CRASHES = {
@@ -716,7 +716,7 @@ def test_what_was_learnt_is_saved_before_an_error_is_raised(tmp_path, capfd, who
         assert agent.num_timesteps == finished
     else:
         agent.environment.env.where = ""
-        for name in ("evaluate", "_update_denoiser"):
+        for name in ("evaluate", "_update_model"):
             agent.__dict__.pop(name, None)
     agent.learn(230 - finished)
     assert_same_run(agent, whole_run)
@@ -724,7 +724,7 @@ def test_what_was_learnt_is_saved_before_an_error_is_raised(tmp_path, capfd, who
 
 def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
-    update, updates = agent._update_denoiser, []
+    update, updates = agent._update_model, []
 
     def interrupted(speed):
         updates.append(agent.num_timesteps)
@@ -734,7 +734,7 @@ def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
             signal.raise_signal(signal.SIGINT)
         update(speed)
 
-    agent._update_denoiser = interrupted
+    agent._update_model = interrupted
     with pytest.raises(KeyboardInterrupt):
         agent.learn(60)
     assert updates == [39, 39]  # of five
@@ -743,7 +743,7 @@ def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
     assert updates == [39] * 4  # the fourth was cut off: what was saved before it stays
     assert "step_000000039" in caught.value.__notes__[0]
     _, state, _ = load_checkpoint(tmp_path / "checkpoints" / "step_000000039")
-    assert state["begun_step"] == {"denoiser_update": 3, "policy_update": 0}
+    assert state["begun_step"] == {"model_update": 3, "policy_update": 0}
 
 
 def test_signals_are_left_alone_where_they_are_not_ours(tmp_path):
@@ -906,7 +906,7 @@ def test_every_learning_ends_with_an_evaluation(steps):
 
 @pytest.mark.parametrize(
     "slow, delay, words",
-    [("policy_update", 0, "about 5.8 days"), ("denoiser_update", 10**5, "more than 5.8 days")],
+    [("policy_update", 0, "about 5.8 days"), ("model_update", 10**5, "more than 5.8 days")],
 )
 def test_a_run_of_more_than_a_day_is_announced_once(monkeypatch, slow, delay, words):
     """Also long before the first policy update, whose time is not known then."""
@@ -986,14 +986,14 @@ def test_a_step_of_ones_own_is_that_of_learning_and_counts_once_it_is_finished(m
     config = tiny_config(total_timesteps=60, cpu_threads=None)
     learning, stepping = (pg.PolyGRAD("Pendulum-v1", config=config) for _ in range(2))
     learning.learn(60)
-    update = stepping._update_denoiser
+    update = stepping._update_model
 
     def stopped(speed):
         update(speed)
         if stepping.replay.total_steps == 40:
             stepping.stop()
 
-    monkeypatch.setattr(stepping, "_update_denoiser", stopped)
+    monkeypatch.setattr(stepping, "_update_model", stopped)
     calls = 0
     while stepping.num_timesteps < 60:
         stepping.step()

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.training.denoiser import DenoiserTrainer, denoising_loss
+from polygrad_fast.diffusion.ddpm import denoising_loss
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([5.0, 1.0])
 ENDS = ((4, "terminated"), (3, "truncated"), (5, "terminated"), (6, "truncated"), (2, "both"))
@@ -325,7 +326,7 @@ def test_the_denoisers_loss_is_that_of_the_configured_process(preset, monkeypatc
     sampler = getattr(pg.SamplerConfig, preset)()
     agent, _ = make_agent(sampler=sampler, policy_updates_per_env_step=0.0)
     agent.learn(10)
-    before = copy.deepcopy(agent.denoiser_trainer.model)
+    before = copy.deepcopy(agent.world_model.trainer.model)
     updates = spy(monkeypatch, DenoiserTrainer, "update")
     rows = []
     agent.learn(1, callback=lambda _, row: rows.append(row))
@@ -361,7 +362,7 @@ def test_the_averaged_denoiser_imagines_by_the_configured_algorithm(monkeypatch)
         guidance=dict(initial=0.05),
         denoiser=dict(ema_decay=0.75, ema_interval=1, ema_start=0),
     )
-    average = copy.deepcopy(agent.denoiser_trainer.model)
+    average = copy.deepcopy(agent.world_model.trainer.model)
     averaged = [parameter.detach().clone() for parameter in average.parameters()]
     updates = spy(
         monkeypatch,
@@ -390,7 +391,7 @@ def test_the_averaged_denoiser_imagines_by_the_configured_algorithm(monkeypatch)
             action_bounds=(-1.0, 1.0),
         ).sample(
             sample.initial_observations,
-            agent.guidance.value,
+            agent.world_model.guidance.value,
             generator=torch.Generator().set_state(sample.generator.get_state()),
             normalized=True,
         )
@@ -398,7 +399,7 @@ def test_the_averaged_denoiser_imagines_by_the_configured_algorithm(monkeypatch)
     for name in ("observations", "actions", "rewards", "terminals"):
         got, wanted = getattr(batch, name), getattr(by(average), name)
         assert torch.allclose(got, wanted, atol=1e-5), name
-    assert not torch.allclose(batch.rewards, by(agent.denoiser_trainer.model).rewards, atol=1e-3)
+    assert not torch.allclose(batch.rewards, by(agent.world_model.trainer.model).rewards, atol=1e-3)
 
 
 @pytest.mark.parametrize("rescale, low, high", [(True, -1.0, 1.0), (False, LOW, HIGH)])
@@ -513,8 +514,10 @@ def test_one_policy_update_by_hand(monkeypatch):
     spread = standardized.reshape(-1, 2).std(axis=0, ddof=1).mean()
     assert row["a2c/action_std"] == pytest.approx(spread, rel=1e-4)
     assert sample.guidance_scale == 0.2
-    assert agent.guidance.value == pytest.approx(0.2 * np.exp(0.5 * (spread - 1)), rel=1e-4)
-    assert row["a2c/guidance_scale"] == agent.guidance.value
+    assert agent.world_model.guidance.value == pytest.approx(
+        0.2 * np.exp(0.5 * (spread - 1)), rel=1e-4
+    )
+    assert row["a2c/guidance_scale"] == agent.world_model.guidance.value
 
     own = pg.ActorCritic(policy, value_function, agent.normalizer, make_config(a2c=a2c).a2c)
     metrics = own.update(
@@ -545,9 +548,9 @@ def test_delta_follows_the_configured_spread_and_guides_the_next_imagining(
     n = np.arange(5)
     wanted = 0.2 * np.exp(0.1 * (spread - 1) * n) if rule == "log" else 0.2 + 0.1 * (spread - 1) * n
     assert [sample.guidance_scale for sample in samples] == pytest.approx(wanted[:4])
-    assert agent.guidance.value == pytest.approx(wanted[4])
+    assert agent.world_model.guidance.value == pytest.approx(wanted[4])
     agent.imagine(2)
-    assert samples[-1].guidance_scale == agent.guidance.value
+    assert samples[-1].guidance_scale == agent.world_model.guidance.value
 
 
 @pytest.mark.parametrize("action_update", ["sample", "none"])
@@ -555,7 +558,7 @@ def test_delta_stays_where_nothing_is_guided(action_update, monkeypatch):
     agent, _ = make_agent(guidance=dict(initial=0.2), sampler=dict(action_update=action_update))
     spy(monkeypatch, pg.ActorCritic, "update", instead=lambda *_, **__: dict(SPREADS))
     agent.learn(14)
-    assert agent.guidance.value == 0.2
+    assert agent.world_model.guidance.value == 0.2
 
 
 # When what happens

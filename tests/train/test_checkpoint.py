@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from polygrad_fast.errors import CheckpointError
-from polygrad_fast.training import checkpoint
-from polygrad_fast.training.checkpoint import (
+from polygrad_fast.runs import checkpoint
+from polygrad_fast.runs.checkpoint import (
     CheckpointManager,
     load_checkpoint,
     read_metadata,
@@ -380,7 +380,7 @@ KILL_SCRIPT = textwrap.dedent(
     import os, random, shutil, signal, sys, time, warnings
     import torch
     from pathlib import Path
-    from polygrad_fast.training.checkpoint import CheckpointManager, load_checkpoint
+    from polygrad_fast.runs.checkpoint import CheckpointManager, load_checkpoint
 
     run_dir, mode = Path(sys.argv[1]), sys.argv[2]
     # A kill must not leave anything that latest() has to skip with a warning.

@@ -17,8 +17,8 @@ import pytest
 
 import polygrad_fast as pg
 from polygrad_fast import cli
-from polygrad_fast.training.checkpoint import CheckpointManager, load_checkpoint
-from polygrad_fast.training.run_log import read_metrics
+from polygrad_fast.runs.checkpoint import CheckpointManager, load_checkpoint
+from polygrad_fast.runs.metrics import read_metrics
 
 TINY = (
     "--preset quick --horizon 4 --schedule.num-train-timesteps 3 --denoiser.hidden-dim 16 "
@@ -82,7 +82,7 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
     "arguments, message",
     [
         ("", "train, evaluate, sample"),
-        ("fly", "unknown command 'fly', wanted train, evaluate, sample, bench"),
+        ("fly", "unknown command 'fly', wanted train, evaluate, sample"),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),

@@ -10,12 +10,9 @@ from torch import nn
 
 import polygrad_fast as pg
 from polygrad_fast.config import DenoiserConfig
-from polygrad_fast.training.denoiser import (
-    DenoiserTrainer,
-    build_denoiser,
-    denoising_loss,
-    warn_of_amplified_errors,
-)
+from polygrad_fast.denoisers.build import build_denoiser
+from polygrad_fast.diffusion.ddpm import denoising_loss, warn_of_amplified_errors
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 
 S, A, H, K = 3, 2, 4, 8
 D = S + 2

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import polygrad_fast as pg
-from polygrad_fast.benchmarking import sampler_case
+from harness import sampler_case
 from polygrad_fast.config import DenoiserConfig
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
-from polygrad_fast.training.denoiser import DenoiserTrainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from polygrad_fast.config import GuidanceConfig
 from polygrad_fast.errors import InputError
-from polygrad_fast.training.guidance import GuidanceTuner, spread
+from polygrad_fast.learners.a2c import spread
+from polygrad_fast.world_models.guidance import GuidanceTuner
 
 examples = settings(max_examples=40, deadline=None)
 values = st.floats(1e-4, 5.0)

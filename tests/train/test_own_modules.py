@@ -10,7 +10,7 @@ from torch import nn
 
 import polygrad_fast as pg
 from polygrad_fast import cli
-from polygrad_fast.training.run_log import read_metrics
+from polygrad_fast.runs.metrics import read_metrics
 
 S, A, H = 3, 1, 4  # Pendulum
 
@@ -85,7 +85,7 @@ def test_own_modules_are_trained(engine):
     config = tiny_config(engine=engine)
     config = replace(config, denoiser=replace(config.denoiser, ema_interval=1))
     agent = pg.PolyGRAD("Pendulum-v1", config=config, **own)
-    assert agent.policy is own["policy"] and agent.denoiser_trainer.model is own["denoiser"]
+    assert agent.policy is own["policy"] and agent.world_model.trainer.model is own["denoiser"]
     rows = []
     agent.learn(120, callback=lambda agent, metrics: rows.append(metrics))
     for name, module in own.items():

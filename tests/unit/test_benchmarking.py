@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from polygrad_fast import cli
-from polygrad_fast.benchmarking import figures, report, sampler_case
-from polygrad_fast.benchmarking import rows as rows_module
-from polygrad_fast.benchmarking.rows import (
+import report as script
+from harness import figures, report, sampler_case
+from harness import rows as rows_module
+from harness.rows import (
     Check,
     Row,
     RowFile,
@@ -24,9 +24,9 @@ from polygrad_fast.benchmarking.rows import (
     read_rows,
     write_rows,
 )
-from polygrad_fast.benchmarking.session import NotMeasured, Session
-from polygrad_fast.benchmarking.timing import interleaved, repeated
-from polygrad_fast.benchmarking.work import Ceilings, Work
+from harness.session import NotMeasured, Session
+from harness.timing import interleaved, repeated
+from harness.work import Ceilings, Work
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
 
@@ -293,7 +293,7 @@ def other():
 
 def test_what_a_time_becomes(tmp_path, monkeypatch):
     """Work and milliseconds are those of one of the four operations of a call."""
-    monkeypatch.setattr("polygrad_fast.benchmarking.session.clock_of", lambda device: FakeClock())
+    monkeypatch.setattr("harness.session.clock_of", lambda device: FakeClock())
     session = make_session(tmp_path, small=False)
     monkeypatch.setattr(session.ceilings(CPU), "_fastest", lambda calls, count: 1.0)
     with session.case("a", "float32") as case:
@@ -314,7 +314,7 @@ def test_medians(tmp_path, monkeypatch):
     calls = iter([9.0, 4.0, 8.0, 7.0])  # the first warms up
     clock = lambda call: next(calls)  # noqa: E731
     clock.name = "fake"
-    monkeypatch.setattr("polygrad_fast.benchmarking.session.clock_of", lambda device: clock)
+    monkeypatch.setattr("harness.session.clock_of", lambda device: clock)
     session = make_session(tmp_path, small=False)
     with session.case("a", "float32") as case:
         case.check("error", 0.0, 0.0)
@@ -325,7 +325,7 @@ def test_medians(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("work, kind", [(Work(2.2e12), "products"), (Work(bytes=2e10), "copy")])
 def test_a_time_too_short_for_the_work_is_refused(tmp_path, monkeypatch, work, kind):
-    monkeypatch.setattr("polygrad_fast.benchmarking.session.clock_of", lambda device: FakeClock())
+    monkeypatch.setattr("harness.session.clock_of", lambda device: FakeClock())
     session, measured = make_session(tmp_path, small=False), []
     monkeypatch.setattr(
         session.ceilings(CPU), "_fastest", lambda *_: measured.append(1) or 10 * 2**20 / 1e6
@@ -766,7 +766,7 @@ def results(tmp_path):
 
 def bench_report(folder, *options: str) -> int:
     words = ["--results", str(folder / "results"), *options]
-    return cli.main(["bench", "report", *(word.format(folder) for word in words)])
+    return script.main([word.format(folder) for word in words])
 
 
 def test_the_command_line_prints_writes_and_checks(results, capsys):
@@ -822,17 +822,6 @@ def test_bad_input_is_one_line_and_exit_code_2(results, capsys, options, message
     assert bench_report(results, *options) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and message in captured.err and captured.out == ""
-
-
-@pytest.mark.parametrize("words", [["bench", "--help"], ["bench", "report", "--help"]])
-def test_help(capsys, words):
-    assert cli.main(words) == 0
-    assert "--readme" in capsys.readouterr().out
-
-
-def test_an_unknown_action(capsys):
-    assert cli.main(["bench", "run"]) == 2
-    assert "report" in capsys.readouterr().err
 
 
 def test_plots(results, capsys, monkeypatch):

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from harness.rows import Row, RowFile, provenance, read_rows
+from harness.session import Session
 from polygrad_fast.agent import PolyGRAD
-from polygrad_fast.benchmarking.rows import Row, RowFile, provenance, read_rows
-from polygrad_fast.benchmarking.session import Session
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import InputError
+from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.sampling.torch_engine import TorchEngine
-from polygrad_fast.training.a2c import ActorCritic
-from polygrad_fast.training.denoiser import DenoiserTrainer
 
 ROOT = Path(__file__).parents[2]
 GPU_CHECK = ROOT / "benchmarks" / "gpu_check.sh"
@@ -88,7 +88,7 @@ def test_all_benchmarks_in_tiny_sizes(tmp_path):
 
 BROKEN = '''
 """Break engines: one a little, one into NaN, one in its own noise only; one raises."""
-from polygrad_fast.benchmarking import sampler_case
+from harness import sampler_case
 
 make_engine = sampler_case.make_engine
 
@@ -251,7 +251,7 @@ MUTATIONS = {
         WHOLE, changed(PolyGRAD, "imagine", lambda imagine, self, n, *a, **k: imagine(self, 4, **k))
     ),
     "zero actions": (WHOLE, changed(PolyGRAD, "_act", lambda act, *a: np.zeros_like(act(*a)))),
-    "no denoiser update": (WHOLE, changed(PolyGRAD, "_update_denoiser", lambda *_: None)),
+    "no denoiser update": (WHOLE, changed(PolyGRAD, "_update_model", lambda *_: None)),
     "steps not stored": (WHOLE, changed(ReplayBuffer, "add", until_step_203)),
     "actor's sign": (A2C, changed(ActorCritic, "_step_actor", sign_of_the_actor)),
     "actor's gradient": (A2C, changed(ActorCritic, "_step_actor", random_gradient_of_the_actor)),
@@ -435,7 +435,7 @@ LOST = '''
 """The device is lost after the second case of the first process."""
 from pathlib import Path
 
-from polygrad_fast.benchmarking.session import Session
+from harness.session import Session
 
 
 def is_lost(self):

@@ -122,7 +122,11 @@ def test_configurations_of_earlier_paper_runs_stay_what_they_were(kind, step_con
     stored = json.loads(json.dumps(dataclasses.asdict(resolved)))
     assert stored["denoiser"]["step_conditioning"] == step_conditioning
     assert stored["guidance"]["learning_rate"] == 1e-4
-    assert c.from_dict(stored) == resolved == c.from_dict(stored).resolved("Hopper-v5")
+    assert (
+        c.from_dict(stored, c.TrainConfig)
+        == resolved
+        == c.from_dict(stored, c.TrainConfig).resolved("Hopper-v5")
+    )
 
 
 def flat(options: dict, prefix: str = "") -> dict:
@@ -139,7 +143,7 @@ def test_quick_says_what_it_switches_on_a_name():
         for name in ("Pendulum-v1", "InvertedPendulum-v5")
     )
     switched = {name for name in pendulum if pendulum[name] != other[name]}
-    described = re.findall(r"`([\w.]+)` ([\d.e-]+) or\s+([\d.e-]+\d|\d)", c._quick.__doc__)
+    described = re.findall(r"`([\w.]+)` ([\d.e-]+) or\s+([\d.e-]+\d|\d)", c.train._quick.__doc__)
     assert {name: (float(a), float(b)) for name, a, b in described} == {
         name: (pendulum[name], other[name]) for name in switched
     }
@@ -198,7 +202,7 @@ def test_sampler_presets_take_overrides(preset):
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_round_trip_through_json(preset, env_id):
     config = pg.TrainConfig.from_preset(preset, env_id)
-    restored = c.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
+    restored = c.from_dict(json.loads(json.dumps(dataclasses.asdict(config))), c.TrainConfig)
     assert restored == config
     assert type(restored.sampler) is pg.SamplerConfig and type(restored.a2c) is pg.A2CConfig
 
@@ -224,14 +228,14 @@ def test_table_3_and_the_width_of_long_horizons():
 
 def test_dictionaries_of_the_wrong_kind():
     with pytest.raises(pg.InputError, match="ScheduleConfig must be a dictionary"):
-        c.from_dict({"schedule": 3})
+        c.from_dict({"schedule": 3}, c.TrainConfig)
     with pytest.raises(pg.InputError, match="horizon must be an integer, got 'x'"):
-        c.from_dict({"horizon": "x"})
+        c.from_dict({"horizon": "x"}, c.TrainConfig)
 
 
 def test_missing_options_take_their_defaults():
-    assert c.from_dict({}) == pg.TrainConfig()
-    partial = c.from_dict({"horizon": 7, "a2c": {"gamma": 0.5}})
+    assert c.from_dict({}, c.TrainConfig) == pg.TrainConfig()
+    partial = c.from_dict({"horizon": 7, "a2c": {"gamma": 0.5}}, c.TrainConfig)
     assert partial.horizon == 7 and partial.a2c == pg.A2CConfig(gamma=0.5)
 
 
@@ -242,9 +246,9 @@ def test_unknown_preset_names_the_known_ones():
 
 def test_unknown_options_are_named_with_their_class():
     with pytest.raises(pg.InputError, match="TrainConfig has no option 'horizn'"):
-        c.from_dict({"horizn": 10})
+        c.from_dict({"horizn": 10}, c.TrainConfig)
     with pytest.raises(pg.InputError, match="A2CConfig has no option 'lambda'"):
-        c.from_dict({"horizon": 10, "a2c": {"lambda": 0.9}})
+        c.from_dict({"horizon": 10, "a2c": {"lambda": 0.9}}, c.TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +341,7 @@ def test_numpy_numbers_are_stored_as_python_numbers():
     values = (config.a2c.gamma, config.a2c.line_search_max_steps, config.horizon)
     assert [type(value) for value in values] == [float, int, int] and values == (0.5, 7, 4)
     assert config.rescale_actions is False
-    assert c.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert c.from_dict(json.loads(json.dumps(dataclasses.asdict(config))), c.TrainConfig) == config
     with pytest.raises(pg.InputError, match="gamma must be in"):
         pg.A2CConfig(gamma=np.float64(2))
     with pytest.raises(pg.InputError, match="horizon must be an integer"):
@@ -356,6 +360,6 @@ def test_an_unknown_option_is_named_with_the_one_meant():
     with pytest.raises(
         pg.InputError, match="A2CConfig has no option 'gama', did you mean 'gamma'\\?$"
     ):
-        c.from_dict({"a2c": {"gama": 1.0}})
+        c.from_dict({"a2c": {"gama": 1.0}}, c.TrainConfig)
     with pytest.raises(pg.InputError, match="TrainConfig has no option 'xyzzy'$"):
-        c.from_dict({"xyzzy": 1})
+        c.from_dict({"xyzzy": 1}, c.TrainConfig)

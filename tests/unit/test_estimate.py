@@ -35,10 +35,10 @@ def test_counts_are_those_of_the_training_loop(step, left, starts, delay, ratio,
         policy_delay_steps=delay,
         eval_interval=interval,
     )
-    counts = {"env_step": 0, "denoiser_update": 0, "policy_update": 0, "evaluation": 0}
+    counts = {"env_step": 0, "model_update": 0, "policy_update": 0, "evaluation": 0}
     for s in range(step + 1, target + 1):
         counts["env_step"] += 1
-        counts["denoiser_update"] += 7 * (s == starts) + _due(s - starts, ratio)
+        counts["model_update"] += 7 * (s == starts) + _due(s - starts, ratio)
         counts["policy_update"] += _due(s - starts - delay, ratio)
         counts["evaluation"] += s == target or (s > starts and s % interval == 0)
     got = remaining_counts(config, step, target)
@@ -46,8 +46,8 @@ def test_counts_are_those_of_the_training_loop(step, left, starts, delay, ratio,
 
 
 def test_seconds_are_counts_times_measured_seconds():
-    counts = {"env_step": 1000, "denoiser_update": 1000, "policy_update": 250, "evaluation": 2}
-    seconds = {"env_step": 1e-3, "denoiser_update": 0.05, "policy_update": 10.0}
+    counts = {"env_step": 1000, "model_update": 1000, "policy_update": 250, "evaluation": 2}
+    seconds = {"env_step": 1e-3, "model_update": 0.05, "policy_update": 10.0}
     assert time_left(seconds, counts) == (pytest.approx(1 + 50 + 2500), True)
     assert time_left(seconds | {"evaluation": 3.0}, counts) == (pytest.approx(2557), True)
     # the prefill tells nothing, denoiser updates before the first policy update something

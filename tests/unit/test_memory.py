@@ -13,8 +13,8 @@ import torch
 
 import polygrad_fast as pg
 from polygrad_fast import cli
+from polygrad_fast.denoisers.build import build_denoiser
 from polygrad_fast.training import memory
-from polygrad_fast.training.denoiser import build_denoiser
 
 GB = 10**9
 WALKER = (17, 6)
@@ -242,7 +242,7 @@ def begin(*arguments, **options):
 
 before = []
 agent.check_training_memory = begin
-config = from_dict(json.load(sys.stdin))
+config = from_dict(json.load(sys.stdin), pg.TrainConfig)
 trained = pg.PolyGRAD("Pendulum-v1", config=config, run_dir=sys.argv[1])
 trained.learn(config.total_timesteps)
 print(status("VmHWM") - before[0])

@@ -7,7 +7,7 @@ import pytest
 from polygrad_fast.errors import InputError
 from polygrad_fast.evaluation import plots
 from polygrad_fast.evaluation.plots import plot_learning_curve
-from polygrad_fast.training.run_log import MetricsLog
+from polygrad_fast.runs.metrics import MetricsLog
 
 
 def write_log(path: Path) -> Path:

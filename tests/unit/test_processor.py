@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from polygrad_fast.training import processor
-from polygrad_fast.training.processor import Processor
+from polygrad_fast.runs import processor
+from polygrad_fast.runs.processor import Processor
 
 EPYC = """processor\t: 0
 vendor_id\t: AuthenticAMD

@@ -30,7 +30,7 @@ NESTED = {  # a range and those directly around it; None: it can be outermost
     "check_inputs": {"sample"},
     "checkpoint": {None},
     "denoiser": {"sample"},
-    "denoiser_update": {None},
+    "model_update": {None},
     "diffusion_step": {"sample"},
     "env_reset": {None},
     "env_step": {None},
@@ -45,7 +45,7 @@ NESTED = {  # a range and those directly around it; None: it can be outermost
     "policy_update": {None},
     "refresh": {"sample"},
     "replay_add": {None},
-    "replay_sample": {"denoiser_update", "imagine"},
+    "replay_sample": {"model_update", "imagine"},
     "results": {"sample"},
     "sample": {"imagine"},
 }
@@ -117,7 +117,7 @@ def test_training_emits_nested_and_closed_ranges(domain, tmp_path):
         assert around in NESTED[name], name
     count = [name for name, _ in domain.seen].count
     assert count("env_step") == count("act") == count("replay_add") == 205
-    assert count("denoiser_update") == 2 + 10 * 0.5
+    assert count("model_update") == 2 + 10 * 0.5
     assert count("policy_update") == count("sample") == count("a2c_update") == 5
     assert count("denoiser") == count("guided_step") == 5 * 3
     assert count("line_search_trial") >= 5

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from polygrad_fast.benchmarking import figures, report
-from polygrad_fast.benchmarking.rows import read_folder
+from harness import figures, report
+from harness.rows import read_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = ("README.md", "benchmarks/README.md")

@@ -1,7 +1,9 @@
 import errno
+import importlib.metadata
 import json
 import math
 import os
+import pathlib
 import struct
 import subprocess
 import sys
@@ -11,15 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import polygrad_fast
 from polygrad_fast.errors import InputError
-from polygrad_fast.training import run_log
-from polygrad_fast.training.run_log import (
-    MetricsLog,
-    TensorboardLog,
-    read_metrics,
-    versions,
-    write_json_atomic,
-)
+from polygrad_fast.runs.files import write_json_atomic
+from polygrad_fast.runs.metrics import MetricsLog, TensorboardLog, read_metrics
+from polygrad_fast.runs.versions import versions
 
 
 def bits(value: float) -> bytes:
@@ -113,7 +111,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     """A limit on the file size stands for the full disk: the write is cut short or refused."""
     script = f"""
 import resource, signal
-from polygrad_fast.training.run_log import MetricsLog
+from polygrad_fast.runs.metrics import MetricsLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = MetricsLog({str(tmp_path / "metrics.csv")!r})
 log.write(1, {{"a": 0.125}})
@@ -129,7 +127,7 @@ for room in (24, 30, 21):
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 log.write(3, {{"a": 0.25}})
 """
-    root = os.path.dirname(os.path.dirname(os.path.dirname(run_log.__file__)))
+    root = os.path.dirname(os.path.dirname(polygrad_fast.__file__))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     }
@@ -142,7 +140,7 @@ def test_an_error_of_the_disk_names_the_users_file(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device", "a", None, "b")
 
-    monkeypatch.setattr(run_log.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError) as caught:
         write_json_atomic(tmp_path / "config.json", {})
     wanted = f"[Errno {errno.ENOSPC}] No space left on device: {str(tmp_path / 'config.json')!r}"
@@ -162,7 +160,7 @@ def test_json_is_replaced_whole(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError("disk failed")
 
-    monkeypatch.setattr(run_log.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk failed"):
         write_json_atomic(path, {"b": 2})
     assert json.loads(path.read_text()) == {"a": [1, None]}
@@ -183,9 +181,9 @@ def test_versions_never_fail(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("nothing works")
 
-    monkeypatch.setattr(run_log.subprocess, "run", fail)
-    monkeypatch.setattr(run_log.importlib.metadata, "version", fail)
-    monkeypatch.setattr(run_log.Path, "read_text", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
+    monkeypatch.setattr(importlib.metadata, "version", fail)
+    monkeypatch.setattr(pathlib.Path, "read_text", fail)
     monkeypatch.setattr(torch.cuda, "is_available", fail)
     found = versions()
     assert found["git_commit"] is None and found["torch"] is None and found["gpu"] is None

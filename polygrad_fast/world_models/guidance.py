@@ -1,27 +1,11 @@
-"""Tuning of the guidance scale delta (equation 10 and the released code's rule)."""
+"""The guidance scale delta, tuned while training (equation 10)."""
 
 from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from polygrad_fast.config import GuidanceConfig
 from polygrad_fast.errors import InputError
-
-
-def spread(standardized_actions: Tensor, statistic: str) -> Tensor:
-    """Return the spread of standardized actions (a - mu) / sigma, [..., A], which is 1 for
-    on-policy actions.
-
-    "std": mean over action dimensions of the standard deviation (equation 9, as released);
-    "mean_abs": E|z| / sqrt(2 / pi).
-    """
-    if statistic == "mean_abs":
-        return standardized_actions.abs().mean() / math.sqrt(2 / math.pi)
-    if statistic != "std":
-        raise InputError(f"statistic must be 'std' or 'mean_abs', got {statistic!r}")
-    return standardized_actions.flatten(0, -2).std(dim=0).mean()
 
 
 class GuidanceTuner:

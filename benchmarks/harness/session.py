@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from polygrad_fast.benchmarking.rows import Check, Provenance, Row, RowFile
-from polygrad_fast.benchmarking.timing import Call, clock_of, interleaved
-from polygrad_fast.benchmarking.work import Ceilings, Work
+from harness.rows import Check, Provenance, Row, RowFile
+from harness.timing import Call, clock_of, interleaved
+from harness.work import Ceilings, Work
 from polygrad_fast.errors import InputError
 
 TIMES = ("ms", "ms_min", "ms_max", "tflops", "gb_per_s", "share_of_floor")

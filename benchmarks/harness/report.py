@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from polygrad_fast.benchmarking.rows import Row
+from harness.rows import Row
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
-from polygrad_fast.training.run_log import write_bytes_atomic
+from polygrad_fast.runs.files import write_bytes_atomic
 
 NOT_MEASURED = "not measured"
 END = "<!-- end of table -->"

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.errors import CheckpointError
-from polygrad_fast.training.run_log import fsync_directory, naming, write_bytes_atomic
+from polygrad_fast.runs.files import fsync_directory, naming, write_bytes_atomic
 
 try:
     import fcntl

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polygrad_fast.benchmarking.timing import clock_of, interleaved, repeated
+from harness.timing import clock_of, interleaved, repeated
 from polygrad_fast.sampling.linear import LinearOps
 
 DTYPES = {

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 import polygrad_fast as pg
-from polygrad_fast.benchmarking.work import Work, parameter_bytes
+from harness.work import Work, parameter_bytes
 from polygrad_fast.config import DenoiserConfig
+from polygrad_fast.denoisers.build import build_denoiser
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
 from polygrad_fast.sampling.graphs import GraphCache
 from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
-from polygrad_fast.training.denoiser import build_denoiser
 
 OBSERVATION_DIM, ACTION_DIM = 17, 6  # Walker2d
 GUIDANCE_SCALE = 0.005

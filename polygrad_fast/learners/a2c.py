@@ -19,7 +19,20 @@ from polygrad_fast.protocols import (
     policy_moments,
     reads_normalized,
 )
-from polygrad_fast.training.guidance import spread
+
+
+def spread(standardized_actions: Tensor, statistic: str) -> Tensor:
+    """Return the spread of standardized actions (a - mu) / sigma, [..., A], which is 1 for
+    on-policy actions.
+
+    "std": mean over action dimensions of the standard deviation (equation 9, as released);
+    "mean_abs": E|z| / sqrt(2 / pi).
+    """
+    if statistic == "mean_abs":
+        return standardized_actions.abs().mean() / math.sqrt(2 / math.pi)
+    if statistic != "std":
+        raise InputError(f"statistic must be 'std' or 'mean_abs', got {statistic!r}")
+    return standardized_actions.flatten(0, -2).std(dim=0).mean()
 
 
 def generalized_advantages(

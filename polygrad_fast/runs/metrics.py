@@ -1,74 +1,17 @@
-"""What a run leaves besides its weights: metrics.csv, JSON files, versions, TensorBoard events."""
+"""A run's metrics: metrics.csv and TensorBoard events."""
 
 import contextlib
 import csv
 import errno
-import importlib.metadata
 import io
-import json
 import os
-import platform
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from polygrad_fast._version import __version__
 from polygrad_fast.errors import InputError
-from polygrad_fast.training.processor import Processor
+from polygrad_fast.runs.files import naming, write_bytes_atomic
 
 STEP_COLUMN = "env_step"
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make renames inside ``directory`` survive a power loss. Does nothing on Windows."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Let an OSError name ``path``: a failed write names no file, and a temporary one says little
-    to a user."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def write_bytes_atomic(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path``; a reader finds the old or the new content, never a mixture."""
-    path = Path(path)
-    # One fixed name: what a killed process left is overwritten by the next write.
-    temporary = path.with_name(f".tmp-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        fsync_directory(path.parent)
-
-
-def write_json_atomic(path: str | Path, data: Any) -> None:
-    """Write ``data`` as indented JSON; a reader finds the old or the new file, never a mixture.
-
-    Raises TypeError, before anything is written, if JSON cannot express ``data``.
-    """
-    write_bytes_atomic(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -253,56 +196,3 @@ class TensorboardLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def versions() -> dict[str, str | None]:
-    """Describe the software and machine of a run, for versions.json; what is unknown is None.
-
-    Keys: polygrad_fast, git_commit (ends in "-dirty" if tracked files differ), python, torch,
-    numpy, gymnasium, mujoco, triton, cuda (the version torch was built for), gpu, platform,
-    processor. Never fails.
-    """
-    packages = ("torch", "numpy", "gymnasium", "mujoco", "triton")
-    cuda, gpu = _cuda()
-    return {
-        "polygrad_fast": __version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        **{name: _package_version(name) for name in packages},
-        "cuda": cuda,
-        "gpu": gpu,
-        "platform": platform.platform(),
-        "processor": Processor.of_this_machine().name,
-    }
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except Exception:
-        return None
-
-
-def _cuda() -> tuple[str | None, str | None]:
-    try:
-        import torch
-
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        return torch.version.cuda, name
-    except Exception:
-        return None, None
-
-
-def _git_commit() -> str | None:
-    checkout = Path(__file__).resolve().parents[2]
-    # An installed package may lie inside another checkout, whose commit says nothing about it.
-    if not (checkout / ".git").exists():
-        return None
-    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(checkout), *describe], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None

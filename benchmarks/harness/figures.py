@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from polygrad_fast.benchmarking.rows import Row
+from harness.rows import Row
 from polygrad_fast.errors import InputError
 
 MODELS = {"residual_mlp": "residual MLP", "transformer": "transformer"}

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from polygrad_fast.errors import InputError
-from polygrad_fast.training.processor import Processor
-from polygrad_fast.training.run_log import versions, write_bytes_atomic
+from polygrad_fast.runs.files import write_bytes_atomic
+from polygrad_fast.runs.processor import Processor
+from polygrad_fast.runs.versions import versions
 
 STATUSES = ("ok", "wrong", "not offered", "out of memory", "error")
 CHECKOUT = Path(__file__).resolve().parents[2]

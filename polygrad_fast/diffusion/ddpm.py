@@ -1,14 +1,16 @@
-"""Noise schedule tables of the diffusion process."""
+"""Denoising diffusion: the noise schedule and the denoising loss (Algorithm 1)."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
 
 
@@ -169,3 +171,71 @@ class NoiseSchedule:
 
 TABLES = tuple(field.name for field in fields(NoiseSchedule))
 """Names of a schedule's tables, the released diffusion model's buffers."""
+
+
+LARGEST_EPSILON_ERROR_GAIN = 3.0
+"""Largest `NoiseSchedule.epsilon_error_gain` for which noise is predicted without a warning.
+
+States have a standard deviation of about 1 in every step, and denoisers are trained on those only.
+After some thousand updates they err by 0.2 or more (root mean square). Times the gain that
+displaces the next step's states: by 0.6 at this limit, by 6 in the first step of a cosine schedule,
+whose beta ends at 0.999 for every K and tau. So far out a denoiser hardly corrects the error, and
+later steps multiply it on.
+"""
+
+
+def warn_of_amplified_errors(
+    schedule: NoiseSchedule, config: SamplerConfig, stacklevel: int = 2
+) -> None:
+    """Warn where a denoiser's error is multiplied beyond what later steps correct."""
+    gain = schedule.epsilon_error_gain.max().item()
+    if config.prediction_type == "epsilon" and gain > LARGEST_EPSILON_ERROR_GAIN:
+        warnings.warn(
+            f"prediction_type 'epsilon' with this noise schedule multiplies the denoiser's error "
+            f"by {gain:.0f} in one diffusion step, so imagined states and rewards are far off "
+            f"until the denoiser is well trained: prediction_type 'sample' "
+            f"(--sampler.prediction-type sample) or the preset 'default' avoids it",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def denoising_loss(
+    denoiser: nn.Module,
+    trajectory: Tensor,
+    actions: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    config: SamplerConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the inpainted denoising loss (Algorithm 1, line 6) and its parts.
+
+    x_i = sqrt(alphabar_i) x + sqrt(1 - alphabar_i) eps with the clean first observation put back;
+    the prediction's first observation is replaced by the clean one too; mean squared error against
+    eps or x.
+
+    Args:
+        trajectory: clean, normalized [B, H, D]. actions: normalized [B, H, A], already clipped if
+            the model is to see clipped actions.
+        timesteps: 0-based steps [B]. noise: standard normals [B, H, D].
+
+    Returns:
+        The scalar loss, and detached scalars for observations, rewards and terminals.
+    """
+    observation_dim = trajectory.shape[-1] - 2
+    alphas_cumprod = schedule.alphas_cumprod[timesteps].view(-1, 1, 1)
+    noisy = alphas_cumprod.sqrt() * trajectory + (1.0 - alphas_cumprod).sqrt() * noise
+    noisy[:, 0, :observation_dim] = trajectory[:, 0, :observation_dim]
+    if config.scale_actions:
+        actions = alphas_cumprod.sqrt() * actions
+    prediction = denoiser(noisy, actions.clone(), timesteps).clone()
+    prediction[:, 0, :observation_dim] = trajectory[:, 0, :observation_dim]
+    target = noise if config.prediction_type == "epsilon" else trajectory
+    squared_error = (prediction - target).square()
+    with torch.no_grad():
+        parts = {
+            "observation_loss": squared_error[..., :observation_dim].mean(),
+            "reward_loss": squared_error[..., -2].mean(),
+            "terminal_loss": squared_error[..., -1].mean(),
+        }
+    return squared_error.mean(), parts

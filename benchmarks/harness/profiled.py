@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from harness import sampler_case
 from polygrad_fast import profiling
-from polygrad_fast.benchmarking import sampler_case
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling.sampler import ENGINES
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from polygrad_fast.errors import CheckpointError, InputError
-from polygrad_fast.training.run_log import STEP_COLUMN, naming, read_metrics
+from polygrad_fast.runs.files import naming
+from polygrad_fast.runs.metrics import STEP_COLUMN, read_metrics
 
 try:
     import fcntl

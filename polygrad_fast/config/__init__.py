@@ -1,0 +1,30 @@
+"""Configuration: groups of options, and presets of them."""
+
+from polygrad_fast.config.groups import (
+    A2CConfig,
+    AutoregressiveConfig,
+    DenoiserConfig,
+    GuidanceConfig,
+    NormalizerConfig,
+    PolicyConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    check_choices,
+)
+from polygrad_fast.config.options import from_dict
+from polygrad_fast.config.train import PRESETS, TrainConfig
+
+__all__ = [
+    "A2CConfig",
+    "AutoregressiveConfig",
+    "DenoiserConfig",
+    "GuidanceConfig",
+    "NormalizerConfig",
+    "PRESETS",
+    "PolicyConfig",
+    "SamplerConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "check_choices",
+    "from_dict",
+]

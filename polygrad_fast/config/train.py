@@ -1,0 +1,228 @@
+"""Everything a run needs, and the presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from polygrad_fast.config.groups import (
+    A2CConfig,
+    AutoregressiveConfig,
+    DenoiserConfig,
+    GuidanceConfig,
+    NormalizerConfig,
+    PolicyConfig,
+    SamplerConfig,
+    ScheduleConfig,
+)
+from polygrad_fast.config.options import Options
+from polygrad_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """Everything a run of Algorithm 3 needs besides the environment, seed and device."""
+
+    world_model: Literal["trajectory_diffusion", "autoregressive"] = "trajectory_diffusion"
+    """What imagines: policy-guided trajectory diffusion (options schedule, sampler, denoiser,
+    guidance), or a plain one-step network rolled out (option autoregressive)."""
+    horizon: int = 10
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    autoregressive: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    a2c: A2CConfig = field(default_factory=A2CConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
+    total_timesteps: int = 1_000_000
+    """Environment steps of the command line's run, the prefill included."""
+    imagined_batch_size: int = 1024
+    """Imagined trajectories per policy update."""
+    policy_updates_per_env_step: float = 0.25
+    learning_starts: int = 5000
+    """Environment steps with random actions before any training."""
+    policy_delay_steps: int = 1000
+    """Environment steps after the prefill before the first policy update."""
+    replay_capacity: int = 1_000_000
+    rescale_actions: bool = True
+    """Let the policy act in [-1, 1] where the action space is bounded."""
+    eval_interval: int = 10_000
+    """Environment steps between two evaluations."""
+    eval_episodes: int = 10
+    log_interval: int = 1000
+    """Environment steps between two rows of metrics.csv."""
+    checkpoint_interval: int = 10_000
+    keep_checkpoints: int = 2
+    engine: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """Sampling engine."""
+    dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
+    """Arithmetic of the denoiser in sampling."""
+    cpu_threads: int | None = None
+    """PyTorch's threads while learning on a CPU; None: as they are. Small networks gain nothing
+    from more than one, and lose much where other processes need the cores."""
+
+    def _check_ranges(self) -> None:
+        self._check_at_least(
+            1,
+            "horizon",
+            "total_timesteps",
+            "imagined_batch_size",
+            "learning_starts",
+            "replay_capacity",
+            "eval_interval",
+            "eval_episodes",
+            "log_interval",
+            "checkpoint_interval",
+            "keep_checkpoints",
+        )
+        self._check(self.horizon >= 2, "horizon", "at least 2 to train (A2C needs a next value)")
+        self._check(
+            self.learning_starts >= self.horizon,
+            "learning_starts",
+            f"at least the horizon, {self.horizon} (training needs a whole window)",
+        )
+        self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
+        self._check_positive("cpu_threads")
+
+    @property
+    def world_model_training(self) -> DenoiserConfig | AutoregressiveConfig:
+        """The options of the world model in use that say how often and on how much it trains:
+        batch_size, updates_per_env_step, pretrain_updates."""
+        return self.denoiser if self.world_model == "trajectory_diffusion" else self.autoregressive
+
+    def resolved(self, env_id: str) -> TrainConfig:
+        """Return the configuration with the value in place of every None that stands for one."""
+        hopper = _environment(env_id).startswith("Hopper") and self.denoiser.kind == "residual_mlp"
+        schedule = self.schedule
+        if schedule.tau is None:
+            schedule = replace(schedule, tau=0.1 if hopper else 1.0)
+        return replace(
+            self,
+            schedule=schedule,
+            denoiser=self.denoiser.resolved(self.horizon),
+            guidance=self.guidance.resolved(),
+        )
+
+    @classmethod
+    def from_preset(cls, name: str, env_id: str = "") -> TrainConfig:
+        """Return a preset.
+
+        "default": the released code's settings. "paper": the paper's text, whose predicted noise
+        goes wrong until the denoiser is well trained (`learn` warns of it). "quick": CPU-sized,
+        tuned on two environments: horizon, the policy's init_std and min_std, a2c's
+        saturation_coef, actor_learning_rate, target_critic_decay and final_target_update, and
+        eval_episodes differ between Pendulum and all others, which get the settings tuned on
+        InvertedPendulum-v5.
+
+        Args:
+            name: the preset.
+            env_id: the environment; only "quick" looks at it, at whether its name starts with
+                "Pendulum".
+
+        Raises:
+            InputError: unknown preset.
+        """
+        if not isinstance(name, str) or name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}, wanted one of {list(PRESETS)}")
+        return PRESETS[name](env_id)
+
+
+def _environment(env_id: str) -> str:
+    """Return an environment id without module and namespace: "ale:ns/Hopper-v5" -> "Hopper-v5"."""
+    return env_id.rsplit(":")[-1].rsplit("/")[-1]
+
+
+def _default(env_id: str) -> TrainConfig:
+    return TrainConfig()
+
+
+def _paper(env_id: str) -> TrainConfig:
+    """The paper's text: Algorithm 2 with equations 1 and 11 as printed, equation 10, the denoisers
+    of appendix A, and tables 1 to 4, which are the defaults.
+
+    What the paper does not print is the released code's: the denoiser's averaged weights, gradient
+    norm limit, target critic, normalized advantages, learned actor learning rate, the policy's
+    networks, terminal flags, normalizer, prefill, and the 0.005 that the guidance scale starts
+    from. So is AdamW for actor and critic, where the paper has Adam. The learning rate of equation
+    10 and the bounds of the guidance scale are this library's.
+
+    The printed algorithm predicts noise, and its first reverse step multiplies the denoiser's error
+    by 32 (`NoiseSchedule.epsilon_error_gain`). After 5,000 updates at width 256 on
+    InvertedPendulum-v5, whose rewards are 0 and 1, it imagines rewards from -11 to 11; with
+    `SamplerConfig.paper(prediction_type="sample")` from -0.9 to 1.6. `PolyGRAD.learn` warns; more
+    numbers are in polygrad_fast/compat/README.md.
+    """
+    return TrainConfig(
+        sampler=SamplerConfig.paper(),
+        denoiser=DenoiserConfig(step_conditioning=None),
+        guidance=GuidanceConfig(rule="linear"),
+    )
+
+
+def _quick(env_id: str) -> TrainConfig:
+    """Small enough for one CPU core and minutes; tuned on Pendulum-v1 and InvertedPendulum-v5.
+
+    Eight options switch on whether the environment's name starts with "Pendulum":
+    `horizon` 10 or 5, `policy.init_std` 1 or 0.5, `policy.min_std` 0.3 or 0.1,
+    `a2c.saturation_coef` 0.03 or 0, `a2c.actor_learning_rate` 3e-3 or 1e-2,
+    `a2c.target_critic_decay` 0.98 or 0.95, `a2c.final_target_update` 0.01 or 0.005, and
+    `eval_episodes` 32 or 10. Every environment but Pendulum gets the second values, tuned on
+    InvertedPendulum-v5 and not for itself.
+
+    Unlike in the released settings, the target critic is fast (its lag, not its network, bounded
+    how fast values grew), the learning rates are large and learned quickly, and the moments stay as
+    they were after the prefill, so that networks keep what they learnt. On Pendulum the policy's
+    tanh saturated around the bottom on some seeds, hence `saturation_coef`.
+    """
+    pendulum = _environment(env_id).startswith("Pendulum")
+    return TrainConfig(
+        horizon=10 if pendulum else 5,
+        schedule=ScheduleConfig(num_train_timesteps=12),
+        sampler=SamplerConfig.official(
+            clip_state_change=None, denoiser_actions="clipped", max_guidance=0.5
+        ),
+        denoiser=DenoiserConfig(
+            hidden_dim=128,
+            num_layers=3,
+            learning_rate=1e-3,
+            ema_decay=0.9,
+            ema_start=0,
+            updates_per_env_step=0.5,
+            pretrain_updates=600,
+        ),
+        policy=PolicyConfig(
+            hidden_dim=64,
+            init_std=1.0 if pendulum else 0.5,
+            min_std=0.3 if pendulum else 0.1,
+            normed_inputs=True,
+        ),
+        a2c=A2CConfig(
+            saturation_coef=0.03 if pendulum else 0.0,
+            actor_learning_rate=3e-3 if pendulum else 1e-2,
+            actor_learning_rate_lr=0.03,
+            critic_learning_rate=2e-3,
+            target_critic_decay=0.98 if pendulum else 0.95,
+            target_update=0.02,
+            final_target_update=0.01 if pendulum else 0.005,
+            reward_rms=0.1,
+        ),
+        guidance=GuidanceConfig(
+            initial=0.05, learning_rate=1e-2, statistic="mean_abs", maximum=0.5
+        ),
+        normalizer=NormalizerConfig(refresh="prefill", min_std_rewards=0.1, min_std_terminals=0.1),
+        total_timesteps=8000,
+        imagined_batch_size=128,
+        policy_updates_per_env_step=0.5,
+        learning_starts=1000,
+        policy_delay_steps=0,
+        replay_capacity=200_000,
+        eval_interval=500,
+        eval_episodes=32 if pendulum else 10,
+        log_interval=100,
+        checkpoint_interval=2000,
+        cpu_threads=1,
+    )
+
+
+PRESETS = {"default": _default, "paper": _paper, "quick": _quick}

@@ -1,0 +1,1 @@
+"""What learns a policy from trajectories, one file each."""

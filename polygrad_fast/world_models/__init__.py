@@ -1,0 +1,7 @@
+"""World models: one file each, behind the interface in `base`."""
+
+from polygrad_fast.world_models.autoregressive import Autoregressive
+from polygrad_fast.world_models.base import WorldModel
+from polygrad_fast.world_models.trajectory_diffusion import TrajectoryDiffusion
+
+__all__ = ["Autoregressive", "TrajectoryDiffusion", "WorldModel"]

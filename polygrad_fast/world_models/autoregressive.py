@@ -1,0 +1,184 @@
+"""A plain autoregressive world model: one network, one step at a time, no diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polygrad_fast.config import AutoregressiveConfig
+from polygrad_fast.data.replay import Windows
+from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.sampling import TrajectoryBatch
+
+MIN_DIFFERENCE_SCALE = 1e-2
+"""Smallest unit of a predicted difference, in normalized observations: entries that hardly move."""
+
+
+class OneStepNetwork(nn.Module):
+    """Predict o' - o, reward and the logit of the terminal flag from one observation and action.
+
+    Everything is normalized. Differences are predicted in units of `difference_scale` [S], their
+    standard deviation in the data.
+    """
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int, num_layers: int):
+        super().__init__()
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        layers: list[nn.Module] = []
+        width = observation_dim + action_dim
+        for _ in range(num_layers):
+            layers += [nn.Linear(width, hidden_dim), nn.SiLU()]
+            width = hidden_dim
+        self.network = nn.Sequential(*layers, nn.Linear(width, observation_dim + 2))
+        self.register_buffer("difference_scale", torch.ones(observation_dim))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map [..., S] and [..., A] to differences in their own units [..., S], rewards [...] and
+        terminal logits [...]."""
+        output = self.network(torch.cat([observations, actions], dim=-1))
+        return output[..., :-2], output[..., -2], output[..., -1]
+
+
+class Autoregressive:
+    """The one-step network, its averaged copy, and the loop that imagines with it.
+
+    Deterministic dynamics; actions are drawn from the policy at each imagined observation, so they
+    are on-policy by construction. The network sees actions clipped to the environment's bounds, as
+    the environment does; the trajectories hold them as drawn. After a step that is predicted to be
+    terminal, the observation stays and the flag stays 1.
+
+    Args:
+        config: size and training of the network.
+        horizon: H, steps imagined.
+        normalizer: shared moments of the data.
+        action_bounds: (low, high) of the raw actions, [A] each.
+        device: of everything.
+    """
+
+    def __init__(
+        self,
+        config: AutoregressiveConfig,
+        horizon: int,
+        normalizer: Normalizer,
+        action_bounds: tuple,
+        device: torch.device,
+    ):
+        self.horizon, self.normalizer = horizon, normalizer
+        self._low, self._high = (torch.as_tensor(b, device=device) for b in action_bounds)
+        dims = normalizer.observation_dim, normalizer.action_dim
+        network = OneStepNetwork(*dims, config.hidden_dim, config.num_layers)
+        self.trainer = AveragedTrainer(
+            network.to(device), config.learning_rate, config.ema_decay, config.ema_interval
+        )
+
+    def prepare(self, policy: Any) -> None:
+        """Do nothing: any policy will do."""
+
+    def update(
+        self, windows: Windows, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Take one gradient step on every transition of the windows; see `WorldModel.update`.
+
+        Squared error of differences (in units of their deviation) and of the reward, and binary
+        cross-entropy of the terminal flag; a window's padding carries no weight, and a terminal
+        step none for its difference, which is not in the data.
+        """
+        trajectory = self.normalizer.normalize_trajectory(
+            windows.observations, windows.rewards, windows.terminals
+        )
+        observations, rewards = trajectory[..., :-2], trajectory[..., -2]
+        wanted = observations[:, 1:] - observations[:, :-1]
+        ended = windows.terminals.cumsum(dim=1)
+        is_real = ((ended - windows.terminals) == 0).float()  # no terminal step before this one
+        goes_on = (ended[:, :-1] == 0).float().unsqueeze(-1)
+        if self.trainer.num_updates == 0:
+            self._measure_scale(wanted, goes_on)
+        network = self.trainer.model
+        differences, predicted, logits = network(observations, self._seen(windows.actions))
+        error = differences[:, :-1] - wanted / network.difference_scale
+        losses = {
+            "observation_loss": _weighted_mean(error.square().mean(-1), goes_on.squeeze(-1)),
+            "reward_loss": _weighted_mean((predicted - rewards).square(), is_real),
+            "terminal_loss": _weighted_mean(
+                F.binary_cross_entropy_with_logits(logits, windows.terminals, reduction="none"),
+                is_real,
+            ),
+        }
+        loss = sum(losses.values())
+        self.trainer.minimize(loss)
+        losses = {"loss": loss, **losses}
+        return {f"dynamics/{name}": value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def _measure_scale(self, differences: Tensor, weights: Tensor) -> None:
+        """Set the unit of differences once, from the first batch: it may not move later."""
+        mean = (differences * weights).sum((0, 1)) / weights.sum().clamp(min=1.0)
+        variance = ((differences - mean).square() * weights).sum((0, 1)) / weights.sum().clamp(1.0)
+        for network in (self.trainer.model, self.trainer.ema_model):
+            network.difference_scale.copy_(variance.sqrt().clamp(min=MIN_DIFFERENCE_SCALE))
+
+    def _seen(self, actions: Tensor) -> Tensor:
+        """Return raw actions as the network sees them: clipped and normalized."""
+        return self.normalizer.normalize(actions.clamp(self._low, self._high), "actions")
+
+    @torch.no_grad()
+    def imagine(
+        self,
+        initial_observations: Tensor,
+        policy: Any,
+        generator: torch.Generator | None = None,
+        normalized: bool = False,
+    ) -> TrajectoryBatch:
+        """Roll the averaged network out under the policy; see `WorldModel.imagine`."""
+        network, normalizer = self.trainer.ema_model, self.normalizer
+        if normalized:
+            observation = initial_observations
+        else:
+            observation = normalizer.normalize(initial_observations, "observations")
+        ended = torch.zeros(len(observation), dtype=torch.bool, device=observation.device)
+        steps = []
+        for _ in range(self.horizon):
+            mean, std = policy(normalizer.unnormalize(observation, "observations"))
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+            action = mean + std * noise
+            difference, reward, logit = network(observation, self._seen(action))
+            ended = ended | (logit > 0)
+            steps.append((observation, action, reward, ended.to(reward.dtype)))
+            moved = observation + difference * network.difference_scale
+            observation = torch.where(ended.unsqueeze(-1), observation, moved)
+        observations, actions, rewards, terminals = (
+            torch.stack(part, dim=1) for part in zip(*steps, strict=True)
+        )
+        if normalized:
+            actions = normalizer.normalize(actions, "actions")
+            terminals = normalizer.normalize(terminals, "terminals")
+        else:
+            observations = normalizer.unnormalize(observations, "observations")
+            observations[:, 0] = initial_observations  # exact, not through the normalizer and back
+            rewards = normalizer.unnormalize(rewards, "rewards")
+        return TrajectoryBatch(observations, actions, rewards, terminals)
+
+    def feedback(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return nothing: there is nothing to tune."""
+        return {}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the trained network and its averaged copy."""
+        return {"dynamics": self.trainer.model, "ema_dynamics": self.trainer.ema_model}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return optimizer and counter."""
+        return {"dynamics_trainer": self.trainer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.trainer.load_state_dict(state["dynamics_trainer"])
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp(min=1.0)

@@ -1,0 +1,62 @@
+"""What a world model is to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from polygrad_fast.data.replay import Windows
+from polygrad_fast.sampling import TrajectoryBatch
+
+
+class WorldModel(Protocol):
+    """Learns from windows of real data and imagines trajectories under a policy.
+
+    It holds what it learns and what it tunes; the training loop holds data, policy and counters,
+    and `TrainConfig.world_model_training` how many windows and updates there are.
+    """
+
+    def prepare(self, policy: Any) -> None:
+        """Build what imagining under `policy` needs, so that errors come before any work.
+
+        Raises:
+            InputError: the policy or an option cannot be used.
+        """
+
+    def update(
+        self, windows: Windows, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Take one gradient step on raw windows [B, H, .].
+
+        Returns:
+            Detached scalars by the names they have in metrics.csv; they are not read on the host.
+        """
+
+    def imagine(
+        self,
+        initial_observations: Tensor,
+        policy: Any,
+        generator: torch.Generator | None = None,
+        normalized: bool = False,
+    ) -> TrajectoryBatch:
+        """Imagine a trajectory of `policy` from each initial observation [B, S].
+
+        Observations are raw, and so are all results, with terminals 0 or 1; with `normalized=True`
+        all of them are normalized, the terminal flags included.
+        """
+
+    def feedback(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Hear what the policy's update measured on the imagined batch; return what was tuned, by
+        the names it has in metrics.csv."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the networks by name: their weights are saved with the other weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything else that continues the training exactly: tensors, numbers, strings."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""

@@ -1,0 +1,127 @@
+"""Policy-guided trajectory diffusion as a world model: Algorithm 1 trains it, Algorithm 2
+imagines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polygrad_fast.config import TrainConfig
+from polygrad_fast.data.replay import Windows
+from polygrad_fast.denoisers.build import build_denoiser
+from polygrad_fast.diffusion.ddpm import NoiseSchedule
+from polygrad_fast.diffusion.trainer import DenoiserTrainer
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.profiling import annotate
+from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
+from polygrad_fast.world_models.guidance import GuidanceTuner
+
+
+class TrajectoryDiffusion:
+    """A denoiser, its averaged copy, the sampler that reads the copy, and the guidance scale delta.
+
+    Args:
+        config: horizon, schedule, sampler, denoiser, guidance, engine and dtype are read.
+        normalizer: shared moments of the data.
+        action_bounds: (low, high) of the raw actions.
+        device: of everything.
+        denoiser: a network of the caller's instead of the configured one.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        normalizer: Normalizer,
+        action_bounds: tuple,
+        device: torch.device,
+        denoiser: nn.Module | None = None,
+    ):
+        self.config, self.normalizer, self.device = config, normalizer, device
+        num_steps = config.schedule.num_train_timesteps
+        self.schedule = NoiseSchedule.cosine(num_steps, config.schedule.tau).to(device)
+        if denoiser is None:
+            dims = normalizer.observation_dim, normalizer.action_dim
+            denoiser = build_denoiser(config.denoiser, *dims, config.horizon, num_steps)
+        self.trainer = DenoiserTrainer(
+            denoiser.to(device), self.schedule, config.denoiser, config.sampler
+        )
+        self.guidance = GuidanceTuner(config.guidance)
+        self._action_bounds = action_bounds
+        self._sampler: PolicyGuidedSampler | None = None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The averaged denoiser, which imagines."""
+        return self.trainer.ema_model
+
+    def prepare(self, policy: Any) -> None:
+        """Build the sampler under a policy; see `WorldModel.prepare`."""
+        self.sampler(policy)
+
+    def sampler(self, policy: Any) -> PolicyGuidedSampler:
+        """Return the sampler under a policy; it is kept until another policy is asked for."""
+        if self._sampler is None or self._sampler.components.policy is not policy:
+            self._sampler = PolicyGuidedSampler(
+                self.denoiser,
+                policy,
+                self.schedule,
+                self.normalizer,
+                self.config.sampler,
+                engine=self.config.engine,
+                dtype=self.config.dtype,
+                device=self.device,
+                action_bounds=self._action_bounds,
+            )
+        return self._sampler
+
+    def update(
+        self, windows: Windows, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Take one gradient step of Algorithm 1; see `WorldModel.update`."""
+        trajectory = self.normalizer.normalize_trajectory(
+            windows.observations, windows.rewards, windows.terminals
+        )
+        actions = self.normalizer.normalize(windows.actions, "actions")
+        losses = self.trainer.update(trajectory, actions, generator)
+        return {f"denoiser/{name}": value for name, value in losses.items()}
+
+    def imagine(
+        self,
+        initial_observations: Tensor,
+        policy: Any,
+        generator: torch.Generator | None = None,
+        normalized: bool = False,
+    ) -> TrajectoryBatch:
+        """Sample by Algorithm 2 at the current guidance scale; see `WorldModel.imagine`."""
+        sampler = self.sampler(policy)
+        return sampler.sample(
+            initial_observations, self.guidance.value, generator, normalized=normalized
+        )
+
+    def feedback(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Tune the guidance scale so that standardized actions spread as the policy's do
+        (equation 10)."""
+        if self.config.sampler.action_update == "score":
+            statistic = {"std": "action_std", "mean_abs": "action_mean_abs"}
+            with annotate("guidance_update"):
+                self.guidance.update(metrics[statistic[self.config.guidance.statistic]])
+        return {"a2c/guidance_scale": self.guidance.value}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the trained denoiser and its averaged copy."""
+        return {"denoiser": self.trainer.model, "ema_denoiser": self.trainer.ema_model}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return guidance scale, optimizer and counters."""
+        return {
+            "guidance_scale": self.guidance.value,
+            "denoiser_trainer": self.trainer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.guidance.value = state["guidance_scale"]
+        self.trainer.load_state_dict(state["denoiser_trainer"])

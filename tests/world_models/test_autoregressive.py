@@ -1,0 +1,144 @@
+"""The autoregressive world model learns a system whose answers are known."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import polygrad_fast as pg
+from polygrad_fast.config import AutoregressiveConfig
+from polygrad_fast.data.replay import Windows
+from polygrad_fast.world_models.autoregressive import Autoregressive
+
+S, A, H = 2, 1, 5
+LOW, HIGH = -1.0, 1.0
+MEAN, STD = torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.5])
+
+
+def step(observations, actions):
+    """o' = M o + N clip(a); reward o[0] + 2 clip(a); terminal where o[1] is above 0."""
+    clipped = actions.clamp(LOW, HIGH)
+    moved = observations @ torch.tensor([[0.9, 0.1], [-0.2, 0.8]]).T
+    moved = moved + clipped @ torch.tensor([[0.3, -0.1]])
+    rewards = observations[..., 0] + 2 * clipped[..., 0]
+    return moved, rewards, (observations[..., 1] > 0).float()
+
+
+def make_windows(batch: int, seed: int) -> Windows:
+    g = torch.Generator().manual_seed(seed)
+    observation = MEAN + STD * torch.randn(batch, S, generator=g)
+    ended = torch.zeros(batch, dtype=torch.bool)
+    action, reward = torch.zeros(batch, A), torch.zeros(batch)
+    columns = []
+    for _ in range(H):
+        action = torch.where(ended[:, None], action, 1.5 * torch.randn(batch, A, generator=g))
+        moved, reward, terminal = step(observation, action)
+        reward, terminal = reward.masked_fill(ended, 0.0), terminal.masked_fill(ended, 1.0)
+        columns.append((observation, action, reward, terminal))
+        ended = ended | (terminal > 0)
+        observation = torch.where(ended[:, None], observation, moved)
+    return Windows(*(torch.stack(part, dim=1) for part in zip(*columns, strict=True)))
+
+
+def make_model(config=None) -> Autoregressive:
+    torch.manual_seed(0)
+    normalizer = pg.Normalizer.from_moments(
+        observations=(MEAN, STD),
+        actions=(torch.tensor([0.2]), torch.tensor([0.7])),
+        rewards=(0.5, 3.0),
+        terminals=(0.1, 0.3),
+    )
+    config = config or AutoregressiveConfig(hidden_dim=64, num_layers=2)
+    bounds = torch.tensor([LOW]), torch.tensor([HIGH])
+    return Autoregressive(config, H, normalizer, bounds, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def trained() -> Autoregressive:
+    model = make_model()
+    for seed in range(1500):
+        losses = model.update(make_windows(64, seed))
+    assert losses["dynamics/loss"] < 0.1
+    return model
+
+
+def policy(observations):
+    return 0.3 * observations[..., :1], torch.full_like(observations[..., :1], 0.8)
+
+
+def test_imagined_steps_are_those_of_the_system(trained):
+    g = torch.Generator().manual_seed(5)
+    s0 = MEAN + STD * torch.randn(512, S, generator=g)
+    batch = trained.imagine(s0, policy, g)
+    assert batch.observations.shape == (512, H, S) and batch.actions.shape == (512, H, A)
+    assert torch.equal(batch.observations[:, 0], s0)
+    moved, rewards, terminals = step(batch.observations, batch.actions)
+    clear = batch.observations[..., 1].abs() > 0.2  # away from where the flag changes
+    alive = batch.terminals == 0
+    assert (batch.terminals[:, 0] == terminals[:, 0])[clear[:, 0]].all()
+    error = (batch.observations[:, 1:] - moved[:, :-1])[alive[:, :-1]].abs()
+    assert error.mean() < 0.05 * STD.mean()
+    assert (batch.rewards - rewards)[alive].abs().mean() < 0.15
+    # once ended, always ended, and the observation stays
+    assert (batch.terminals[:, 1:] >= batch.terminals[:, :-1]).all()
+    stays = batch.terminals[:, :-1] == 1
+    assert torch.equal(batch.observations[:, 1:][stays], batch.observations[:, :-1][stays])
+
+
+def test_actions_are_drawn_from_the_policy_at_their_own_states(trained):
+    g = torch.Generator().manual_seed(6)
+    s0 = MEAN + STD * torch.randn(20_000, S, generator=g)
+    batch = trained.imagine(s0, policy, g)
+    mean, std = policy(batch.observations)
+    z = ((batch.actions - mean) / std).flatten()
+    assert z.mean().abs() < 0.02 and (z.std() - 1).abs() < 0.02
+    columns = batch.observations.flatten(0, 1)
+    for column in columns.unbind(-1):
+        assert torch.corrcoef(torch.stack([z, column]))[0, 1].abs() < 0.015
+
+
+def test_normalized_batches_are_the_same_trajectories(trained):
+    s0 = MEAN + STD * torch.randn(64, S, generator=torch.Generator().manual_seed(7))
+    normalizer = trained.normalizer
+    raw = trained.imagine(s0, policy, torch.Generator().manual_seed(8))
+    normed = trained.imagine(
+        normalizer.normalize(s0, "observations"),
+        policy,
+        torch.Generator().manual_seed(8),
+        normalized=True,
+    )
+    for name in ("observations", "actions", "rewards", "terminals"):
+        back = normalizer.unnormalize(getattr(normed, name), name)
+        assert torch.allclose(back, getattr(raw, name), atol=1e-5), name
+
+
+def test_padding_and_what_follows_a_terminal_step_do_not_count():
+    windows = make_windows(64, 0)
+    losses = make_model().update(windows)
+    ended = windows.terminals.cumsum(1) > 1
+    assert ended.any()
+    junk = replace(
+        windows,
+        observations=windows.observations.masked_fill(ended[..., None], 77.0),
+        rewards=windows.rewards.masked_fill(ended, 55.0),
+    )
+    assert make_model().update(junk) == losses
+    alive = replace(windows, rewards=windows.rewards.masked_fill(~ended, 55.0))
+    assert make_model().update(alive)["dynamics/reward_loss"] > losses["dynamics/reward_loss"]
+
+
+def test_training_continues_exactly_from_a_saved_state():
+    whole, part = make_model(), make_model()
+    for seed in range(20):
+        whole.update(make_windows(16, seed))
+    for seed in range(10):
+        part.update(make_windows(16, seed))
+    resumed = make_model(AutoregressiveConfig(hidden_dim=64, num_layers=2))
+    for name, module in part.modules().items():
+        resumed.modules()[name].load_state_dict(module.state_dict())
+    resumed.load_state_dict(part.state_dict())
+    for seed in range(10, 20):
+        resumed.update(make_windows(16, seed))
+    for name, module in whole.modules().items():
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(tensor, resumed.modules()[name].state_dict()[key]), (name, key)

@@ -133,7 +133,7 @@ step "other gpu tests" 60 required tests.log "${pytest[@]}" -m gpu "${marked[@]}
 
 # 3. Engines against the reference, and graph against eager, after 1,000 optimizer steps.
 step "after training" 90 required training.log "${pytest[@]}" -m gpu \
-    tests/train/test_gpu_training.py
+    tests/training/test_gpu_training.py
 
 # 4. compute-sanitizer: single launches, each tensor an allocation of its own; then a captured chain.
 once=("$python" benchmarks/profile_sampler.py --engine triton --dtype float16 --warmup 1 --samples 1)

@@ -2,18 +2,15 @@
 
 import copy
 import dataclasses
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import polygrad_fast as pg  # noqa: E402
-from polygrad_fast.compat import official  # noqa: E402
+from cases import SAMPLES, recorded_sample, relative_error
 from polygrad_fast.errors import InputError  # noqa: E402
 from polygrad_fast.kernels import guided_step, residual_mlp  # noqa: E402
 from polygrad_fast.reference import residual_mlp as twin  # noqa: E402
@@ -25,55 +22,8 @@ from polygrad_fast.sampling.triton_engine import (  # noqa: E402
     TritonEngine,
 )
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
-INDEX = json.loads((FIXTURES / "index.json").read_text())
-SAMPLES = [n for n in INDEX if n.startswith("sample_mlp") and "state_update" not in n]
-UPDATE = {"grad": "score", "sample": "sample", "none": "none"}
+MLP_SAMPLES = [n for n in SAMPLES if n.startswith("sample_mlp") and "state_update" not in n]
 S, A, H, K = 3, 2, 4, 8
-
-
-def relative_error(got, wanted):
-    return ((got - wanted).abs() / wanted.abs().clamp(min=1.0)).max().item()
-
-
-def load_fixture(name, device):
-    with np.load(FIXTURES / f"{name}.npz") as data:
-        arrays = {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
-
-    def part(prefix):
-        return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-    info = INDEX[name]
-    variant = info["variant"]
-    normalizer = pg.Normalizer.from_moments(**{
-        field: (arrays[f"normalizer.{field}.mean"], arrays[f"normalizer.{field}.std"])
-        for field in ("observations", "actions", "rewards")
-    }).to(device)  # fmt: skip
-    denoiser = official.load_denoiser(
-        part("model."), info["observation_dim"], info["action_dim"], info["horizon"]
-    ).to(device)
-    policy = official.load_policy(
-        part("actor."), arrays["logstd"], info["min_std"], normalizer
-    ).to(device)  # fmt: skip
-    config = pg.SamplerConfig.official(
-        prediction_type="epsilon" if info["predict_epsilon"] else "sample",
-        action_update=UPDATE[variant["guidance_type"]],
-        clip_std=variant["clip_std"],
-        policy_input={"recon": "denoised"}.get(
-            variant.get("states_for_guidance", "recon"), "posterior_mean"
-        ),
-        update_states=variant.get("update_states", False),
-        clip_state_change=info["clip_state_change"],
-    )
-    schedule = pg.NoiseSchedule.cosine(info["n_timesteps"], info["noise_sched_tau"]).to(device)
-    components = SamplerComponents(
-        denoiser, policy, schedule, normalizer, config, torch.device(device), None
-    )
-    arrays = {k: v.to(device) for k, v in arrays.items()}
-    noise = SampleNoise(
-        *(arrays[n] for n in ("x_init", "act_init", "state_noise", "action_noise"))
-    )  # fmt: skip
-    return components, arrays, info, noise
 
 
 def build(device, config=None, seed=0, hidden=32, num_layers=2, bounds=False, **denoiser_options):
@@ -120,16 +70,16 @@ def assert_same_chain(components, batch=3, guidance=0.05):
     assert torch.equal(got[0], got[2][0][-1]) and torch.equal(got[1], got[2][1][-1])
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", MLP_SAMPLES)
 def test_released_chain(device, name):
-    components, arrays, info, noise = load_fixture(name, device)
+    components, arrays, noise, guidance_scale = recorded_sample(name, device)
     engine = TritonEngine(components, "float32")
-    scale = torch.tensor(info["guidance_scale"], device=device)
+    scale = torch.tensor(guidance_scale, device=device)
     trajectory, actions, chain = sample(engine, arrays["s0"], scale, None, noise, True)
-    for step in range(info["n_timesteps"]):
+    for step in range(components.schedule.num_train_timesteps):
         assert relative_error(chain[0][step], arrays["x_chain"][step]) < 1e-4, step
         assert relative_error(chain[1][step], arrays["act_chain"][step]) < 1e-4, step
-    assert torch.equal(trajectory[:, 0, : info["observation_dim"]], arrays["s0"])
+    assert torch.equal(trajectory[:, 0, : components.observation_dim], arrays["s0"])
     without_chain = sample(engine, arrays["s0"], scale, None, noise)
     assert torch.equal(without_chain[0], trajectory) and torch.equal(without_chain[1], actions)
     assert without_chain[2] is None

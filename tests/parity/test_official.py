@@ -9,45 +9,22 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import polygrad_fast as pg
+from cases import RECORDED, part, recorded_arrays, recorded_moments, recorded_sample, relative_error
 from polygrad_fast.compat import official
 from polygrad_fast.diffusion.ddpm import denoising_loss
 from polygrad_fast.sampling.reference_engine import diffusion_step
 
-OWN_COPY = Path(__file__).parents[1] / "fixtures" / "official"
-FIXTURES = Path(os.environ.get("POLYGRAD_RECORDED_OFFICIAL", OWN_COPY))
+FIXTURES = Path(os.environ.get("POLYGRAD_RECORDED_OFFICIAL", RECORDED))
 INDEX = json.loads((FIXTURES / "index.json").read_text())
 KINDS = ("schedule", "denoiser", "sample", "a2c")
 CASES = {kind: [n for n in INDEX if n.split("_")[0] == kind] for kind in KINDS}
-UPDATE = {"grad": "score", "sample": "sample", "none": "none"}
 ROUNDING = 2e-6
 """Largest relative error of one float32 step whose errors are not amplified; 5e-7 on the processors
 tried, whose matrix products differ in the last bits."""
-
-
-def load(name: str) -> dict[str, torch.Tensor]:
-    with np.load(FIXTURES / f"{name}.npz") as data:
-        return {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
-
-
-def part(arrays: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
-def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((got - wanted).abs() / wanted.abs().clamp(min=1.0)).max().item()
-
-
-def load_normalizer(arrays) -> pg.Normalizer:
-    moments = {
-        field: (arrays[f"normalizer.{field}.mean"], arrays[f"normalizer.{field}.std"])
-        for field in ("observations", "actions", "rewards")
-    }
-    return pg.Normalizer.from_moments(**moments)
 
 
 def test_every_recorded_case_is_checked():
@@ -56,7 +33,7 @@ def test_every_recorded_case_is_checked():
 
 @pytest.mark.parametrize("case", CASES["schedule"])
 def test_schedule(case):
-    arrays = load(case)
+    arrays = recorded_arrays(case, FIXTURES)
     prefixes = {key.rpartition(".")[0] for key in arrays}
     assert len(prefixes) >= 4
     for prefix in prefixes:
@@ -72,7 +49,7 @@ def test_schedule(case):
 
 @pytest.mark.parametrize("name", CASES["denoiser"])
 def test_denoiser_loss_and_gradients(name):
-    arrays, info = load(name), INDEX[name]
+    arrays, info = recorded_arrays(name, FIXTURES), INDEX[name]
     denoiser = official.load_denoiser(
         part(arrays, "model."), info["observation_dim"], info["action_dim"], info["horizon"]
     )
@@ -103,33 +80,6 @@ def test_denoiser_loss_and_gradients(name):
         assert (released[key] - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max()), key
 
 
-def build_sampler(name):
-    arrays, info = load(name), INDEX[name]
-    normalizer = load_normalizer(arrays)
-    denoiser = official.load_denoiser(
-        part(arrays, "model."), info["observation_dim"], info["action_dim"], info["horizon"]
-    )
-    policy = official.load_policy(
-        part(arrays, "actor."), arrays["logstd"], info["min_std"], normalizer
-    )
-    variant = info["variant"]
-    config = pg.SamplerConfig.official(
-        prediction_type="epsilon" if info["predict_epsilon"] else "sample",
-        action_update=UPDATE[variant["guidance_type"]],
-        clip_std=variant["clip_std"],
-        policy_input={"recon": "denoised"}.get(
-            variant.get("states_for_guidance", "recon"), "posterior_mean"
-        ),
-        update_states=variant.get("update_states", False),
-        clip_state_change=info["clip_state_change"],
-    )
-    schedule = pg.NoiseSchedule.cosine(info["n_timesteps"], info["noise_sched_tau"])
-    sampler = pg.PolicyGuidedSampler(
-        denoiser, policy, schedule, normalizer, config, engine="reference"
-    )
-    return sampler, arrays, info
-
-
 @pytest.mark.parametrize("name", CASES["sample"])
 def test_sampling_chain(name):
     """Each step from the recorded state before it; then the whole chain.
@@ -137,31 +87,35 @@ def test_sampling_chain(name):
     A step turns an error e of a predicted noise into A_k e, A_k = 31.6 in the first one: rounding
     of the network's products, which differs between processors, comes out so much larger.
     """
-    sampler, arrays, info = build_sampler(name)
-    schedule, s0 = sampler.components.schedule, arrays["s0"]
-    amplification = torch.ones(info["n_timesteps"])
-    if info["predict_epsilon"]:
+    c, arrays, recorded_noise, guidance_scale = recorded_sample(name, folder=FIXTURES)
+    schedule, s0 = c.schedule, arrays["s0"]
+    num_steps = schedule.num_train_timesteps
+    amplification = torch.ones(num_steps)
+    if c.config.prediction_type == "epsilon":
         from_denoised = schedule.step_coefficients("posterior")[0]
         amplification = (from_denoised * schedule.sqrt_recipm1_alphas_cumprod).clamp(min=1.0)
 
     trajectory, actions = arrays["x_init"].clone(), arrays["act_init"].clone()
     trajectory[:, 0, : s0.shape[1]] = s0
     noise = arrays["state_noise"], arrays["action_noise"]
-    steps = reversed(range(info["n_timesteps"]))
+    steps = reversed(range(num_steps))
     for step, (k, *normals) in enumerate(zip(steps, *noise, strict=True)):
         with torch.no_grad():
             trajectory, actions = diffusion_step(
-                sampler.components, trajectory, actions, s0, k, info["guidance_scale"], *normals
+                c, trajectory, actions, s0, k, guidance_scale, *normals
             )
         wanted = arrays["x_chain"][step], arrays["act_chain"][step]
         assert relative_error(trajectory, wanted[0]) < ROUNDING * amplification[k], k
         assert relative_error(actions, wanted[1]) < ROUNDING, k
         trajectory, actions = wanted
 
+    sampler = pg.PolicyGuidedSampler(
+        c.denoiser, c.policy, schedule, c.normalizer, c.config, engine="reference"
+    )
     batch = sampler.sample(
         s0,
-        info["guidance_scale"],
-        noise=pg.SampleNoise(arrays["x_init"], arrays["act_init"], *noise),
+        guidance_scale,
+        noise=recorded_noise,
         normalized=True,
         return_chain=True,
     )
@@ -174,7 +128,7 @@ def test_sampling_chain(name):
 
 @pytest.mark.parametrize("name", CASES["a2c"])
 def test_a2c_update(name):
-    arrays, info = load(name), INDEX[name]
+    arrays, info = recorded_arrays(name, FIXTURES), INDEX[name]
     config = pg.A2CConfig(
         gamma=info["gamma"],
         gae_lambda=info["gae_lambda"],
@@ -187,13 +141,13 @@ def test_a2c_update(name):
         line_search_ratio=info["linesearch_ratio"],
         target_critic_decay=info["ema"],
     )
-    if FIXTURES == OWN_COPY:
+    if FIXTURES == RECORDED:
         assert config == pg.A2CConfig()  # the defaults are the released settings
     actor_critic = official.load_actor_critic(
         part(arrays, "before.actor."),
         part(arrays, "before.critic."),
         log_std=arrays["before.logstd"],
-        normalizer=load_normalizer(arrays),
+        normalizer=pg.Normalizer.from_moments(**recorded_moments(arrays)),
         config=config,
         min_std=info["min_std"],
         normed_inputs=info["use_normed_inputs"],

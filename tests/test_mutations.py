@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("mutations", ROOT / "tests" / "mutations.py")
 mutations = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mutations)

@@ -1,20 +1,17 @@
 """Checkpoints of the released agent: written by us, read by us, refused where they are broken."""
 
 import dataclasses
-import json
 import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import polygrad_fast as pg
+from cases import INDEX, recorded_arrays
 from polygrad_fast.compat import official
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
-INDEX = json.loads((FIXTURES / "index.json").read_text())
 S, A, H, K = 5, 2, 4, 16
 TABLES = {
     *(field.name for field in dataclasses.fields(pg.NoiseSchedule)),
@@ -75,8 +72,7 @@ def test_names_are_the_released_ones(tmp_path):
     wanted = {f"{n}.model.{k}" for n in ("actor", "critic", "critic_target") for k in NETWORKS}
     assert ac.keys() == wanted | {"logstd._bias"}
     assert ac["logstd._bias"].shape == (A,) and ac["critic.model.6.weight"].shape == (1, 16)
-    with np.load(FIXTURES / "denoiser_mlp_x0.npz") as data:
-        recorded = [key for key in data.files if key.startswith("model.")]
+    recorded = [key for key in recorded_arrays("denoiser_mlp_x0") if key.startswith("model.")]
     two_layers = [key for key in recorded if "network.5." not in key]  # of three
     rename = {"model.residual_mlp.network.7": "model.residual_mlp.network.5"}
     names = {rename.get(key.rpartition(".")[0], key.rpartition(".")[0]) for key in two_layers}
@@ -93,8 +89,7 @@ def test_names_are_the_released_ones(tmp_path):
 def test_recorded_networks_load_from_a_whole_diffusion_model(name, tmp_path):
     official.export_checkpoint(make_parts(), tmp_path)
     diffusion = read(tmp_path / "step-7-diffusion.pt")
-    with np.load(FIXTURES / f"{name}.npz") as data:
-        arrays = {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
+    arrays = recorded_arrays(name)
     weights = {key: value for key, value in arrays.items() if key.startswith("model.")}
     tables = {key: value for key, value in diffusion.items() if key in TABLES}
     torch.save(tables | weights, tmp_path / "step-7-diffusion.pt")

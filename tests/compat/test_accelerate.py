@@ -4,12 +4,10 @@ recorded from it."""
 import copy
 import functools
 import io
-import json
 import pickle
 import threading
 import time
 import warnings
-from pathlib import Path
 from types import MethodType, SimpleNamespace
 from unittest.mock import patch
 
@@ -22,12 +20,10 @@ from torch import nn
 import polygrad_fast as pg
 import polygrad_fast.compat.accelerate
 import polygrad_fast.denoisers.transformer
+from cases import INDEX, SAMPLES, part, recorded_arrays, recorded_moments, relative_error
 from polygrad_fast.compat import official
 from polygrad_fast.compat.live import moments
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
-INDEX = json.loads((FIXTURES / "index.json").read_text())
-SAMPLES = [name for name in INDEX if name.startswith("sample_")]
 OFFICIAL = "sample_mlp_x0_official"
 S, A = 5, 2
 
@@ -194,18 +190,9 @@ class Agent(nn.Module):
         return result
 
 
-def arrays_of(name: str) -> dict[str, torch.Tensor]:
-    with np.load(FIXTURES / f"{name}.npz") as data:
-        return {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
-
-
-def part(arrays: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
 def released(name: str = OFFICIAL):
     """Return doubles with the recorded weights and moments: diffusion model, actor-ac, s0."""
-    arrays, info = arrays_of(name), INDEX[name]
+    arrays, info = recorded_arrays(name), INDEX[name]
     weights = part(arrays, "model.")
     dims = info["observation_dim"], info["action_dim"]
     if info["kind"] == "mlp":
@@ -221,10 +208,7 @@ def released(name: str = OFFICIAL):
         info["predict_epsilon"],
         dims,
     )
-    pairs = {
-        field: (arrays[f"normalizer.{field}.mean"], arrays[f"normalizer.{field}.std"])
-        for field in ("observations", "actions")
-    }
+    pairs = recorded_moments(arrays)
     ac = ActorCritic(DatasetNormalizer(pairs), info["min_std"], dims)
     ac.actor.load_state_dict(part(arrays, "actor."))
     ac.logstd._bias.data = arrays["logstd"].reshape(-1)
@@ -237,14 +221,10 @@ def sample(diffusion, ac, s0, seed=0, **options):
     return diffusion({0: s0}, policy=ac.forward_actor, normalizer=ac.normalizer, **options)
 
 
-def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((got - wanted).abs() / wanted.abs().clamp(min=1.0)).max().item()
-
-
 @pytest.mark.parametrize("name", SAMPLES)
 def test_recorded_results(name, monkeypatch):
     diffusion, ac, s0 = released(name)
-    arrays, info = arrays_of(name), INDEX[name]
+    arrays, info = recorded_arrays(name), INDEX[name]
     options = {
         "guidance_scale": info["guidance_scale"],
         "clip_state_change": info["clip_state_change"],

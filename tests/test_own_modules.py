@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import polygrad_fast as pg
+from cases import tiny_config
 from polygrad_fast import cli
 from polygrad_fast.runs.metrics import read_metrics
 
@@ -44,26 +45,8 @@ class OwnPolicy(nn.Module):
         return mean, 0.3 + log_std.exp()
 
 
-def tiny_config(**overrides) -> pg.TrainConfig:
-    config = pg.TrainConfig.from_preset("quick", "Pendulum-v1")
-    config = replace(
-        config,
-        horizon=H,
-        schedule=replace(config.schedule, num_train_timesteps=3),
-        denoiser=replace(
-            config.denoiser, hidden_dim=16, num_layers=1, batch_size=16, pretrain_updates=5
-        ),
-        policy=replace(config.policy, hidden_dim=8),
-        a2c=replace(config.a2c, saturation_coef=0.0),
-        imagined_batch_size=8,
-        learning_starts=40,
-        eval_interval=60,
-        eval_episodes=2,
-        log_interval=25,
-        checkpoint_interval=50,
-        total_timesteps=150,
-    )
-    return replace(config, **overrides)
+def small_config(**overrides) -> pg.TrainConfig:
+    return tiny_config(**({"horizon": H, "a2c__saturation_coef": 0.0} | overrides))
 
 
 def own_modules(seed: int = 0) -> dict[str, nn.Module]:
@@ -82,7 +65,7 @@ def test_own_modules_are_trained(engine):
     before = {
         name: [p.detach().clone() for p in module.parameters()] for name, module in own.items()
     }
-    config = tiny_config(engine=engine)
+    config = small_config(engine=engine)
     config = replace(config, denoiser=replace(config.denoiser, ema_interval=1))
     agent = pg.PolyGRAD("Pendulum-v1", config=config, **own)
     assert agent.policy is own["policy"] and agent.world_model.trainer.model is own["denoiser"]
@@ -106,7 +89,7 @@ def test_resume_continues_exactly(tmp_path, given):
     def own(seed):
         return {name: module for name, module in own_modules(seed).items() if name in given}
 
-    arguments = {"seed": 1, "config": tiny_config()}
+    arguments = {"seed": 1, "config": small_config()}
     whole = pg.PolyGRAD("Pendulum-v1", **arguments, **own(0), run_dir=tmp_path / "whole")
     whole.learn(150)
     part = pg.PolyGRAD("Pendulum-v1", **arguments, **own(0), run_dir=tmp_path / "part")
@@ -133,7 +116,7 @@ def test_resume_continues_exactly(tmp_path, given):
 
 
 def test_save_and_load(tmp_path):
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), **own_modules())
+    agent = pg.PolyGRAD("Pendulum-v1", config=small_config(), **own_modules())
     agent.learn(80)
     agent.save(tmp_path / "saved")
     loaded = pg.PolyGRAD.load(tmp_path / "saved", **own_modules(5))
@@ -147,7 +130,7 @@ def test_save_and_load(tmp_path):
 
 def test_what_a_run_of_own_modules_needs(tmp_path, capsys):
     run_dir = tmp_path / "run"
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=run_dir, **own_modules())
+    agent = pg.PolyGRAD("Pendulum-v1", config=small_config(), run_dir=run_dir, **own_modules())
     agent.learn(50)
     names = json.loads((run_dir / "config.json").read_text())["own_modules"]
     assert names["denoiser"].endswith(".OwnDenoiser") and names["policy"].endswith(".OwnPolicy")
@@ -167,7 +150,7 @@ def test_what_a_run_of_own_modules_needs(tmp_path, capsys):
         assert cli.main(command) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and "own denoiser" in lines[0] and "OwnDenoiser" in lines[0]
-    plain = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
+    plain = pg.PolyGRAD("Pendulum-v1", config=small_config())
     plain.save(tmp_path / "plain")
     with pytest.raises(pg.InputError, match="built-in policy, got policy=OwnPolicy; wanted none"):
         pg.PolyGRAD.load(tmp_path / "plain", policy=own["policy"])
@@ -218,12 +201,12 @@ class NoCopy(OwnDenoiser):
 )
 def test_modules_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, own, message):
     with pytest.raises(pg.InputError, match=message):
-        pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path / "run", **own)
+        pg.PolyGRAD("Pendulum-v1", config=small_config(), run_dir=tmp_path / "run", **own)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_own_policies_lack_is_said():
-    config = tiny_config(a2c=pg.A2CConfig(saturation_coef=0.1))
+    config = small_config(a2c=pg.A2CConfig(saturation_coef=0.1))
     with pytest.raises(pg.InputError, match="saturation_coef 0.1 needs a policy with a module"):
         pg.PolyGRAD("Pendulum-v1", config=config, policy=OwnPolicy())
 
@@ -245,7 +228,7 @@ def test_lora_in_the_built_in_policy_is_an_own_policy():
     policy = pg.GaussianPolicy(S, A, 16)
     policy.network[3] = LoRA(policy.network[3])
     kept = policy.network[3].weight.clone()
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), policy=policy)
+    agent = pg.PolyGRAD("Pendulum-v1", config=small_config(), policy=policy)
     rows = []
     agent.learn(80, callback=lambda agent, metrics: rows.append(metrics))
     assert policy.network[3].up.abs().sum() > 0
@@ -272,7 +255,7 @@ def test_a_policy_acts_on_what_it_is_trained_on(kind):
     if kind == "GaussianPolicy":
         options = {"normed_inputs": True, "normalizer": pg.Normalizer(S, A)}
         policy = pg.GaussianPolicy(S, A, 16, **options)
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), policy=policy)
+    agent = pg.PolyGRAD("Pendulum-v1", config=small_config(), policy=policy)
     agent.learn(80)
     observations = np.array([[0.6, -0.8, 3.0], [1.0, 0.0, -7.0]], dtype=np.float32)
     inputs = agent.normalizer.normalize(torch.from_numpy(observations), "observations")
@@ -291,7 +274,7 @@ def test_a_policy_may_return_another_dtype(dtype):
             mean, std = super().forward(observations)
             return mean.to(dtype), std
 
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), policy=Converting())
+    agent = pg.PolyGRAD("Pendulum-v1", config=small_config(), policy=Converting())
     agent.learn(60)
     for deterministic in (False, True):
         assert agent.predict(np.zeros(S), deterministic)[0].dtype == np.float32
@@ -308,14 +291,14 @@ def test_a_policy_may_overwrite_what_it_reads():
     results = []
     for kind in (OwnPolicy, Overwriting):
         torch.manual_seed(0)
-        agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), policy=kind())
+        agent = pg.PolyGRAD("Pendulum-v1", config=small_config(), policy=kind())
         agent.learn(80)
         results.append([p.detach().clone() for p in agent.policy.parameters()])
     assert all(map(torch.equal, *results))
 
 
 def test_no_device_is_auto():
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), device=None)
+    agent = pg.PolyGRAD("Pendulum-v1", config=small_config(), device=None)
     assert agent.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(pg.InputError, match="device '1.5' cannot be used"):
-        pg.PolyGRAD("Pendulum-v1", config=tiny_config(), device=1.5)
+        pg.PolyGRAD("Pendulum-v1", config=small_config(), device=1.5)

@@ -1,10 +1,7 @@
 """Engine "torch" computes what the reference computes."""
 
 import copy
-import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +10,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import polygrad_fast as pg
-from polygrad_fast.compat import official
+from cases import SAMPLES, recorded_sample
 from polygrad_fast.errors import InputError
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
 from polygrad_fast.sampling import linear, torch_engine
@@ -22,10 +19,6 @@ from polygrad_fast.sampling.linear import LinearOps
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
-INDEX = json.loads((FIXTURES / "index.json").read_text())
-SAMPLES = [name for name in INDEX if name.startswith("sample_")]
-UPDATE = {"grad": "score", "sample": "sample", "none": "none"}
 S, A = 5, 2
 DENOISERS = {
     "mlp": lambda h, k: pg.ResidualMLPDenoiser(S, A, h, hidden_dim=64, num_layers=2),
@@ -105,50 +98,9 @@ def assert_steps_agree(engine, c, s0, noise, guidance_scale, tolerance):
         x, u = wanted_x, wanted_u
 
 
-def load_fixture(name):
-    info = INDEX[name]
-    with np.load(FIXTURES / f"{name}.npz") as data:
-        arrays = {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
-
-    def part(prefix):
-        return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-    normalizer = pg.Normalizer.from_moments(
-        **{
-            field: (arrays[f"normalizer.{field}.mean"], arrays[f"normalizer.{field}.std"])
-            for field in ("observations", "actions", "rewards")
-        }
-    )
-    variant = info["variant"]
-    read = variant.get("states_for_guidance", "recon")
-    config = pg.SamplerConfig.official(
-        prediction_type="epsilon" if info["predict_epsilon"] else "sample",
-        action_update=UPDATE[variant["guidance_type"]],
-        clip_std=variant["clip_std"],
-        policy_input="denoised" if read == "recon" else "posterior_mean",
-        update_states=variant.get("update_states", False),
-        clip_state_change=info["clip_state_change"],
-    )
-    components = SamplerComponents(
-        official.load_denoiser(
-            part("model."), info["observation_dim"], info["action_dim"], info["horizon"]
-        ),
-        official.load_policy(part("actor."), arrays["logstd"], info["min_std"], normalizer),
-        pg.NoiseSchedule.cosine(info["n_timesteps"], info["noise_sched_tau"]),
-        normalizer,
-        config,
-        torch.device("cpu"),
-        None,
-    )
-    noise = pg.SampleNoise(
-        arrays["x_init"], arrays["act_init"], arrays["state_noise"], arrays["action_noise"]
-    )
-    return components, arrays, noise, info["guidance_scale"]
-
-
 @pytest.mark.parametrize("name", SAMPLES)
 def test_released_chain(name):
-    c, arrays, noise, guidance_scale = load_fixture(name)
+    c, arrays, noise, guidance_scale = recorded_sample(name)
     engine = TorchEngine(c)
     x, u, chain = engine.sample(arrays["s0"], guidance_scale, None, noise, True)
     for k in range(len(chain[0])):
@@ -662,7 +614,7 @@ def ks_statistic(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_distribution_of_standardized_actions(dtype):
-    c, arrays, _, guidance_scale = load_fixture("sample_mlp_x0_official")
+    c, arrays, _, guidance_scale = recorded_sample("sample_mlp_x0_official")
     n = 6000
     s0 = arrays["s0"][torch.arange(n) % len(arrays["s0"])]
 

@@ -10,17 +10,17 @@ import shutil
 import subprocess
 import sys
 import types
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import polygrad_fast as pg
+from cases import tiny_config
 from polygrad_fast import profiling
 from polygrad_fast.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "PROFILING.md"
 ON_GRAPHS = {"graph_capture", "graph_inputs", "graph_replay", "graph_outputs"}
 NESTED = {  # a range and those directly around it; None: it can be outermost
@@ -91,25 +91,21 @@ def make_sampler(engine="torch", device="cpu", **config):
     )
 
 
-def tiny_config(**overrides) -> pg.TrainConfig:
-    config = pg.TrainConfig.from_preset("quick", "Pendulum-v1")
-    config = replace(
-        config,
-        horizon=4,
-        schedule=replace(config.schedule, num_train_timesteps=3),
-        denoiser=replace(config.denoiser, hidden_dim=8, num_layers=1, pretrain_updates=2),
-        normalizer=replace(config.normalizer, refresh="episode"),
-        imagined_batch_size=8,
-        learning_starts=195,  # Pendulum's first episode ends at 200
-        eval_interval=500,
-        eval_episodes=1,
-        checkpoint_interval=500,
-    )
-    return replace(config, **overrides)
+def small_config(**overrides) -> pg.TrainConfig:
+    options = {
+        "denoiser__pretrain_updates": 2,
+        "normalizer__refresh": "episode",
+        "learning_starts": 195,  # Pendulum's first episode ends at 200
+        "eval_interval": 500,
+        "eval_episodes": 1,
+        "log_interval": 1000,
+        "checkpoint_interval": 500,
+    }
+    return tiny_config(**(options | overrides))
 
 
 def test_training_emits_nested_and_closed_ranges(domain, tmp_path):
-    agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path / "run")
+    agent = pg.PolyGRAD("Pendulum-v1", config=small_config(), run_dir=tmp_path / "run")
     agent.learn(205)
     assert domain.open == []
     assert domain.names() == NESTED.keys() - {"diffusion_step"}

@@ -17,34 +17,13 @@ import pytest
 import torch
 
 import polygrad_fast as pg
+from cases import tiny_config
 from polygrad_fast.evaluation.returns import EpisodeStatistics
 from polygrad_fast.runs import metrics as run_log
 from polygrad_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from polygrad_fast.runs.directory import locked
 from polygrad_fast.runs.metrics import read_metrics
 from polygrad_fast.training.estimate import Durations
-
-
-def tiny_config(**overrides) -> pg.TrainConfig:
-    """A configuration that trains in a second."""
-    config = pg.TrainConfig.from_preset("quick", "Pendulum-v1")
-    config = replace(
-        config,
-        horizon=4,
-        schedule=replace(config.schedule, num_train_timesteps=3),
-        denoiser=replace(
-            config.denoiser, hidden_dim=16, num_layers=1, batch_size=16, pretrain_updates=5
-        ),
-        policy=replace(config.policy, hidden_dim=8),
-        imagined_batch_size=8,
-        learning_starts=40,
-        eval_interval=60,
-        eval_episodes=2,
-        log_interval=25,
-        checkpoint_interval=50,
-        total_timesteps=150,
-    )
-    return replace(config, **overrides)
 
 
 def comparable(rows: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -1,24 +1,17 @@
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 import polygrad_fast as pg
+from cases import INDEX, part, recorded_arrays
 from polygrad_fast.compat import official
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "official"
-INDEX = json.loads((FIXTURES / "index.json").read_text())
 MLP, TRANSFORMER = "denoiser_mlp_x0", "denoiser_transformer_x0"
 KINDS = {MLP: pg.ResidualMLPDenoiser, TRANSFORMER: pg.TransformerDenoiser}
 
 
 def released(name: str, prefix: str) -> dict[str, torch.Tensor]:
     """Weights of a recorded network, the prefix taken off."""
-    with np.load(FIXTURES / f"{name}.npz") as data:
-        keys = [key for key in data.files if key.startswith(prefix)]
-        return {key.removeprefix(prefix): torch.from_numpy(data[key]) for key in keys}
+    return part(recorded_arrays(name), prefix)
 
 
 def dims(name: str) -> dict[str, int]:

@@ -521,7 +521,7 @@ def test_gpu_check_is_a_script_whose_parts_exist():
     text = GPU_CHECK.read_text()
     subprocess.run(["bash", "-n", GPU_CHECK], check=True)
     paths = set(re.findall(r"\b(?:tests|benchmarks|kernels)/[\w/]+\.(?:py|sh)", text))
-    assert {"benchmarks/profile_sampler.py", "tests/train/test_gpu_training.py"} <= paths
+    assert {"benchmarks/profile_sampler.py", "tests/training/test_gpu_training.py"} <= paths
     for path in paths:
         assert (ROOT / path).is_file(), path
     (selected,) = re.findall(r'-k "([\w ]+)"', text)

@@ -8,7 +8,7 @@ import pytest
 from harness import figures, report
 from harness.rows import read_folder
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PATHS = ("README.md", "benchmarks/README.md")
 ROWS = read_folder(ROOT / "benchmarks" / "results")
 

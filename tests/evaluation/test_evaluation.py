@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -17,30 +16,9 @@ from gymnasium import wrappers
 from gymnasium.spaces import Box
 
 import polygrad_fast as pg
+from cases import tiny_config
 from polygrad_fast.evaluation.returns import evaluate_policy
 from polygrad_fast.evaluation.video import record_episode
-
-
-def tiny_config(**overrides) -> pg.TrainConfig:
-    """A configuration that trains in a second."""
-    config = pg.TrainConfig.from_preset("quick", "Pendulum-v1")
-    config = replace(
-        config,
-        horizon=4,
-        schedule=replace(config.schedule, num_train_timesteps=3),
-        denoiser=replace(
-            config.denoiser, hidden_dim=16, num_layers=1, batch_size=16, pretrain_updates=5
-        ),
-        policy=replace(config.policy, hidden_dim=8),
-        imagined_batch_size=8,
-        learning_starts=40,
-        eval_interval=60,
-        eval_episodes=2,
-        log_interval=25,
-        checkpoint_interval=50,
-        total_timesteps=150,
-    )
-    return replace(config, **overrides)
 
 
 def agent_on(env, **options) -> pg.PolyGRAD:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import polygrad_fast as pg
+from cases import changed, tiny_config
 from polygrad_fast import cli
 from polygrad_fast.denoisers.build import build_denoiser
 from polygrad_fast.training import memory
@@ -19,15 +19,6 @@ from polygrad_fast.training import memory
 GB = 10**9
 WALKER = (17, 6)
 CPU = torch.device("cpu")
-
-
-def changed(config: pg.TrainConfig, **options) -> pg.TrainConfig:
-    """The configuration with options such as denoiser__hidden_dim=8."""
-    for name, value in options.items():
-        group, _, option = name.rpartition("__")
-        part = replace(getattr(config, group), **{option: value}) if group else None
-        config = replace(config, **({group: part} if group else {option: value}))
-    return config
 
 
 @pytest.fixture
@@ -167,23 +158,6 @@ def test_available_memory_in_control_groups_of_version_1(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_available_memory_of_this_machine():
     assert 10**7 < memory.available_host_memory() < 10**14
-
-
-def tiny_config(**overrides) -> pg.TrainConfig:
-    config = pg.TrainConfig.from_preset("quick", "Pendulum-v1")
-    options = {
-        "horizon": 4,
-        "schedule__num_train_timesteps": 3,
-        "denoiser__hidden_dim": 16,
-        "denoiser__num_layers": 1,
-        "denoiser__batch_size": 16,
-        "denoiser__pretrain_updates": 1,
-        "policy__hidden_dim": 8,
-        "imagined_batch_size": 8,
-        "learning_starts": 20,
-        "eval_episodes": 1,
-    }
-    return changed(config, **(options | overrides))
 
 
 def test_an_agent_that_only_acts_needs_less(host, tmp_path):

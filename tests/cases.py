@@ -1,0 +1,123 @@
+"""What several rooms' tests share: small configurations and the recorded results of the released
+code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import polygrad_fast as pg
+from polygrad_fast.compat import official
+from polygrad_fast.sampling.components import SamplerComponents
+
+RECORDED = Path(__file__).parent / "fixtures" / "official"
+INDEX = json.loads((RECORDED / "index.json").read_text())
+SAMPLES = [name for name in INDEX if name.startswith("sample_")]
+UPDATE = {"grad": "score", "sample": "sample", "none": "none"}
+"""Names of action updates: the released code's to ours."""
+
+
+def changed(config: pg.TrainConfig, **options) -> pg.TrainConfig:
+    """Return the configuration with options such as denoiser__hidden_dim=8."""
+    for name, value in options.items():
+        group, _, option = name.rpartition("__")
+        part = replace(getattr(config, group), **{option: value}) if group else None
+        config = replace(config, **({group: part} if group else {option: value}))
+    return config
+
+
+def tiny_config(**overrides) -> pg.TrainConfig:
+    """Return a configuration that trains on Pendulum-v1 in a second; overrides as in `changed`."""
+    options = {
+        "horizon": 4,
+        "schedule__num_train_timesteps": 3,
+        "denoiser__hidden_dim": 16,
+        "denoiser__num_layers": 1,
+        "denoiser__batch_size": 16,
+        "denoiser__pretrain_updates": 5,
+        "policy__hidden_dim": 8,
+        "imagined_batch_size": 8,
+        "learning_starts": 40,
+        "eval_interval": 60,
+        "eval_episodes": 2,
+        "log_interval": 25,
+        "checkpoint_interval": 50,
+        "total_timesteps": 150,
+    }
+    return changed(pg.TrainConfig.from_preset("quick", "Pendulum-v1"), **(options | overrides))
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Return the largest error, relative to what is wanted where that is above 1."""
+    return ((got - wanted).abs() / wanted.abs().clamp(min=1.0)).max().item()
+
+
+def recorded_arrays(name: str, folder: Path = RECORDED) -> dict[str, Tensor]:
+    """Return what is recorded of one case."""
+    with np.load(folder / f"{name}.npz") as data:
+        return {key: torch.from_numpy(np.asarray(data[key])) for key in data.files}
+
+
+def part(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries under a prefix, which is taken off."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def recorded_moments(arrays: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the recorded (mean, std) of observations, actions and rewards."""
+    return {
+        field: (arrays[f"normalizer.{field}.mean"], arrays[f"normalizer.{field}.std"])
+        for field in ("observations", "actions", "rewards")
+    }
+
+
+class RecordedSample(NamedTuple):
+    """A recorded call of the released sampler, and the parts of this library's."""
+
+    components: SamplerComponents
+    arrays: dict[str, Tensor]
+    noise: pg.SampleNoise
+    guidance_scale: float
+
+
+def recorded_sample(
+    name: str, device: str | torch.device = "cpu", folder: Path = RECORDED
+) -> RecordedSample:
+    """Return a recorded sample on a device."""
+    info = json.loads((folder / "index.json").read_text())[name]
+    arrays = recorded_arrays(name, folder)
+    variant = info["variant"]
+    read = variant.get("states_for_guidance", "recon")
+    dims = info["observation_dim"], info["action_dim"], info["horizon"]
+    arrays = {key: value.to(device) for key, value in arrays.items()}
+    normalizer = pg.Normalizer.from_moments(**recorded_moments(arrays))
+    config = pg.SamplerConfig.official(
+        prediction_type="epsilon" if info["predict_epsilon"] else "sample",
+        action_update=UPDATE[variant["guidance_type"]],
+        clip_std=variant["clip_std"],
+        policy_input="denoised" if read == "recon" else "posterior_mean",
+        update_states=variant.get("update_states", False),
+        clip_state_change=info["clip_state_change"],
+    )
+    policy = official.load_policy(
+        part(arrays, "actor."), arrays["logstd"], info["min_std"], normalizer
+    )
+    components = SamplerComponents(
+        official.load_denoiser(part(arrays, "model."), *dims).to(device),
+        policy.to(device),
+        pg.NoiseSchedule.cosine(info["n_timesteps"], info["noise_sched_tau"]).to(device),
+        normalizer.to(device),
+        config,
+        torch.device(device),
+        None,
+    )
+    noise = pg.SampleNoise(
+        *(arrays[key] for key in ("x_init", "act_init", "state_noise", "action_noise"))
+    )
+    return RecordedSample(components, arrays, noise, info["guidance_scale"])

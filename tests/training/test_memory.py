@@ -257,4 +257,4 @@ def test_estimates_are_within_a_factor_of_two_of_what_is_measured(options, tmp_p
     # the few steps taken do not fill the buffer, so a checkpoint writes less
     unwritten = config.replay_capacity * (4 * 6 + 32)
     estimate = memory.training_memory(config.resolved("Pendulum-v1"), 3, 1).host - unwritten
-    assert 0.7 * measured < estimate < 2 * measured, (measured, estimate)
+    assert 0.5 * measured < estimate < 2 * measured, (measured, estimate)

@@ -331,8 +331,8 @@ def check_denoiser(case, trainer, trajectory, actions, generator, max_loss_error
 def check_whole_update(case, agent, env_steps: int, update) -> int:
     """Take one update; check that it acts by the policy, takes every update that is due, on a whole
     imagined batch, and changes the networks. Return the number of denoiser updates."""
-    config, trainer, ac = agent.config, agent.world_model.trainer, agent.actor_critic
-    noise = torch.Generator().set_state(agent._acting_generator.get_state())
+    config, trainer, ac = agent.config, agent.world_model.trainer, agent.training.learner
+    noise = torch.Generator().set_state(agent.training.streams.acting.get_state())
     step, learn = agent.environment.step, ac.update
     errors, shapes = [], []
 
@@ -422,16 +422,23 @@ def test_whole_update(bench, preset, env_id, batch, engine, dtype):
             windows.observations, windows.rewards, windows.terminals
         )
         actions = agent.normalizer.normalize(windows.actions, "actions")
-        check_denoiser(case, agent.world_model.trainer, trajectory, actions, agent.generator, 1e-4)
+        check_denoiser(
+            case,
+            agent.world_model.trainer,
+            trajectory,
+            actions,
+            agent.training.streams.generator,
+            1e-4,
+        )
         imagined = agent.imagine(batch, normalized=True)
         fields = ("observations", "actions", "rewards", "terminals")
         imagined = {name: getattr(imagined, name) for name in fields}
         ends = agent.normalizer.unnormalize(imagined["terminals"], "terminals") > 0.5
-        check_a2c(case, agent.actor_critic, imagined | {"terminals": ends.float()})
+        check_a2c(case, agent.training.learner, imagined | {"terminals": ends.float()})
         denoiser_updates = check_whole_update(case, agent, env_steps, update)
 
         sampling = sampler_case.sample_work(c, batch, dtype)
-        trainer, actor_critic = agent.world_model.trainer, agent.actor_critic
+        trainer, actor_critic = agent.world_model.trainer, agent.training.learner
         training = denoiser_work(trainer, config.denoiser.batch_size)
         learning = a2c_work(actor_critic, batch, config.horizon)
         work = Work(

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from polygrad_fast.errors import InputError
+import torch
+
+from polygrad_fast.errors import InputError, first_line
 
 
 def as_integer(value: Any, name: str, minimum: int, below: int | None = None) -> int:
@@ -32,3 +34,19 @@ def as_path(value: Any, name: str) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise InputError(f"{name} must be a path (str or pathlib.Path), got {value!r}")
     return Path(value)
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """Return a device; "auto" and None are CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: it cannot be used here.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
+    return resolved

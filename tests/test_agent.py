@@ -23,7 +23,7 @@ from polygrad_fast.runs import metrics as run_log
 from polygrad_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from polygrad_fast.runs.directory import locked
 from polygrad_fast.runs.metrics import read_metrics
-from polygrad_fast.training.estimate import Durations
+from polygrad_fast.training.estimate import Speed
 
 
 def comparable(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -51,8 +51,8 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def assert_same_run(resumed: pg.PolyGRAD, whole: pg.PolyGRAD) -> None:
     rows = [comparable(read_metrics(a.run_dir / "metrics.csv")) for a in (resumed, whole)]
     assert rows[0] == rows[1]
-    for name, weight in whole._weights().items():
-        assert torch.equal(weight, resumed._weights()[name]), name
+    for name, weight in whole.training.weights().items():
+        assert torch.equal(weight, resumed.training.weights()[name]), name
 
 
 def test_learns_logs_and_checkpoints(tmp_path):
@@ -87,7 +87,7 @@ def test_ratios_of_updates_to_environment_steps():
         if name in counts:
             counts[name] += 1
 
-    agent._add_metric = count
+    agent.training._add_metric = count
     agent.learn(140)
     assert counts["denoiser/loss"] == 5 + (140 - 40) * 0.5
     assert counts["a2c/actor_loss"] == int((140 - 40 - 10) * 0.25)
@@ -134,8 +134,8 @@ def test_save_and_load_predict_and_continue(tmp_path):
     )
     agent.learn(20)
     loaded.learn(20)
-    for name, weight in agent._weights().items():
-        assert torch.equal(weight, loaded._weights()[name]), name
+    for name, weight in agent.training.weights().items():
+        assert torch.equal(weight, loaded.training.weights()[name]), name
 
 
 def test_predict_is_within_bounds_and_batched():
@@ -149,7 +149,7 @@ def test_predict_is_within_bounds_and_batched():
 @pytest.mark.parametrize(
     "observation, message",
     [
-        (np.zeros(4), r"shape \(4,\) given, wanted \[3\]"),
+        (np.zeros(4), r"observation must have shape \[3\] or \[N, 3\], got \[4\]"),
         (np.array([0.0, np.nan, 0.0]), r"observation\[1\] is nan"),
         (np.array(["a", "b", "c"]), "dtype <U1"),
     ],
@@ -296,11 +296,17 @@ def test_best_checkpoint_acts_but_does_not_train(tmp_path):
 def test_checkpoint_of_another_device_loads_with_a_warning(tmp_path):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
     agent.learn(60)
-    state = agent._state() | {
-        "device_type": "cuda",
-        "generator": torch.zeros(16, dtype=torch.uint8),  # as long as a CUDA generator's
-    }
-    save_checkpoint(tmp_path / "saved", agent._weights(), state, agent._metadata())
+    state = (
+        agent.training.state_dict()
+        | agent.evaluator.state_dict()
+        | {
+            "device_type": "cuda",
+            "generator": torch.zeros(16, dtype=torch.uint8),  # as long as a CUDA generator's
+        }
+    )
+    save_checkpoint(
+        tmp_path / "saved", agent.training.weights(), state, agent.run.metadata(agent.num_timesteps)
+    )
     with pytest.warns(UserWarning, match="written on 'cuda'"):
         loaded = pg.PolyGRAD.load(tmp_path / "saved", device="cpu")
     loaded.learn(10)
@@ -331,8 +337,8 @@ def test_streams_of_neighbouring_seeds_differ():
     agents = [pg.PolyGRAD("Pendulum-v1", seed=seed, config=tiny_config()) for seed in (0, 1)]
     states = [
         generator.get_state()
-        for agent in agents
-        for generator in (agent.generator, agent._acting_generator, agent._prediction_generator)
+        for streams in (agent.training.streams for agent in agents)
+        for generator in (streams.generator, streams.acting, streams.predictions)
     ]
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(states, 2))
 
@@ -364,7 +370,9 @@ def test_nan_observation_stops_with_a_sentence(tmp_path):
     agent = pg.PolyGRAD(
         lambda: BrokenPendulum(70), config=tiny_config(eval_interval=10_000), run_dir=tmp_path / "r"
     )
-    agent.evaluate = lambda episodes: EpisodeStatistics(np.zeros(1), np.ones(1, dtype=int))
+    agent.evaluator.evaluate = lambda episodes: EpisodeStatistics(
+        np.zeros(1), np.ones(1, dtype=int)
+    )
     message = r"step 69: Pendulum-v1, step 70.*observation\[0\] is nan.*step_000000069"
     with pytest.raises(pg.InputError, match=message):
         agent.learn(150)
@@ -376,8 +384,8 @@ def test_nan_observation_stops_with_a_sentence(tmp_path):
     resumed.learn(81)
     whole = pg.PolyGRAD("Pendulum-v1", config=tiny_config(eval_interval=10_000))
     whole.learn(150)
-    for name, weight in whole._weights().items():
-        assert torch.equal(weight, resumed._weights()[name]), name
+    for name, weight in whole.training.weights().items():
+        assert torch.equal(weight, resumed.training.weights()[name]), name
 
 
 def test_nan_in_training_names_step_quantity_and_checkpoint(tmp_path):
@@ -403,7 +411,7 @@ def test_broken_weights_replace_no_checkpoint(tmp_path):
     def poison(agent, metrics):
         if agent.num_timesteps == 75:
             with torch.no_grad():
-                agent.actor_critic.value_function.network[-1].bias.fill_(float("nan"))
+                agent.training.learner.value_function.network[-1].bias.fill_(float("nan"))
 
     message = r"step 100: the weight value_function\..* is not finite; .*step_000000050"
     with pytest.raises(pg.NonFiniteError, match=message):
@@ -614,37 +622,37 @@ def crash_in_prefill(agent):
 
 
 def crash_in_evaluation(agent):
-    evaluate = agent.evaluate
+    evaluate = agent.evaluator.evaluate
 
     def evaluate_until(episodes):
         if agent.num_timesteps == 179:  # in the step after
             raise Crash
         return evaluate(episodes)
 
-    agent.evaluate = evaluate_until
+    agent.evaluator.evaluate = evaluate_until
 
 
 def interrupt_in_pretraining(agent):
-    update, seen = agent._update_model, []
+    update, seen = agent.training.update_model, []
 
-    def interrupted(speed):
+    def interrupted():
         seen.append(None)
         if len(seen) == 3:
             signal.raise_signal(signal.SIGINT)
-        update(speed)
+        update()
 
-    agent._update_model = interrupted
+    agent.training.update_model = interrupted
 
 
 def interrupt_in_the_last_step(agent):
-    update = agent._update_model
+    update = agent.training.update_model
 
-    def interrupted(speed):
+    def interrupted():
         if agent.num_timesteps == 229:
             signal.raise_signal(signal.SIGINT)
-        update(speed)
+        update()
 
-    agent._update_model = interrupted
+    agent.training.update_model = interrupted
 
 
 CRASHES = {
@@ -695,25 +703,25 @@ def test_what_was_learnt_is_saved_before_an_error_is_raised(tmp_path, capfd, who
         assert agent.num_timesteps == finished
     else:
         agent.environment.env.where = ""
-        for name in ("evaluate", "_update_model"):
-            agent.__dict__.pop(name, None)
+        agent.evaluator.__dict__.pop("evaluate", None)
+        agent.training.__dict__.pop("update_model", None)
     agent.learn(230 - finished)
     assert_same_run(agent, whole_run)
 
 
 def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
-    update, updates = agent._update_model, []
+    update, updates = agent.training.update_model, []
 
-    def interrupted(speed):
+    def interrupted():
         updates.append(agent.num_timesteps)
         if len(updates) in (2, 4):
             signal.raise_signal(signal.SIGINT)
         if len(updates) == 4:
             signal.raise_signal(signal.SIGINT)
-        update(speed)
+        update()
 
-    agent._update_model = interrupted
+    agent.training.update_model = interrupted
     with pytest.raises(KeyboardInterrupt):
         agent.learn(60)
     assert updates == [39, 39]  # of five
@@ -756,20 +764,20 @@ def test_errors_of_the_system_keep_their_class(error):
 def test_the_best_so_far_is_what_was_kept(tmp_path):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
     agent.learn(10)
-    kept = agent._best_mean_reward
+    kept = agent.evaluator.best_mean_reward
     better = EpisodeStatistics(np.full(1, kept + 1), np.ones(1, dtype=int))
-    agent.evaluate = lambda episodes: better
+    agent.evaluator.evaluate = lambda episodes: better
 
-    def full(weights, metadata):
+    def full(step, weights):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    save_best, agent._checkpoints.save_best = agent._checkpoints.save_best, full
+    save_best, agent.run.save_best = agent.run.save_best, full
     with pytest.raises(OSError, match="No space left"):
         agent.learn(10)
-    assert agent._best_mean_reward == kept
-    agent._checkpoints.save_best = save_best
+    assert agent.evaluator.best_mean_reward == kept
+    agent.run.save_best = save_best
     agent.learn(1)
-    assert (agent._best_mean_reward, agent.best_timestep()) == (kept + 1, 20)
+    assert (agent.evaluator.best_mean_reward, agent.best_timestep()) == (kept + 1, 20)
 
 
 def test_a_callback_that_raises_loses_nothing(tmp_path):
@@ -834,10 +842,10 @@ def test_a_full_disk_names_file_step_and_last_checkpoint(
     monkeypatch.undo()
     resumed = pg.PolyGRAD.resume(tmp_path / "run")
     assert resumed.num_timesteps == int(last.removeprefix("step_"))
-    resumed.evaluate = agent.evaluate
+    resumed.evaluate = agent.evaluator.evaluate
     resumed.learn(150 - resumed.num_timesteps)
     whole = pg.PolyGRAD("Pendulum-v1", config=config, run_dir=tmp_path / "whole")
-    whole.evaluate = agent.evaluate
+    whole.evaluate = agent.evaluator.evaluate
     whole.learn(150)
     assert_same_run(resumed, whole)
 
@@ -889,9 +897,9 @@ def test_every_learning_ends_with_an_evaluation(steps):
 )
 def test_a_run_of_more_than_a_day_is_announced_once(monkeypatch, slow, delay, words):
     """Also long before the first policy update, whose time is not known then."""
-    add = Durations.add
+    typical = Speed.typical
     monkeypatch.setattr(
-        Durations, "add", lambda self, name, seconds: add(self, name, 1.0 if name == slow else 1e-3)
+        Speed, "typical", lambda self: {n: 1.0 if n == slow else 1e-3 for n in typical(self)}
     )
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(policy_delay_steps=delay))
     with pytest.warns(UserWarning, match=f"environment steps take {words} on 'cpu'") as caught:
@@ -965,18 +973,18 @@ def test_a_step_of_ones_own_is_that_of_learning_and_counts_once_it_is_finished(m
     config = tiny_config(total_timesteps=60, cpu_threads=None)
     learning, stepping = (pg.PolyGRAD("Pendulum-v1", config=config) for _ in range(2))
     learning.learn(60)
-    update = stepping._update_model
+    update = stepping.training.update_model
 
-    def stopped(speed):
-        update(speed)
+    def stopped():
+        update()
         if stepping.replay.total_steps == 40:
             stepping.stop()
 
-    monkeypatch.setattr(stepping, "_update_model", stopped)
+    monkeypatch.setattr(stepping.training, "update_model", stopped)
     calls = 0
     while stepping.num_timesteps < 60:
         stepping.step()
         calls += 1
     assert calls == 64  # the five updates after the prefill took a call each
-    for name, weight in learning._weights().items():
-        assert torch.equal(weight, stepping._weights()[name]), name
+    for name, weight in learning.training.weights().items():
+        assert torch.equal(weight, stepping.training.weights()[name]), name

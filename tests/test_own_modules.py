@@ -108,8 +108,8 @@ def test_resume_continues_exactly(tmp_path, given):
     assert resumed.num_timesteps in (100, 125)
     resumed.learn(150 - resumed.num_timesteps)
     assert comparable(tmp_path / "part") == comparable(tmp_path / "whole")
-    for name, weight in whole._weights().items():
-        assert torch.equal(weight, resumed._weights()[name]), name
+    for name, weight in whole.training.weights().items():
+        assert torch.equal(weight, resumed.training.weights()[name]), name
     best = pg.PolyGRAD.load(tmp_path / "part", checkpoint="best", **own(8))
     observation = np.array([0.6, -0.8, 0.3])
     assert best.predict(observation, deterministic=True)[0].shape == (A,)
@@ -120,12 +120,12 @@ def test_save_and_load(tmp_path):
     agent.learn(80)
     agent.save(tmp_path / "saved")
     loaded = pg.PolyGRAD.load(tmp_path / "saved", **own_modules(5))
-    for name, weight in agent._weights().items():
-        assert torch.equal(weight, loaded._weights()[name]), name
+    for name, weight in agent.training.weights().items():
+        assert torch.equal(weight, loaded.training.weights()[name]), name
     agent.learn(20)
     loaded.learn(20)
-    for name, weight in agent._weights().items():
-        assert torch.equal(weight, loaded._weights()[name]), name
+    for name, weight in agent.training.weights().items():
+        assert torch.equal(weight, loaded.training.weights()[name]), name
 
 
 def test_what_a_run_of_own_modules_needs(tmp_path, capsys):
@@ -178,12 +178,12 @@ class NoCopy(OwnDenoiser):
 @pytest.mark.parametrize(
     "own, message",
     [
-        ({"denoiser": OwnDenoiser(horizon=5)}, "OwnDenoiser has horizon 5, the config 4"),
+        ({"denoiser": OwnDenoiser(horizon=5)}, "OwnDenoiser has horizon 5, wanted the config's 4"),
         (
             {"denoiser": OwnDenoiser(observation_dim=4)},
-            "has observation_dim 4, the environment Pendulum-v1 3",
+            "has observation_dim 4, wanted the environment's 3",
         ),
-        ({"denoiser": OwnDenoiser(action_dim=2)}, "has action_dim 2, the environment Pendulum"),
+        ({"denoiser": OwnDenoiser(action_dim=2)}, "has action_dim 2, wanted the environment's 1"),
         ({"denoiser": OwnPolicy()}, "denoiser OwnPolicy must have the attribute observation_dim"),
         ({"denoiser": lambda x, u, k: x}, "denoiser <lambda> cannot be trained, wanted a torch.nn"),
         ({"denoiser": NoCopy()}, "NoCopy cannot be copied for its average: holds a socket"),

@@ -151,7 +151,7 @@ def export_checkpoint(
             step=source.num_timesteps,
             denoiser=source.denoiser,
             schedule=source.sampler.components.schedule,
-            **source.actor_critic.modules(),
+            **source.training.learner.modules(),
         )
     else:
         raise InputError(

@@ -89,7 +89,8 @@ class TrainConfig(Options):
     def world_model_training(self) -> DenoiserConfig | AutoregressiveConfig:
         """The options of the world model in use that say how often and on how much it trains:
         batch_size, updates_per_env_step, pretrain_updates."""
-        return self.denoiser if self.world_model == "trajectory_diffusion" else self.autoregressive
+        groups = {"trajectory_diffusion": "denoiser"}
+        return getattr(self, groups.get(self.world_model, self.world_model))
 
     def resolved(self, env_id: str) -> TrainConfig:
         """Return the configuration with the value in place of every None that stands for one."""

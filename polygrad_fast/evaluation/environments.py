@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -97,6 +98,12 @@ class EvaluationEnvironments:
                 f"{environment.render_mode!r}, wanted {render_mode!r} to render: make it with that"
             )
         return environment
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is kept of the source in a checkpoint: id, and whether it was given by it."""
+        if isinstance(self._source, str):
+            return {"id": self._source, "given_by_id": True}
+        return {"id": environment_name(self._made[0]), "given_by_id": False}
 
     def is_given(self, environment: gymnasium.Env) -> bool:
         """Whether an environment of `make` is the user's own, not to be closed."""

@@ -42,7 +42,7 @@ def record_episode(agent: PolyGRAD, path: Path, seed: int) -> None:
     fps = environment.metadata.get("render_fps", 30)
     try:
         with contextlib.ExitStack() as stack:
-            if not agent.evaluation_environments.is_given(environment):
+            if not agent.evaluator.environments.is_given(environment):
                 stack.callback(environment.close)
             writer = stack.enter_context(imageio.get_writer(path, fps=fps))
             evaluate_policy(

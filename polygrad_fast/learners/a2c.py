@@ -99,7 +99,7 @@ def _check_policy(policy: nn.Module, normalizer: Normalizer, config: A2CConfig) 
 class ActorCritic:
     """Policy, value function, its slow target, their optimizers, and one `update`.
 
-    Weights change in place.
+    Weights change in place. Implements `polygrad_fast.learners.Learner`.
 
     Of the policy it uses what `polygrad_fast.Policy` says, and where it has them, as a
     `GaussianPolicy`: the parameter `log_std`, whose gradient is not clipped and is reported, and
@@ -117,6 +117,8 @@ class ActorCritic:
         InputError: a policy that is no module with weights to train, or, with `saturation_coef`,
             does not call its `network` once.
     """
+
+    name = "a2c"
 
     def __init__(
         self,

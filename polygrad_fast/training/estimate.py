@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
+import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from polygrad_fast.config import TrainConfig
@@ -59,24 +61,54 @@ def time_left(seconds: Mapping[str, float], counts: Mapping[str, int]) -> TimeLe
     return TimeLeft(total, unknown <= {"evaluation"})
 
 
-class Durations:
-    """Seconds that the parts of a training took recently."""
+class Speed:
+    """How long the parts of a training take, and rates since the last reading.
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+    Args:
+        step: the environment step at which the training begins.
+    """
 
-    def add(self, name: str, seconds: float) -> None:
-        """Note how long one "env_step", "model_update", "policy_update" or "evaluation" took."""
-        self._seconds[name].append(seconds)
+    def __init__(self, step: int) -> None:
+        self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._begin(step)
+
+    @contextlib.contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Note how long one "env_step", "model_update", "policy_update", "evaluation", or "sample"
+        of a policy update takes, unless it fails."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._recent[name].append(seconds)
+        self._seconds[name] += seconds
+        self._counts[name] += 1
 
     def typical(self) -> dict[str, float]:
-        """Return the median of each part measured `MEASUREMENTS` times, or once if it is an
-        evaluation."""
+        """Return the recent median of each part measured `MEASUREMENTS` times, or once if it is an
+        evaluation, in seconds."""
         return {
             name: statistics.median(values)
-            for name, values in self._seconds.items()
+            for name, values in self._recent.items()
             if len(values) >= MEASUREMENTS or name == "evaluation"
         }
+
+    def read(self, step: int) -> dict[str, float]:
+        """Return the rates between the last reading and environment step `step`, by the names of
+        their columns."""
+        elapsed = max(time.perf_counter() - self._time, 1e-9)
+        rates = {"time/env_steps_per_s": (step - self._step) / elapsed}
+        updates = self._counts["model_update"] + self._counts["policy_update"]
+        if updates:
+            rates["time/updates_per_s"] = updates / elapsed
+        if self._counts["sample"]:
+            rates["time/sample_ms"] = 1e3 * self._seconds["sample"] / self._counts["sample"]
+        self._begin(step)
+        return rates
+
+    def _begin(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
 
 
 def in_words(seconds: float) -> str:

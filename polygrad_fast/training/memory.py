@@ -64,6 +64,13 @@ def denoiser_parameters(config: TrainConfig, observation_dim: int, action_dim: i
     return inputs + layers * (width + 3) * width + 2 * width + output
 
 
+def autoregressive_parameters(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    """Return the number of parameters of the configured one-step network."""
+    width, layers = config.autoregressive.hidden_dim, config.autoregressive.num_layers
+    ends = (observation_dim + action_dim + 1) * width + (width + 1) * (observation_dim + 2)
+    return ends + (layers - 1) * (width + 1) * width
+
+
 def sampling_memory(
     config: TrainConfig,
     observation_dim: int,
@@ -72,7 +79,14 @@ def sampling_memory(
     device_type: str,
     threads: int,
 ) -> Memory:
-    """Estimate what the sampler needs besides weights, to imagine `num_trajectories` at once."""
+    """Estimate what the world model needs besides weights, to imagine `num_trajectories` at
+    once."""
+    if config.world_model == "autoregressive":
+        state_dim, batch = observation_dim + 2, num_trajectories
+        # each step's results and the stacked ones, unnormalized too, and one step's activations
+        floats = batch * config.horizon * 3 * (state_dim + action_dim)
+        width = max(config.autoregressive.hidden_dim, config.policy.hidden_dim)
+        return _on(device_type, FLOAT * (floats + 4 * batch * width) + 40 * batch)
     c = config.denoiser.resolved(config.horizon)
     state_dim, horizon, batch = observation_dim + 2, config.horizon, num_trajectories
     pair = state_dim + action_dim
@@ -128,21 +142,15 @@ def training_memory(
     Returns:
         Bytes; on a CPU all of the host.
     """
-    d, p, horizon = config.denoiser.resolved(config.horizon), config.policy, config.horizon
+    p, horizon = config.policy, config.horizon
     pair = observation_dim + 2 + action_dim
     replay, weights, policy, steps = _lasting(config, observation_dim, action_dim, device_type)
     # network, average, gradient, two moments of Adam, the sampler's copy; for the policy also the
     # line search's copies, a value function and its target
     networks = _on(device_type, FLOAT * (6 * weights + 14 * policy))
 
-    windows = d.batch_size * horizon * pair * 10
-    if d.kind == "transformer":
-        activations = d.batch_size * horizon * (17 * d.num_layers + 12) * d.hidden_dim
-    else:
-        kept = 2 if d.step_conditioning == "input" else 1
-        embed = max(horizon * pair, 128) if d.step_conditioning == "input" else 0
-        activations = d.batch_size * ((kept * d.num_layers + 6) * d.hidden_dim + 6 * embed)
-    denoiser_update = _on(device_type, FLOAT * (windows + activations))
+    update = _update_floats(config, observation_dim, action_dim)
+    model_update = _on(device_type, FLOAT * update)
     sampling = sampling_memory(
         config, observation_dim, action_dim, config.imagined_batch_size, device_type, threads
     )
@@ -151,8 +159,23 @@ def training_memory(
     a2c_update = _on(device_type, FLOAT * steps_imagined * per_step)
     written = config.replay_capacity * (FLOAT * pair + 32) + 4 * FLOAT * (weights + 3 * policy)
     checkpoint = Memory(written)
-    passing = denoiser_update + a2c_update + checkpoint
+    passing = model_update + a2c_update + checkpoint
     return replay + networks + steps + sampling + passing + Memory(OVERHEAD)
+
+
+def _update_floats(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    """Return the numbers that one update of the world model holds besides weights."""
+    horizon, pair = config.horizon, observation_dim + 2 + action_dim
+    windows = config.world_model_training.batch_size * horizon * pair * 10
+    if config.world_model == "autoregressive":
+        a = config.autoregressive
+        return windows + a.batch_size * horizon * 3 * a.num_layers * a.hidden_dim
+    d = config.denoiser.resolved(horizon)
+    if d.kind == "transformer":
+        return windows + d.batch_size * horizon * (17 * d.num_layers + 12) * d.hidden_dim
+    kept = 2 if d.step_conditioning == "input" else 1
+    embed = max(horizon * pair, 128) if d.step_conditioning == "input" else 0
+    return windows + d.batch_size * ((kept * d.num_layers + 6) * d.hidden_dim + 6 * embed)
 
 
 def _on(device_type: str, size: int) -> Memory:
@@ -162,13 +185,16 @@ def _on(device_type: str, size: int) -> Memory:
 def _lasting(
     config: TrainConfig, observation_dim: int, action_dim: int, device_type: str
 ) -> tuple[Memory, int, int, Memory]:
-    """Return the replay buffer's memory, the parameters of denoiser and policy, and the memory of
-    what there is per diffusion step."""
+    """Return the replay buffer's memory, the parameters of world model and policy, and the memory
+    of what there is per diffusion step."""
     d, p = config.denoiser.resolved(config.horizon), config.policy
     row = FLOAT * (observation_dim + 2 + action_dim) + 16
     replay = _on(device_type, config.replay_capacity * row) + Memory(config.replay_capacity)
     trunk = (observation_dim + (p.num_layers - 1) * p.hidden_dim + 4 * p.num_layers) * p.hidden_dim
     policy = trunk + (action_dim + 1) * p.hidden_dim
+    if config.world_model == "autoregressive":
+        weights = autoregressive_parameters(config, observation_dim, action_dim)
+        return replay, weights, policy, Memory()
     table = d.hidden_dim * (2 if d.step_conditioning == "input" else 1 + d.num_layers)
     per_step = SCHEDULE_BYTES + 2 * FLOAT * table
     steps = _on(device_type, config.schedule.num_train_timesteps * per_step)
@@ -284,7 +310,9 @@ def _left_in_group(group: Path, limit: str, usage: str, droppable: str) -> list[
 def _dominant(config: TrainConfig, size: Callable[[TrainConfig], int]) -> tuple[str, Any]:
     """Return the option, and its value, that takes most memory beyond its default; where none does,
     the one that saves most when halved."""
-    options = {name: _get(config, name) for name in _OPTIONS}
+    model = "autoregressive" if config.world_model == "autoregressive" else "denoiser"
+    names = (*_OPTIONS, *(f"{model}.{option}" for option in _MODEL_OPTIONS))
+    options = {name: _get(config, name) for name in names}
     sizes = {
         name: size(_set(config, name, min(value, _get(_DEFAULT, name))))
         for name, value in options.items()
@@ -301,13 +329,11 @@ _OPTIONS = (
     "replay_capacity",
     "imagined_batch_size",
     "horizon",
-    "denoiser.hidden_dim",
-    "denoiser.num_layers",
-    "denoiser.batch_size",
     "policy.hidden_dim",
     "policy.num_layers",
     "schedule.num_train_timesteps",
 )
+_MODEL_OPTIONS = ("hidden_dim", "num_layers", "batch_size")
 
 
 def _get(config: TrainConfig, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from polygrad_fast.world_models.autoregressive import Autoregressive
 from polygrad_fast.world_models.base import WorldModel
+from polygrad_fast.world_models.build import build_world_model
 from polygrad_fast.world_models.trajectory_diffusion import TrajectoryDiffusion
 
-__all__ = ["Autoregressive", "TrajectoryDiffusion", "WorldModel"]
+__all__ = ["Autoregressive", "TrajectoryDiffusion", "WorldModel", "build_world_model"]

@@ -79,6 +79,9 @@ class Autoregressive:
     def prepare(self, policy: Any) -> None:
         """Do nothing: any policy will do."""
 
+    def warn(self, stacklevel: int) -> None:
+        """Do nothing: nothing is known to go wrong."""
+
     def update(
         self, windows: Windows, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

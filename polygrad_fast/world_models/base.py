@@ -26,6 +26,9 @@ class WorldModel(Protocol):
             InputError: the policy or an option cannot be used.
         """
 
+    def warn(self, stacklevel: int) -> None:
+        """Warn, before training begins, of what is known to go wrong with the configuration."""
+
     def update(
         self, windows: Windows, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

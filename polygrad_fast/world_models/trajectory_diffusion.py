@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.data.replay import Windows
 from polygrad_fast.denoisers.build import build_denoiser
-from polygrad_fast.diffusion.ddpm import NoiseSchedule
+from polygrad_fast.diffusion.ddpm import NoiseSchedule, warn_of_amplified_errors
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
@@ -60,6 +60,10 @@ class TrajectoryDiffusion:
     def prepare(self, policy: Any) -> None:
         """Build the sampler under a policy; see `WorldModel.prepare`."""
         self.sampler(policy)
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn where the schedule multiplies the denoiser's error."""
+        warn_of_amplified_errors(self.schedule, self.config.sampler, stacklevel + 1)
 
     def sampler(self, policy: Any) -> PolicyGuidedSampler:
         """Return the sampler under a policy; it is kept until another policy is asked for."""

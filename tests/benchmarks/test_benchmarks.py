@@ -23,6 +23,8 @@ from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import InputError
 from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.sampling.torch_engine import TorchEngine
+from polygrad_fast.training.actor import Actor
+from polygrad_fast.training.imagination import ImaginationTraining
 
 ROOT = Path(__file__).parents[2]
 GPU_CHECK = ROOT / "benchmarks" / "gpu_check.sh"
@@ -241,17 +243,21 @@ def one_window_repeated(sample, self, *arguments):
     return windows
 
 
+def fewer_trajectories(imagine, self, num_trajectories, *arguments, **options):
+    return imagine(self, 4, *arguments, **options)
+
+
 WHOLE = ("bench_training", "whole_update", "quick", "Pendulum-v1", 8, "torch", "float32")
 A2C = ("bench_training", "a2c_update", 8, 4)
 DENOISER = ("bench_training", "denoiser_update", "residual_mlp", 4, 3)
 SAMPLE = ("bench_sampler", "sample", "torch", "float32", 5, 3, "residual_mlp")
 MUTATIONS = {
-    "no policy update": (WHOLE, changed(PolyGRAD, "_update_policy", lambda *_: None)),
+    "no policy update": (WHOLE, changed(ImaginationTraining, "update_policy", lambda *_: None)),
     "four trajectories": (
-        WHOLE, changed(PolyGRAD, "imagine", lambda imagine, self, n, *a, **k: imagine(self, 4, **k))
+        WHOLE, changed(ImaginationTraining, "imagine", fewer_trajectories)
     ),
-    "zero actions": (WHOLE, changed(PolyGRAD, "_act", lambda act, *a: np.zeros_like(act(*a)))),
-    "no denoiser update": (WHOLE, changed(PolyGRAD, "_update_model", lambda *_: None)),
+    "zero actions": (WHOLE, changed(Actor, "sample", lambda act, *a: np.zeros_like(act(*a)))),
+    "no denoiser update": (WHOLE, changed(ImaginationTraining, "update_model", lambda *_: None)),
     "steps not stored": (WHOLE, changed(ReplayBuffer, "add", until_step_203)),
     "actor's sign": (A2C, changed(ActorCritic, "_step_actor", sign_of_the_actor)),
     "actor's gradient": (A2C, changed(ActorCritic, "_step_actor", random_gradient_of_the_actor)),
@@ -399,7 +405,8 @@ def test_evaluation_episodes_are_seen_by_nothing_else(monkeypatch):
     module = load("quick_seeds")
     played = []
     monkeypatch.setattr(
-        "polygrad_fast.agent.evaluate_policy", lambda act, environments, seeds: played.append(seeds)
+        "polygrad_fast.evaluation.evaluator.evaluate_policy",
+        lambda act, environments, seeds: played.append(seeds),
     )
     agents = {seed: PolyGRAD("Pendulum-v1", "quick", seed, "cpu") for seed in (100, 101, 102)}
     for seed, agent in agents.items():

@@ -76,7 +76,7 @@ def test_changes_after_construction_are_not_evaluated_on():
     env = weak_pendulum()
     agent = agent_on(env)
     env.unwrapped.g = 30.0
-    environments = agent.evaluation_environments.take(20)
+    environments = agent.evaluator.environments.take(20)
     assert len(environments) == 16
     assert {environment.unwrapped.g for environment in environments} == {1.0}
 
@@ -140,7 +140,7 @@ def test_eval_env_is_kept_by_checkpoints(tmp_path):
     agent_on("Pendulum-v1", eval_env="Pendulum-v1", run_dir=tmp_path / "id").learn(10)
     stored = json.loads((tmp_path / "id" / "config.json").read_text())
     assert stored["eval_env"] == {"id": "Pendulum-v1", "given_by_id": True}
-    assert pg.PolyGRAD.resume(tmp_path / "id")._eval_env_source == "Pendulum-v1"
+    assert pg.PolyGRAD.resume(tmp_path / "id").run.identity["eval_env"]["id"] == "Pendulum-v1"
 
     run = tmp_path / "object"
     agent_on("Pendulum-v1", eval_env=weak_pendulum(), run_dir=run).learn(10)
@@ -246,19 +246,19 @@ def test_nan_rewards_do_not_freeze_the_best(tmp_path):
     )
     with pytest.raises(pg.InputError, match="step 60: Counter, evaluation episode 1, step 1: rew"):
         agent.learn(100)
-    assert agent._best_mean_reward == 20.0
+    assert agent.evaluator.best_mean_reward == 20.0
 
 
 def test_a_best_of_nan_in_an_old_checkpoint_is_replaced(tmp_path):
     agent = agent_on("Pendulum-v1")
     agent.learn(50)
-    agent._best_mean_reward = math.nan
+    agent.evaluator.best_mean_reward = math.nan
     agent.save(tmp_path / "old")
     resumed = pg.PolyGRAD.load(tmp_path / "old")
     rows = []
     resumed.learn(20, callback=lambda _, row: rows.append(row))
     means = [row["eval/mean_reward"] for row in rows if "eval/mean_reward" in row]
-    assert len(means) == 2 and resumed._best_mean_reward == max(means)
+    assert len(means) == 2 and resumed.evaluator.best_mean_reward == max(means)
 
 
 def test_evaluation_arguments():
@@ -279,7 +279,7 @@ def test_evaluation_arguments():
         ([[0, 0, 0], [0, -1e39, 0]], r"observation\[1, 1\] is -1e\+39, wanted a finite float32"),
         ([0, 0, 3e38], r"observation\[2\] is 3e\+38, so large that the policy's mean"),
         ([[0, 0, 0], [0, 0]], "observation cannot be read as an array"),
-        ([1j, 0, 0], "dtype complex128 given, wanted real numbers"),
+        ([1j, 0, 0], "must be of real numbers, got dtype complex128"),
     ],
 )
 def test_predict_names_what_float32_or_the_policy_cannot_hold(observation, message):

@@ -267,7 +267,7 @@ def test_policy_and_critic_are_the_configured_ones(normed_inputs):
         policy_at(agent.policy, observations), policy_at(own, observations), strict=True
     ):
         assert got == pytest.approx(wanted)
-    pg.ValueFunction(2, 12, 1).load_state_dict(agent.actor_critic.value_function.state_dict())
+    pg.ValueFunction(2, 12, 1).load_state_dict(agent.training.learner.value_function.state_dict())
 
 
 # The denoiser
@@ -341,7 +341,7 @@ def test_the_denoisers_loss_is_that_of_the_configured_process(preset, monkeypatc
     (row,) = rows
     for name, value in {"loss": loss, **parts}.items():
         assert row[f"denoiser/{name}"] == pytest.approx(value.item(), rel=1e-5), name
-    assert torch.equal(agent.generator.get_state(), generator.get_state())
+    assert torch.equal(agent.training.streams.generator.get_state(), generator.get_state())
 
 
 def test_training_draws_from_the_agents_own_generators_only():
@@ -498,8 +498,8 @@ def test_one_policy_update_by_hand(monkeypatch):
     a2c = dict(gamma=0.8, target_update=0.03, final_target_update=0.01, actor_learning_rate=1e-3)
     agent, _ = make_agent(a2c=a2c, guidance=dict(initial=0.2, learning_rate=0.5))
     agent.learn(10)
-    policy = copy.deepcopy(agent.actor_critic.policy)
-    value_function = copy.deepcopy(agent.actor_critic.value_function)
+    policy = copy.deepcopy(agent.training.learner.policy)
+    value_function = copy.deepcopy(agent.training.learner.value_function)
     mean, scale = (m[2:4] for m in moments(replay_rows(agent)))
     samples = spy(monkeypatch, pg.PolicyGuidedSampler, "sample")
     rows = []

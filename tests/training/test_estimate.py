@@ -1,20 +1,22 @@
 """What a training still takes, from measured parts."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polygrad_fast as pg
-from polygrad_fast.agent import _due
+from polygrad_fast.training import estimate
 from polygrad_fast.training.estimate import (
-    Durations,
+    Speed,
     TimeLeft,
     in_words,
     remaining_counts,
     time_left,
 )
+from polygrad_fast.training.imagination import _due
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,17 +62,46 @@ def test_seconds_are_counts_times_measured_seconds():
     assert str(TimeLeft(6.7 * 3600, False)) == "more than 6.7 h"
 
 
-def test_the_first_slow_update_does_not_count():
-    durations = Durations()
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_the_first_slow_update_does_not_count(clock):
+    clock.now, speed = 100.0, Speed(0)
+
+    def take(name, seconds):
+        with speed.measured(name):
+            clock.now += seconds
+
     for seconds in (30.0, 0.5):  # the first one compiles
-        durations.add("policy_update", seconds)
-        assert durations.typical() == {}
-    durations.add("policy_update", 0.5)
-    durations.add("evaluation", 2.0)
-    assert durations.typical() == {"policy_update": 0.5, "evaluation": 2.0}
+        take("policy_update", seconds)
+        assert speed.typical() == {}
+    take("policy_update", 0.5)
+    take("evaluation", 2.0)
+    assert speed.typical() == {"policy_update": 0.5, "evaluation": 2.0}
     for _ in range(25):
-        durations.add("policy_update", 0.25)
-    assert durations.typical()["policy_update"] == 0.25
+        take("policy_update", 0.25)
+    assert speed.typical()["policy_update"] == 0.25
+
+
+def test_rates_are_those_since_the_last_reading(clock):
+    clock.now, speed = 0.0, Speed(40)
+    for name, seconds in (("env_step", 1.0), ("model_update", 2.0), ("policy_update", 4.0)):
+        with speed.measured(name):
+            clock.now += seconds
+    with pytest.raises(ZeroDivisionError), speed.measured("model_update"):  # does not count
+        clock.now += 1.0
+        1 / 0  # noqa: B018
+    with speed.measured("sample"):
+        clock.now += 2.0
+    assert speed.read(60) == {
+        "time/env_steps_per_s": 2.0, "time/updates_per_s": 0.2, "time/sample_ms": 2000.0,
+    }  # fmt: skip
+    clock.now += 5.0
+    assert speed.read(70) == {"time/env_steps_per_s": 2.0}
 
 
 @pytest.mark.parametrize(

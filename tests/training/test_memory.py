@@ -15,10 +15,20 @@ from cases import changed, tiny_config
 from polygrad_fast import cli
 from polygrad_fast.denoisers.build import build_denoiser
 from polygrad_fast.training import memory
+from polygrad_fast.world_models.autoregressive import OneStepNetwork
 
 GB = 10**9
 WALKER = (17, 6)
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("hidden_dim, num_layers", [(8, 1), (24, 3)])
+def test_parameters_of_the_one_step_network_are_counted_as_they_are_built(hidden_dim, num_layers):
+    network = OneStepNetwork(*WALKER, hidden_dim, num_layers)
+    wanted = sum(weight.numel() for weight in network.parameters())
+    sizes = {"autoregressive__hidden_dim": hidden_dim, "autoregressive__num_layers": num_layers}
+    config = changed(pg.TrainConfig(), **sizes)
+    assert memory.autoregressive_parameters(config, *WALKER) == wanted
 
 
 @pytest.fixture
@@ -237,6 +247,8 @@ print(status("VmHWM") - before[0])
         {"denoiser__kind": "transformer", "horizon": 32, "denoiser__batch_size": 256,
          "denoiser__hidden_dim": 128},
         {"engine": "reference", "imagined_batch_size": 30_000, "denoiser__hidden_dim": 512},
+        {"world_model": "autoregressive", "autoregressive__hidden_dim": 2048, "horizon": 20,
+         "autoregressive__batch_size": 1024},
     ],
     ids=lambda options: "-".join(map(str, options)) or "tiny",
 )  # fmt: skip

@@ -1,0 +1,50 @@
+"""What a learner is to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Learner(Protocol):
+    """Improves a policy on imagined trajectories.
+
+    Attributes:
+        name: in metrics.csv its quantities are called "name/quantity".
+        policy: what it trains, in place.
+    """
+
+    name: str
+    policy: nn.Module
+
+    def update(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminals: Tensor,
+        progress: float = 0.0,
+    ) -> dict[str, float]:
+        """Train on normalized trajectories; terminals are 0 or 1.
+
+        Args:
+            observations, actions, rewards, terminals: [B, H, S], [B, H, A], [B, H], [B, H].
+            progress: share of the training that is over, 0 to 1, for what is annealed.
+
+        Returns:
+            What was measured, by name.
+
+        Raises:
+            NonFiniteError: an update met NaN.
+        """
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the networks by name, the policy's among them: their weights are saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything else that continues the training exactly: tensors, numbers, strings."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""

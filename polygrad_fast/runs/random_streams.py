@@ -1,0 +1,73 @@
+"""The random streams of a run."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class RandomStreams:
+    """Independent random streams, also between neighbouring seeds.
+
+    Making them seeds the global generators of python, numpy and torch.
+
+    Args:
+        seed: of everything.
+        device: of `generator`.
+
+    Attributes:
+        generator: batches, updates and imagination; on the device.
+        acting: actions in the training environment; on the CPU.
+        predictions: actions that a user asks for, which must not change the run; on the CPU.
+        environment_seed: for the training environment and its action space.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        streams = np.random.SeedSequence(seed).spawn(5)
+        seeds = [int(stream.generate_state(1, np.uint64)[0]) for stream in streams]
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seeds[0])
+        self._seed = seed
+        self.generator = torch.Generator(device).manual_seed(seeds[1])
+        self.acting = torch.Generator().manual_seed(seeds[2])
+        self.predictions = torch.Generator().manual_seed(seeds[3])
+        self.environment_seed = seeds[4]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all streams that a training draws from, the global ones included."""
+        numpy_state = np.random.get_state()
+        return {
+            "device_type": self.generator.device.type,
+            "generator": self.generator.get_state(),
+            "acting_generator": self.acting.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "python_rng": json.dumps(random.getstate()),
+            "numpy_rng": json.dumps([numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Restore what `state_dict` returned at an environment step; on another type of device,
+        whose generators take no such state, `generator` starts anew and a warning says so."""
+        device_type = self.generator.device.type
+        if state["device_type"] == device_type:
+            self.generator.set_state(state["generator"])
+        else:
+            entropy = np.random.SeedSequence([self._seed, step])
+            self.generator.manual_seed(int(entropy.generate_state(1)[0]))
+            warnings.warn(
+                f"the checkpoint was written on {state['device_type']!r}: on {device_type!r} "
+                f"training continues with new random numbers",
+                stacklevel=5,
+            )
+        self.acting.set_state(state["acting_generator"])
+        torch.set_rng_state(state["torch_rng"])
+        version, internal, gauss = json.loads(state["python_rng"])
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = json.loads(state["numpy_rng"])
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

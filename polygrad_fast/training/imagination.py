@@ -1,0 +1,315 @@
+"""Algorithm 3: train a policy in imagination."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polygrad_fast.config import TrainConfig
+from polygrad_fast.data import ActionScaler, ReplayBuffer, ResumableEnvironment
+from polygrad_fast.errors import CheckpointError, NonFiniteError
+from polygrad_fast.learners import Learner
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.profiling import annotate
+from polygrad_fast.runs.random_streams import RandomStreams
+from polygrad_fast.sampling import TrajectoryBatch
+from polygrad_fast.training.actor import Actor
+from polygrad_fast.training.estimate import Speed, num_updates
+from polygrad_fast.world_models import WorldModel
+
+_FORMER_NAMES = {"denoiser_update": "model_update"}
+"""Of updates, in checkpoints before world models were exchangeable."""
+
+
+class ImaginationTraining:
+    """Act and store a step, train the world model, imagine, train the policy: `step` by `step`.
+
+    Args:
+        config: resolved.
+        environment, action_scaler, actor: what acts where.
+        normalizer: shared by all networks; its moments are set here.
+        world_model, learner: what imagines, and what improves the policy.
+        streams: random numbers.
+
+    Attributes:
+        num_timesteps: environment steps taken so far with all updates due after them.
+        target_timesteps: where the training ends, for what is annealed.
+        updates_left: by name, those of the step after `num_timesteps`, where that is taken, but not
+            finished; else None.
+        consistent: whether training can go on from the state as it is: not after an error within
+            an update.
+        stop_requested: end after the current update.
+        replay: the replay buffer.
+        speed: how fast it goes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        environment: ResumableEnvironment,
+        action_scaler: ActionScaler,
+        actor: Actor,
+        replay: ReplayBuffer,
+        normalizer: Normalizer,
+        world_model: WorldModel,
+        learner: Learner,
+        streams: RandomStreams,
+    ):
+        self.config = config
+        self.environment, self.action_scaler, self.actor = environment, action_scaler, actor
+        self.replay, self.normalizer = replay, normalizer
+        self.world_model, self.learner, self.streams = world_model, learner, streams
+        self.num_timesteps, self.target_timesteps = 0, config.total_timesteps
+        self.updates_left: dict[str, int] | None = None
+        self.consistent, self.stop_requested = True, False
+        self.speed = Speed(0)
+        self._sums: dict[str, list[float]] = {}  # of metrics since the last row
+        self._action: np.ndarray | None = None  # drawn, but not taken yet
+        self._environment_state: dict[str, Any] | None = None  # to restore before the next step
+
+    def step(self) -> bool:
+        """Take one environment step and all updates due after it; `count_step` then counts it.
+
+        Returns:
+            False where `stop_requested` left updates for the next call.
+
+        Raises:
+            InputError: the environment returned something unusable.
+            NonFiniteError: an update met NaN.
+        """
+        self._restore_environment()
+        if self.updates_left is None:
+            self._interact()
+        updates = {"model_update": self.update_model, "policy_update": self.update_policy}
+        for name, update in updates.items():
+            while self.updates_left[name] > 0:
+                if self.stop_requested:
+                    return False
+                with self.speed.measured(name), self._indivisible():
+                    update()
+                    self.updates_left[name] -= 1
+        return True
+
+    def count_step(self) -> None:
+        """Count the step that `step` has finished."""
+        self.num_timesteps, self.updates_left = self.num_timesteps + 1, None
+
+    def _interact(self) -> None:
+        """Take one environment step and note the updates that are due after it."""
+        with self.speed.measured("env_step"):
+            self._take_environment_step()
+
+    def _take_environment_step(self) -> None:
+        c = self.config
+        if not self.environment.running:
+            with annotate("env_reset"):
+                self.environment.reset()
+        observation = self.environment.observation
+        if self._action is None:  # else the environment failed in this step before
+            with annotate("act"), self._indivisible():
+                if self.num_timesteps < c.learning_starts:
+                    sampled = self.environment.sample_action()
+                    self._action = self.action_scaler.from_environment(sampled)
+                else:
+                    self._action = self.actor.sample(observation, self.streams.acting)
+        action = self._action
+        environment_action = self.action_scaler.to_environment(action)
+        with annotate("env_step"):
+            _, reward, terminated, truncated = self.environment.step(environment_action)
+        with self._indivisible():
+            if c.sampler.denoiser_actions == "clipped":
+                action = np.clip(action, self.action_scaler.low, self.action_scaler.high)
+            with annotate("replay_add"):
+                self.replay.add(observation, action, reward, terminated, truncated)
+            self._action = None
+            trained_steps = self.num_timesteps + 1 - c.learning_starts
+            if terminated or truncated:
+                self._add_metric("train/episode_return", self.environment.episode_return)
+                self._add_metric("train/episode_length", self.environment.episode_length)
+                if trained_steps > 0 and c.normalizer.refresh == "episode":
+                    self._refresh_normalizer()
+            if trained_steps == 0:
+                self._refresh_normalizer()
+            model = c.world_model_training
+            pretrain = model.pretrain_updates if trained_steps == 0 else 0
+            delayed = trained_steps - c.policy_delay_steps
+            self.updates_left = {
+                "model_update": pretrain + _due(trained_steps, model.updates_per_env_step),
+                "policy_update": _due(delayed, c.policy_updates_per_env_step),
+            }
+
+    def update_model(self) -> None:
+        """Train the world model once on windows of the replay buffer.
+
+        Raises:
+            NonFiniteError: a loss is not finite.
+        """
+        with annotate("model_update"):
+            batch_size = self.config.world_model_training.batch_size
+            windows = self.replay.sample(batch_size, self.streams.generator)
+            losses = self.world_model.update(windows, self.streams.generator)
+            values = torch.stack(list(losses.values())).tolist()
+            for name, value in zip(losses, values, strict=True):
+                if not math.isfinite(value):
+                    part, _, quantity = name.partition("/")
+                    raise NonFiniteError(f"the {part}'s {quantity} is {value}")
+                self._add_metric(name, value)
+
+    def update_policy(self) -> None:
+        """Imagine a batch under the current policy and train the policy on it once.
+
+        Raises:
+            NonFiniteError: something imagined, a loss or a gradient is not finite.
+        """
+        with annotate("policy_update"):
+            with self.speed.measured("sample"):
+                batch = self.imagine(self.config.imagined_batch_size, normalized=True)
+                _check_finite(batch)
+            terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
+            with annotate("a2c_update"):
+                metrics = self.learner.update(
+                    batch.observations,
+                    batch.actions,
+                    batch.rewards,
+                    (terminals > 0.5).to(batch.rewards.dtype),
+                    progress=min(1.0, (self.num_timesteps + 1) / self.target_timesteps),
+                )
+            tuned = self.world_model.feedback(metrics)
+            for name, value in metrics.items():
+                self._add_metric(f"{self.learner.name}/{name}", value)
+            for name, value in tuned.items():
+                self._add_metric(name, value)
+
+    def imagine(self, num_trajectories: int, normalized: bool = False) -> TrajectoryBatch:
+        """Imagine trajectories under the current policy, from observations in the replay buffer.
+
+        Raises:
+            InputError: no window in the buffer yet.
+        """
+        generator = self.streams.generator
+        with annotate("imagine"):
+            observations = self.replay.sample_initial_observations(num_trajectories, generator)
+            if normalized:
+                observations = self.normalizer.normalize(observations, "observations")
+            policy = self.learner.policy
+            return self.world_model.imagine(observations, policy, generator, normalized)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the means of what was measured since `clear_metrics`."""
+        return {name: total / count for name, (total, count) in self._sums.items()}
+
+    def clear_metrics(self) -> None:
+        """Begin a new row of metrics."""
+        self._sums = {}
+
+    def keep_environment(self) -> None:
+        """Let the next step begin from the environment as it is now, whatever happens to it."""
+        if self._environment_state is None:
+            self._environment_state = self.environment.state_dict()
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Return all networks by name."""
+        return {
+            **self.world_model.modules(),
+            "normalizer": self.normalizer,
+            **self.learner.modules(),
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights of `modules` as "module.name"."""
+        return {
+            f"{name}.{key}": tensor
+            for name, module in self.modules().items()
+            for key, tensor in module.state_dict().items()
+        }
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Restore what `weights` returned.
+
+        Raises:
+            CheckpointError: they are of other networks.
+        """
+        for name, module in self.modules().items():
+            prefix = f"{name}."
+            part = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            try:
+                module.load_state_dict(part)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"the checkpoint's {name} is not of this configuration: "
+                    f"{str(error).splitlines()[-1].strip()}"
+                ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but weights that continues the training exactly."""
+        return {
+            "num_timesteps": self.num_timesteps,
+            "sums": self._sums,
+            "action": None if self._action is None else torch.from_numpy(self._action),
+            "begun_step": self.updates_left,
+            **self.world_model.state_dict(),
+            "actor_critic": self.learner.state_dict(),
+            "replay": self.replay.state_dict(),
+            "environment": self._environment_state or self.environment.state_dict(),
+            **self.streams.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; the environment follows with the next step."""
+        self.num_timesteps = state["num_timesteps"]
+        self._sums = {name: list(entry) for name, entry in state["sums"].items()}
+        self.world_model.load_state_dict(state)
+        self.learner.load_state_dict(state["actor_critic"])
+        self.replay.load_state_dict(state["replay"])
+        self.streams.load_state_dict(state, self.num_timesteps)
+        action = state.get("action")
+        self._action = None if action is None else action.numpy()
+        left = state.get("begun_step")
+        if left is not None:
+            left = {_FORMER_NAMES.get(name, name): count for name, count in left.items()}
+        self.updates_left = left
+        self._environment_state = state["environment"]
+
+    @contextlib.contextmanager
+    def _indivisible(self) -> Iterator[None]:
+        """What an error inside leaves half done is no state to continue from."""
+        self.consistent = False
+        yield
+        self.consistent = True
+
+    def _restore_environment(self) -> None:
+        """Make the environment what it was at the checkpoint, or before an error in it."""
+        if self._environment_state is not None:
+            if not self.environment.load_state_dict(self._environment_state):
+                self.replay.end_episode()
+                self._action = None  # was drawn for another observation
+            self._environment_state = None
+
+    def _refresh_normalizer(self) -> None:
+        with annotate("normalizer_update"):
+            self.normalizer.update(self.replay.moments(), self.config.normalizer.min_std())
+
+    def _add_metric(self, name: str, value: float) -> None:
+        entry = self._sums.setdefault(name, [0.0, 0.0])
+        entry[0] += value
+        entry[1] += 1.0
+
+
+def _due(steps: int, ratio: float) -> int:
+    """Return how many updates fall on the last of `steps` steps at `ratio` updates per step."""
+    return num_updates(steps, ratio) - num_updates(steps - 1, ratio)
+
+
+def _check_finite(batch: TrajectoryBatch) -> None:
+    with annotate("check_finite"):
+        fields = ("observations", "actions", "rewards", "terminals")
+        finite = torch.stack([torch.isfinite(getattr(batch, name)).all() for name in fields])
+        for name, fine in zip(fields, finite.tolist(), strict=True):
+            if not fine:
+                raise NonFiniteError(f"the imagined {name} are not finite")

@@ -28,8 +28,8 @@ from polygrad_fast.data import (
     ResumableEnvironment,
     check_spaces,
 )
+from polygrad_fast.data.checks import as_finite_float32
 from polygrad_fast.data.environment import environment_name, warn_of_statistics
-from polygrad_fast.data.replay import as_finite_float32
 from polygrad_fast.diffusion.ddpm import warn_of_amplified_errors
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.evaluation.environments import (
@@ -43,12 +43,8 @@ from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import check_denoiser, check_policy, policy_moments
-from polygrad_fast.runs.checkpoint import (
-    CheckpointManager,
-    load_checkpoint,
-    read_metadata,
-    save_checkpoint,
-)
+from polygrad_fast.runs.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import (
     difference,
     locked,

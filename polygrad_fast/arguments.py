@@ -32,3 +32,17 @@ def as_path(value: Any, name: str) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise InputError(f"{name} must be a path (str or pathlib.Path), got {value!r}")
     return Path(value)
+
+
+def as_output_file(value: Any, name: str) -> Path:
+    """Return the path of a file to be written, before the work that makes its content.
+
+    Raises:
+        InputError: neither a string nor a path, a directory, or in one that does not exist.
+    """
+    path = as_path(value, name)
+    if path.is_dir():
+        raise InputError(f"{name} must be a file, got the directory {path}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{name} must be in an existing directory, got {path}")
+    return path

@@ -27,7 +27,8 @@ from polygrad_fast.evaluation.returns import EpisodeStatistics
 from polygrad_fast.learners import build_learner, build_policy
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
-from polygrad_fast.runs.checkpoint import CheckpointManager, load_checkpoint, save_checkpoint
+from polygrad_fast.runs.checkpoint import load_checkpoint, save_checkpoint
+from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import (
     difference,
     options_of,

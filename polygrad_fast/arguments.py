@@ -5,11 +5,12 @@ from __future__ import annotations
 import numbers
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from polygrad_fast.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 
 def as_integer(value: Any, name: str, minimum: int, below: int | None = None) -> int:
@@ -42,6 +43,8 @@ def as_device(device: str | torch.device | None) -> torch.device:
     Raises:
         InputError: it cannot be used here.
     """
+    import torch  # not before it is needed: help and errors of the command line are quick
+
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -50,3 +53,17 @@ def as_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
     return resolved
+
+
+def as_output_file(value: Any, name: str) -> Path:
+    """Return the path of a file to be written, before the work that makes its content.
+
+    Raises:
+        InputError: neither a string nor a path, a directory, or in one that does not exist.
+    """
+    path = as_path(value, name)
+    if path.is_dir():
+        raise InputError(f"{name} must be a file, got the directory {path}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{name} must be in an existing directory, got {path}")
+    return path

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from polygrad_fast._version import __version__
+from polygrad_fast.arguments import as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.runs.directory import difference, read_run_config
@@ -359,7 +360,7 @@ def _evaluate(command: Evaluate) -> None:
     if command.seed < 0:
         raise InputError(f"--seed must be at least 0, got {command.seed}")
     if command.video is not None:
-        _check_writable(command.video)
+        as_output_file(command.video, "--video")
     read_run_config(command.run_dir)
     with end_on_interrupt():
         from polygrad_fast.agent import PolyGRAD
@@ -367,7 +368,12 @@ def _evaluate(command: Evaluate) -> None:
 
         agent = PolyGRAD.load(command.run_dir, device=command.device, checkpoint=command.checkpoint)
     if command.video is not None:
-        record_episode(agent, command.video, command.seed)
+        record_episode(
+            agent.evaluator.environments,
+            lambda observations: agent.predict(observations, deterministic=True)[0],
+            command.video,
+            command.seed,
+        )
         print(f"video in {command.video}")
     result = agent.evaluate(command.episodes, command.seed, not command.stochastic)
     for episode, (value, length) in enumerate(
@@ -385,7 +391,7 @@ def _evaluate(command: Evaluate) -> None:
 def _sample(command: Sample) -> None:
     if command.num < 1:
         raise InputError(f"--num must be at least 1, got {command.num}")
-    _check_writable(command.out)
+    as_output_file(command.out, "--out")
     read_run_config(command.run_dir)
     with end_on_interrupt():
         import numpy as np
@@ -403,11 +409,3 @@ def _sample(command: Sample) -> None:
     write_bytes_atomic(command.out, data.getvalue())
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     print(f"{command.num} imagined trajectories in {command.out}: {shapes}")
-
-
-def _check_writable(path: Path) -> None:
-    """Raise before any work is lost on a file that cannot be written."""
-    if path.is_dir():
-        raise InputError(f"{path} is a directory, wanted a file name")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path.absolute().parent} does not exist, wanted an existing directory")

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.autograd import profiler as autograd_profiler
 
+from polygrad_fast.arguments import as_output_file
 from polygrad_fast.errors import InputError
+from polygrad_fast.runs.files import replacing
 
 DOMAIN = "polygrad_fast"
 _PREFIX = f"{DOMAIN}::"
@@ -114,21 +115,13 @@ def capture(torch_profiler: bool = False) -> Iterator[torch.profiler.profile | N
 
 def check_trace_path(path: str | Path) -> None:
     """Raise InputError where `write_trace` could not write: before any work is lost."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a directory, wanted a file name")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path.absolute().parent} does not exist, wanted an existing directory")
-    temporary = _temporary(path)
+    path = as_output_file(path, "the trace")
+    probe = path.with_name(f".tmp-{path.name}")
     try:
-        temporary.touch()
-        temporary.unlink()
+        probe.touch()
+        probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".tmp-{path.name}")
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def write_trace(profiler: torch.profiler.profile, path: str | Path) -> None:
@@ -138,13 +131,8 @@ def write_trace(profiler: torch.profiler.profile, path: str | Path) -> None:
         InputError: `path` cannot be written.
     """
     check_trace_path(path)
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
+    with replacing(path) as temporary:
         profiler.export_chrome_trace(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def range_table(profiler: torch.profiler.profile) -> str:

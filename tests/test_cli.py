@@ -17,7 +17,8 @@ import pytest
 
 import polygrad_fast as pg
 from polygrad_fast import cli
-from polygrad_fast.runs.checkpoint import CheckpointManager, load_checkpoint
+from polygrad_fast.runs.checkpoint import load_checkpoint
+from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.metrics import read_metrics
 
 TINY = (
@@ -105,12 +106,15 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("evaluate {run} --episodes 0", "--episodes must be at least 1, got 0"),
         ("evaluate {run} --seed -1", "--seed must be at least 0, got -1"),
         ("evaluate {run}/config.json", "config.json is not a run directory"),
-        ("evaluate {run} --video {tmp}/none/x.mp4", "none does not exist"),
-        ("evaluate {run} --video {tmp}/x.txt", "wanted .mp4 or .gif"),
+        (
+            "evaluate {run} --video {tmp}/none/x.mp4",
+            "--video must be in an existing directory, got",
+        ),
+        ("evaluate {run} --video {tmp}/x.txt", "must be a .mp4 or .gif file, got"),
         ("evaluate {run} --checkpoint first", "first"),
         ("sample {tmp}/none", "none is not a run directory"),
         ("sample {run} --num 0", "--num must be at least 1, got 0"),
-        ("sample {run} --out {tmp}/none/x.npz", "none does not exist"),
+        ("sample {run} --out {tmp}/none/x.npz", "--out must be in an existing directory, got"),
         ("train --resume --run-dir {run} --total-timesteps 60", "at environment step 120 already"),
         ("train --env-id Pendulum-v1 --run-dir {run}/config.json", "cannot be written"),
         ("train --env-id HalfCheetah-v3", "HalfCheetah-v3"),
@@ -541,7 +545,7 @@ def test_damaged_run_is_named(run_dir, tmp_path, capsys):
     assert cli.main(["sample", str(copy), "--out", str(tmp_path / "x.npz")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "no last checkpoint that can be used: " in err and "state.pt has 4 bytes" in err
+    assert "no last checkpoint that can be used: " in err and "bytes, got 4" in err
     assert not (tmp_path / "x.npz").exists()
 
 

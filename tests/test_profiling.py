@@ -286,11 +286,13 @@ def test_ranges_in_a_chrome_trace(tmp_path, name):
 def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with profiling.capture(torch_profiler=True) as profiler:
         pass
-    with pytest.raises(InputError, match="is a directory"):
+    with pytest.raises(InputError, match="trace must be a file, got the directory"):
         profiling.write_trace(profiler, tmp_path)
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(
+        InputError, match="trace must be in an existing directory, got .*trace.json"
+    ):
         profiling.write_trace(profiler, tmp_path / "nowhere" / "trace.json")
-    with pytest.raises(InputError, match="cannot write .*too long"):
+    with pytest.raises(InputError, match="cannot be written: .*too long"):
         profiling.check_trace_path(tmp_path / ("x" * 252))
 
     def full(path):
@@ -365,7 +367,10 @@ def test_scripts_write_a_trace_without_warm_up(script, tmp_path, capsys):
         ("--batch 0", "--batch must be at least 1, got 0"),
         ("--warmup -1", "--warmup must be at least 0, got -1"),
         ("--device nonsense", "device 'nonsense' cannot be used"),
-        ("--torch-profiler /nowhere/trace.json", "/nowhere does not exist"),
+        (
+            "--torch-profiler /nowhere/trace.json",
+            "must be in an existing directory, got /nowhere/trace.json",
+        ),
         ("--engine reference --dtype float16", "float32"),
         ("--unknown", "--unknown"),
     ],

@@ -200,12 +200,12 @@ DENOISERS = {
     "a number": (3, "denoiser int must be callable"),
     "an output per action": (
         prediction_of(lambda x, u, k: u),
-        r"as denoiser\(trajectory \[3, 4, 5\], actions \[3, 4, 2\], timesteps\), returned a "
-        r"prediction of shape \[3, 4, 2\], wanted \[3, 4, 5\]",
+        r"as denoiser\(trajectory \[3, 4, 5\], actions \[3, 4, 2\], timesteps\), must return a "
+        r"prediction of shape \[3, 4, 5\], got \[3, 4, 2\]",
     ),
-    "exchanged axes": (prediction_of(lambda x, u, k: x.mT), r"shape \[3, 5, 4\], wanted \[3, 4,"),
-    "a pair": (prediction_of(lambda x, u, k: (x, u)), "a prediction that is a tuple, wanted a ten"),
-    "integers": (prediction_of(lambda x, u, k: x.long()), "of torch.int64, wanted floating point"),
+    "exchanged axes": (prediction_of(lambda x, u, k: x.mT), r"shape \[3, 4, 5\], got \[3, 5, 4\]"),
+    "a pair": (prediction_of(lambda x, u, k: (x, u)), "a prediction that is a tensor, got a tuple"),
+    "integers": (prediction_of(lambda x, u, k: x.long()), "of floating point, got torch.int64"),
     "other arguments": (prediction_of(lambda x, k: x), "called as denoiser.*, failed: .*argument"),
 }
 
@@ -231,28 +231,31 @@ POLICIES = {
     "a number": (3, r"policy int must be callable as policy\(observations\)"),
     "one action of two": (
         constant(shape=(1,)),
-        r"returned a mean of shape \[2, 4, 1\], wanted \[2, 4, 2\]",
+        r"must return a mean of shape \[2, 4, 2\], got \[2, 4, 1\]",
     ),
     "one std of two": (
         lambda o: (torch.zeros(*o.shape[:-1], A), torch.ones(*o.shape[:-1], 1)),
-        r"returned an std of shape \[2, 4, 1\], wanted \[2, 4, 2\]",
+        r"must return an std of shape \[2, 4, 2\], got \[2, 4, 1\]",
     ),
-    "negative std": (constant(std=-0.1), "returned an std of -0.1 to -0.1, wanted positive finite"),
-    "zero std": (constant(std=0.0), "returned an std of 0 to 0"),
-    "NaN std": (constant(std=float("nan")), "returned an std of nan to nan"),
-    "infinite std": (constant(std=float("inf")), "returned an std of inf to inf"),
-    "no pair": (lambda o: o, r"returned Tensor, wanted the pair \(mean, std\)"),
+    "negative std": (
+        constant(std=-0.1),
+        "must return an std of positive finite numbers, got -0.1 to -0.1",
+    ),
+    "zero std": (constant(std=0.0), "must return an std of .*, got 0 to 0"),
+    "NaN std": (constant(std=float("nan")), "must return an std of .*, got nan to nan"),
+    "infinite std": (constant(std=float("inf")), "must return an std of .*, got inf to inf"),
+    "no pair": (lambda o: o, r"must return the pair \(mean, std\), got a Tensor"),
     "a distribution": (
         lambda o: torch.distributions.Normal(o, 1.0),
-        r"returned Normal, wanted the pair \(mean, std\)",
+        r"must return the pair \(mean, std\), got a Normal",
     ),
-    "numbers": (lambda o: (0.0, 1.0), "a mean that is a float, wanted a tensor"),
+    "numbers": (lambda o: (0.0, 1.0), "a mean that is a tensor, got a float"),
     "integers": (
         lambda o: tuple(torch.ones(*o.shape[:-1], A, dtype=torch.int64) for _ in range(2)),
-        "a mean of torch.int64, wanted floating point",
+        "a mean of floating point, got torch.int64",
     ),
     "an error": (broken_policy, "policy broken_policy, called as policy.*, failed: 'no such state"),
-    "lazy": (nn.LazyLinear(A), "weights without a shape yet"),
+    "lazy": (nn.LazyLinear(A), "must be called once before, got weights without a shape"),
 }
 
 
@@ -283,13 +286,13 @@ def test_a_policy_on_normalized_observations_must_have_one_meaning():
     hooked.register_forward_hook(lambda module, inputs, output: output)
     replaced.forward = lambda observations: (observations[..., :A], torch.ones(A))
     for policy in (Halved(S, A, 8, **options), hooked, replaced):
-        with pytest.raises(pg.InputError, match="which policy.distribution passes by"):
+        with pytest.raises(pg.InputError, match="which policy.distribution leaves out"):
             make_sampler(policy=policy, normalizer=normalizer)
     plain = pg.GaussianPolicy(S, A, 8, **options)
     sampler = make_sampler("torch", policy=plain, normalizer=normalizer)
     sample(sampler)
     plain.register_forward_hook(lambda module, inputs, output: output)
-    with pytest.raises(pg.InputError, match="which policy.distribution passes by"):
+    with pytest.raises(pg.InputError, match="which policy.distribution leaves out"):
         sample(sampler)
 
 
@@ -301,7 +304,7 @@ class NormedPolicy(OwnPolicy):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_hook_that_distribution_passes_by_is_seen_at_any_time(engine):
+def test_a_hook_that_distribution_leaves_out_is_seen_at_any_time(engine):
     policy = NormedPolicy()
     sampler = make_sampler(engine, policy=policy)
     wanted = sample(sampler).actions
@@ -323,11 +326,15 @@ def test_a_module_that_returns_something_else_later_is_refused(engine):
     sampler = make_sampler(engine, denoiser=denoiser, policy=policy)
     sample(sampler)
     policy.forward = lambda o: (o[..., :1], torch.ones_like(o[..., :1]))
-    with pytest.raises(pg.InputError, match=r"policy OwnPolicy, .* mean of shape \[5, 4, 1\]"):
+    with pytest.raises(
+        pg.InputError, match=r"policy OwnPolicy, .* mean of shape \[5, 4, 2\], got \[5, 4, 1\]"
+    ):
         sample(sampler)
     del policy.forward
     denoiser.forward = lambda x, u, k: x[:, :1]
-    with pytest.raises(pg.InputError, match=r"denoiser OwnDenoiser, .* of shape \[5, 1, 5\]"):
+    with pytest.raises(
+        pg.InputError, match=r"denoiser OwnDenoiser, .* of shape \[5, 4, 5\], got \[5, 1, 5\]"
+    ):
         sample(sampler)
 
 
@@ -392,15 +399,21 @@ def test_the_check_leaves_no_trace(engine):
 
 
 def test_what_cannot_be_trained():
-    with pytest.raises(pg.InputError, match="policy policy cannot be trained.*nn.Module"):
+    with pytest.raises(
+        pg.InputError, match="policy must be a torch.nn.Module to be trained, got policy"
+    ):
         check_trainable("policy", constant())
     frozen = OwnPolicy().requires_grad_(False)
-    with pytest.raises(pg.InputError, match="policy OwnPolicy has no weights that require a grad"):
+    with pytest.raises(
+        pg.InputError, match="policy OwnPolicy must have weights that require a grad"
+    ):
         check_trainable("policy", frozen)
 
     class WithExtraState(OwnPolicy):
         def get_extra_state(self):
             return {"step": 1}
 
-    with pytest.raises(pg.InputError, match="keeps a dict in its state_dict .*_extra_state"):
+    with pytest.raises(
+        pg.InputError, match="must keep tensors only .*, got a dict under '_extra_state"
+    ):
         check_trainable("policy", WithExtraState())

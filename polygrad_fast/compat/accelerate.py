@@ -37,7 +37,7 @@ DIFFUSION_ATTRIBUTES = (
 )
 MAX_SAMPLERS = 8
 """Samplers kept, one for each combination of options."""
-_OWN_ATTRIBUTES = ("diffusion_model", "engine", "dtype")
+_OWN_ATTRIBUTES = ("diffusion_model", "engine", "dtype", "replaced_forward")
 
 
 @contextlib.contextmanager
@@ -83,13 +83,13 @@ class AcceleratedDiffusion:
         for name in DIFFUSION_ATTRIBUTES:
             if not hasattr(diffusion_model, name):
                 raise InputError(
-                    f"wanted a GaussianDiffusion of the released code, got a "
+                    f"diffusion_model must be a GaussianDiffusion of the released code, got a "
                     f"{type(diffusion_model).__name__}, which has no attribute {name!r}"
                 )
         self.diffusion_model, self.engine, self.dtype = diffusion_model, engine, dtype
         self._reasons_told: set[str] = set()
         self._lock = threading.RLock()
-        self._replaced_forward: Callable | None = None  # by `install`
+        self.replaced_forward: Callable | None = None  # a forward of its own, by `install`
         with _own_modes():
             self._link()
             self._sampler(self._world_model_config(), None)  # so that errors come now
@@ -168,7 +168,7 @@ class AcceleratedDiffusion:
             self._reasons_told.add(reason)
             warnings.warn(f"not accelerated, run by the released code: {reason}", stacklevel=2)
         model = self.diffusion_model
-        forward = self._replaced_forward or functools.partial(type(model).forward, model)
+        forward = self.replaced_forward or functools.partial(type(model).forward, model)
         return forward(
             cond,
             act,
@@ -183,8 +183,8 @@ class AcceleratedDiffusion:
         """Raise InputError for arguments that the released code does not take either."""
         if policy is None and guidance_options:
             raise InputError(
-                f"{sorted(guidance_options)} need a policy, got policy=None (the released code "
-                f"takes no guidance options without one)"
+                f"policy must be given with the options {sorted(guidance_options)}, which the "
+                f"released code takes with one only, got None"
             )
         if not isinstance(cond, dict) or 0 not in cond:
             raise InputError(
@@ -224,7 +224,7 @@ class AcceleratedDiffusion:
     def _sample_guided(self, s0, normalizer, policy, options, return_sequence, needs_graph):
         model = self.diffusion_model
         if normalizer is None:
-            raise InputError("a policy needs the normalizer, got None")
+            raise InputError("normalizer must be given where there is a policy, got None")
         pair = moments(normalizer, "actions", model.action_dim, self._device)
         self._normalizer.update({"actions": pair})
         if self._policy is None or not self._policy.refresh(policy):
@@ -361,13 +361,13 @@ class AcceleratedDiffusion:
         for name, table in live.items():
             if table.shape != live["betas"].shape or table.ndim != 1:
                 raise InputError(
-                    f"diffusion_model.{name} has the shape {tuple(table.shape)}, wanted as many "
-                    f"rows as betas, of shape {tuple(live['betas'].shape)}"
+                    f"diffusion_model.{name} must have as many rows as betas, of shape "
+                    f"{tuple(live['betas'].shape)}, got {tuple(table.shape)}"
                 )
         return NoiseSchedule(**{name: table.detach().clone() for name, table in live.items()})
 
     def _tables_changed(self) -> bool:
-        """Whether a table has changed, which the engines keep as constants."""
+        """Return whether a table has changed: the engines keep them as constants."""
         return not all(
             torch.equal(getattr(self.diffusion_model, name), getattr(self._schedule, name))
             for name in TABLES
@@ -411,64 +411,3 @@ def accelerate(
     if isinstance(diffusion_model, AcceleratedDiffusion):
         diffusion_model = diffusion_model.diffusion_model
     return AcceleratedDiffusion(diffusion_model, engine, dtype)
-
-
-def install(agent: nn.Module, engine: str = "auto", dtype: str = "auto") -> AcceleratedDiffusion:
-    """Let a live `DiffusionWMAgent` of the released code imagine with this library's engines.
-
-    The agent's diffusion model stays the object it is, with its parameters, buffers, `state_dict`,
-    loss and training; only calling it is replaced, so that whoever holds it (the released trainer's
-    `ema_model` is the same object) samples faster too. Copies and pickles of it are without.
-    Installing again replaces the engine.
-
-    Args:
-        agent: has the attribute `diffusion_model`.
-        engine, dtype: as in `PolicyGuidedSampler`.
-
-    Returns:
-        What is now called.
-
-    Raises:
-        InputError: as `AcceleratedDiffusion`, or another object; nothing was changed.
-    """
-    accelerated = accelerate(_diffusion_model(agent), engine, dtype)
-    model = accelerated.diffusion_model
-    accelerated._replaced_forward = _own_forward(model)
-    model.forward = accelerated
-    model.__getstate__ = functools.partial(_state, model)  # read by copy and pickle
-    return accelerated
-
-
-def uninstall(agent: nn.Module) -> None:
-    """Undo `install`; without effect where nothing is installed."""
-    model = _diffusion_model(agent)
-    installed = vars(model).get("forward")
-    if isinstance(installed, AcceleratedDiffusion):
-        del model.forward, model.__getstate__
-        if installed._replaced_forward is not None:
-            model.forward = installed._replaced_forward
-
-
-def _own_forward(model: nn.Module) -> Callable | None:
-    """Return the `forward` that a diffusion model carries besides its class's, ours aside."""
-    forward = vars(model).get("forward")
-    return forward._replaced_forward if isinstance(forward, AcceleratedDiffusion) else forward
-
-
-def _state(model: nn.Module) -> dict[str, Any]:
-    """Return the state of a diffusion model for copies and pickles, without what `install` set."""
-    state, forward = type(model).__getstate__(model), _own_forward(model)
-    state = {
-        name: value for name, value in state.items() if name not in ("forward", "__getstate__")
-    }
-    return state if forward is None else {**state, "forward": forward}
-
-
-def _diffusion_model(agent: nn.Module) -> nn.Module:
-    try:
-        return agent.diffusion_model
-    except AttributeError:
-        raise InputError(
-            f"wanted a DiffusionWMAgent of the released code, got a {type(agent).__name__}, which "
-            f"has no attribute 'diffusion_model'"
-        ) from None

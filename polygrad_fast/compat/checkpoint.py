@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.arguments import as_integer, as_path
 from polygrad_fast.compat.weights import (
     build_actor_critic,
     check_state_dict,
@@ -28,7 +29,7 @@ from polygrad_fast.compat.weights import (
 from polygrad_fast.config import A2CConfig
 from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.diffusion.ddpm import TABLES, NoiseSchedule
-from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.errors import CheckpointError, InputError, first_line
 from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
@@ -90,7 +91,7 @@ def load_checkpoint(
             floating point numbers, or tables that are not K numbers each.
         InputError: the weights are of another network, or an argument is of another type.
     """
-    directory = Path(directory)
+    directory = as_path(directory, "directory")
     step = _find_step(directory, step)
     actor_critic, diffusion = (
         _read(directory / f"step-{step}-{kind}.pt") for kind in ("ac", "diffusion")
@@ -98,8 +99,8 @@ def load_checkpoint(
     missing = {"logstd._bias"} - actor_critic.keys() or set(TABLES) - diffusion.keys()
     if missing:
         raise CheckpointError(
-            f"{directory} at step {step} is not a checkpoint of the released agent: "
-            f"{min(missing)!r} is missing"
+            f"{directory} at step {step} must be a checkpoint of the released agent, got one "
+            f"without {min(missing)!r}"
         )
     _check_tables(directory / f"step-{step}-diffusion.pt", diffusion)
     policy = load_policy(
@@ -143,6 +144,7 @@ def export_checkpoint(
         InputError: weights that would mean something else to the released code, or a step that is
             no number of steps.
     """
+    directory = as_path(directory, "directory")
     if isinstance(source, ReleasedCheckpoint):
         parts = source
     elif isinstance(source, PolyGRAD):
@@ -155,17 +157,15 @@ def export_checkpoint(
         )
     else:
         raise InputError(
-            f"wanted a PolyGRAD agent or a ReleasedCheckpoint, got {type(source).__name__}"
+            f"source must be a PolyGRAD agent or a ReleasedCheckpoint, got {type(source).__name__}"
         )
-    step = parts.step if step is None else step
-    if not _is_integer(step) or step < 0:
-        raise InputError(f"step must be an integer of at least 0, got {step!r}")
+    step = as_integer(parts.step if step is None else step, "step", 0)
     for name, module in (("denoiser", parts.denoiser), ("policy", parts.policy)):
         foreign = why_foreign(module)
         if foreign is not None:
             raise InputError(
-                f"the released code cannot use the weights of a {name} that {foreign}, wanted one "
-                f"of this library's as its constructor makes it"
+                f"the {name} must be one of this library's as its constructor makes it for the "
+                f"released code to use its weights, got one that {foreign}"
             )
     weights = export_denoiser(parts.denoiser.state_dict(), parts.denoiser)
     diffusion = {name: getattr(parts.schedule, name) for name in TABLES}
@@ -179,7 +179,7 @@ def export_checkpoint(
     actor_critic = export_actor_critic(
         parts.policy, parts.value_function, parts.target_value_function
     )
-    paths = tuple(Path(directory) / f"step-{step}-{kind}.pt" for kind in ("ac", "diffusion"))
+    paths = tuple(directory / f"step-{step}-{kind}.pt" for kind in ("ac", "diffusion"))
     for path, state_dict in zip(paths, (actor_critic, diffusion), strict=True):
         data = io.BytesIO()
         torch.save({name: tensor.detach().cpu() for name, tensor in state_dict.items()}, data)
@@ -196,14 +196,14 @@ def _check_agent(agent: PolyGRAD) -> None:
     ):
         if got != wanted:
             raise InputError(
-                f"the released code cannot use this agent's weights: its {name} is {got!r}, "
-                f"wanted {wanted!r}"
+                f"{name} must be {wanted!r} for the released code to use the agent's weights, got "
+                f"{got!r}"
             )
     scaler = agent.action_scaler
     if scaler.rescaled and not np.array_equal(scaler.to_environment(scaler.high), scaler.high):
         raise InputError(
-            "the released code cannot use this agent's weights: its policy acts in [-1, 1] and "
-            "the environment's bounds are others, wanted config.rescale_actions=False"
+            "config.rescale_actions must be False for the released code to use the agent's "
+            "weights, got True and an environment with other bounds than [-1, 1]"
         )
 
 
@@ -214,7 +214,7 @@ def _find_step(directory: Path, step: int | str) -> int:
     if isinstance(step, str) and step.isdecimal():
         step = int(step)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory, wanted one with step-N-ac.pt")
+        raise CheckpointError(f"{directory} must be a directory with step-N-ac.pt, got none")
     kinds: dict[int, set[str]] = {}
     for path in directory.iterdir():
         if match := _FILE.fullmatch(path.name):
@@ -224,8 +224,8 @@ def _find_step(directory: Path, step: int | str) -> int:
         return complete[-1]
     if step not in complete:
         raise CheckpointError(
-            f"{directory} has no step-N-ac.pt and step-N-diffusion.pt with N = {step}, "
-            f"wanted one of {complete}"
+            f"{directory} must hold step-N-ac.pt and step-N-diffusion.pt with N = {step}, got "
+            f"those of {complete}"
         )
     return int(step)
 
@@ -244,10 +244,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         state_dict = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: it is damaged or holds more than tensors, which could run code"
+            f"{path} must hold nothing but tensors, got what could run code, or a damaged file"
         ) from error
     except Exception as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        reason = first_line(error).partition(". ")[0]
         raise CheckpointError(f"{path} cannot be read, it is damaged: {reason}") from error
     try:
         check_state_dict(state_dict, "one of the released agent's networks")
@@ -256,10 +256,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     for name, tensor in state_dict.items():
         if not tensor.is_floating_point():
             raise CheckpointError(
-                f"{path}: {name!r} holds {tensor.dtype}, wanted floating point numbers"
+                f"{path}: {name!r} must hold floating point numbers, got {tensor.dtype}"
             )
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name!r} holds NaN or infinity, wanted finite numbers")
+            raise CheckpointError(f"{path}: {name!r} must hold finite numbers, got NaN or infinity")
     return state_dict
 
 
@@ -270,8 +270,8 @@ def _check_tables(path: Path, diffusion: dict[str, Tensor]) -> None:
         shape = tuple(diffusion[name].shape)
         if shape != wanted or wanted == (0,):
             raise CheckpointError(
-                f"{path}: {name!r} has the shape {shape}, wanted one number for each of the "
-                f"{wanted[0]} diffusion steps of 'betas'"
+                f"{path}: {name!r} must hold one number for each of the {wanted[0]} diffusion "
+                f"steps of 'betas', got the shape {shape}"
             )
 
 

@@ -36,7 +36,7 @@ class GuidanceOptions:
         known = {field.name for field in fields(cls)}
         for name in options:
             if name not in known:
-                raise InputError(f"unknown option {name!r}, wanted one of {sorted(known)}")
+                raise InputError(f"options must be among {sorted(known)}, got {name!r}")
         result = cls(**options)
         for name, allowed in (
             ("guidance_type", ACTION_UPDATES),
@@ -57,7 +57,7 @@ class GuidanceOptions:
             scale = scale.detach()
             if scale.numel() != 1 or scale.ndim > 3:
                 raise InputError(
-                    f"guidance_scale of shape {tuple(scale.shape)} given, wanted one number"
+                    f"guidance_scale must be one number, got shape {tuple(scale.shape)}"
                 )
         number = scale.item() if torch.is_tensor(scale) else scale
         if not (isinstance(number, numbers.Real) and 0 <= number < math.inf):

@@ -4,7 +4,7 @@ Every `refresh` copies the current numbers to fixed addresses: however the live 
 (an optimizer, `.data =`, `load_state_dict`, new moments), the copies are right and captured graphs
 stay valid. What a live object computes with its numbers is compared once with our copy, on a twin
 with random weights (a layer of zeros would hide the others), and again where its structure changes.
-All of it is to be called under `torch.no_grad()`.
+Call all of it under `torch.no_grad()`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def released_network(diffusion_model: Any) -> nn.Module:
 
 
 def dropout_is_active(module: nn.Module) -> bool:
-    """Whether a part of a module drops values now: a dropout layer, or an attention that carries
-    its rate as the attribute `dropout`."""
+    """Return whether a part of a module drops values now.
+
+    A part is a dropout layer, or an attention that carries its rate as the attribute `dropout`.
+    """
     for part in module.modules():
         rate = part.p if isinstance(part, _DropoutNd) else getattr(part, "dropout", 0.0)
         if part.training and isinstance(rate, numbers.Real) and rate > 0:
@@ -118,9 +120,9 @@ def _compare_denoisers(live: nn.Module, module: nn.Module, num_steps: int) -> No
         tensor.copy_(weights[name])
     if not _same(module(*inputs).flatten(1), wanted.flatten(1)):
         raise InputError(
-            f"diffusion_model.model has the names and shapes of a released network, but this "
-            f"{type(live).__name__} computes something else with them, for instance by another "
-            f"activation or a forward set on the object; wanted the released forward pass"
+            f"diffusion_model.model must compute what the released network of its names and shapes "
+            f"does, got a {type(live).__name__} that computes something else, for instance by "
+            f"another activation or a forward set on the object"
         )
 
 
@@ -239,13 +241,13 @@ def _check_policy(
         base = base.base_dist
     if not isinstance(base, torch.distributions.Normal):
         raise InputError(
-            f"{what} returned a {type(base).__name__}, wanted a Gaussian "
-            f"(torch.distributions.Normal or an Independent of one)"
+            f"{what} must return a Gaussian (torch.distributions.Normal or an Independent of one), "
+            f"got a {type(base).__name__}"
         )
     if tuple(base.mean.shape) != (len(probe), action_dim):
         raise InputError(
-            f"{what} returned actions of shape {tuple(base.mean.shape)} for observations of "
-            f"shape {tuple(probe.shape)}, wanted {(len(probe), action_dim)}"
+            f"{what} must return actions of shape {(len(probe), action_dim)} for observations of "
+            f"shape {tuple(probe.shape)}, got {tuple(base.mean.shape)}"
         )
 
 
@@ -284,24 +286,24 @@ def moments(normalizer: Any, field: str, dim: int, device: torch.device) -> tupl
         back = normalizer.normalize(raw, field)
     except Exception as error:
         raise InputError(
-            f"{what}: wanted normalize(x, field) and unnormalize(x, field) as in the released "
-            f"DatasetNormalizer, but the call failed: {first_line(error)}"
+            f"{what} must offer normalize(x, field) and unnormalize(x, field) as the released "
+            f"DatasetNormalizer, got an error: {first_line(error)}"
         ) from error
     offset, scale = raw[0], (raw[1] - raw[0]) / points[1]
     if not (scale >= 0.99 * EPSILON).all():  # a slope of 1e-6 comes out rounded
         raise InputError(
-            f"{what}: unnormalize has the slopes {scale.tolist()}, wanted at least {EPSILON} in "
-            f"every dimension (0 is a dimension that is constant in the data)"
+            f"{what}: unnormalize must have slopes of at least {EPSILON} in every dimension (0 is "
+            f"a dimension that is constant in the data), got {scale.tolist()}"
         )
     line = offset + scale * points
     rounding = offset.abs() / scale  # of raw values, in normalized units
     limit = NORMALIZER_TOLERANCE * (1.0 + points.abs() + 0.1 * rounding)
     if not ((raw - line).abs() <= scale * limit).all():
-        raise InputError(f"{what}: wanted an affine map, but unnormalize is none")
+        raise InputError(f"{what}: unnormalize must be an affine map, got another one")
     if not ((back - points).abs() <= limit).all():
         raise InputError(
-            f"{what}: wanted normalize to be the inverse of unnormalize, but it maps "
-            f"{raw[2].tolist()}, the raw values at 1, to {back[2].tolist()}"
+            f"{what}: normalize must be the inverse of unnormalize and map {raw[2].tolist()} to 1, "
+            f"got {back[2].tolist()}"
         )
     return offset, (scale - EPSILON).clamp(min=0.0)
 
@@ -350,6 +352,6 @@ def _randomize(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors [rows, values] agree up to PROBE_TOLERANCE of each row's largest."""
+    """Return whether tensors [rows, values] agree up to PROBE_TOLERANCE of each row's largest."""
     limit = PROBE_TOLERANCE * b.abs().amax(-1, keepdim=True).clamp(min=1e-6)
     return a.shape == b.shape and bool(((a - b).abs() <= limit).all())

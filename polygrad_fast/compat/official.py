@@ -1,17 +1,13 @@
 """Drop-in use of the released code (github.com/marc-rigter/polygrad-world-models): its weights, its
 checkpoints and its live objects. See README.md beside this file."""
 
-from polygrad_fast.compat.accelerate import (
-    AcceleratedDiffusion,
-    accelerate,
-    install,
-    uninstall,
-)
+from polygrad_fast.compat.accelerate import AcceleratedDiffusion, accelerate
 from polygrad_fast.compat.checkpoint import (
     ReleasedCheckpoint,
     export_checkpoint,
     load_checkpoint,
 )
+from polygrad_fast.compat.install import install, uninstall
 from polygrad_fast.compat.weights import (
     export_actor_critic,
     export_denoiser,

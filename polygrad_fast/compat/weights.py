@@ -34,8 +34,10 @@ _TRANSFORMER_NAMES = {
 
 
 def _residual_mlp_name(name: str, num_layers: int) -> str:
-    """Released name -> ours: network.0 is the input, then (block, Identity) pairs, then the final
-    LayerNorm."""
+    """Return our name for a released one.
+
+    network.0 is the input; then come pairs of a block and an Identity, then the final LayerNorm.
+    """
     match = re.fullmatch(r"residual_mlp\.network\.(\d+)\.(.+)", name)
     if match:
         index, rest = int(match[1]), match[2]
@@ -73,18 +75,23 @@ def _load(module, weights: dict[str, Tensor], what: str):
         module.load_state_dict(weights)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
-        raise InputError(f"these weights are not {what}: {first[0].strip()}") from None
+        raise InputError(
+            f"weights must be those of {what}, got others: {first[0].strip()}"
+        ) from None
     return module
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor], what: str) -> None:
     """Raise InputError unless this is a dictionary of named tensors."""
     if not isinstance(state_dict, Mapping):
-        raise InputError(f"wanted the state_dict of {what}, got {type(state_dict).__name__}")
+        raise InputError(
+            f"weights must be the state_dict of {what}, got {type(state_dict).__name__}"
+        )
     for name, value in state_dict.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise InputError(
-                f"wanted the state_dict of {what}, got {type(value).__name__} under {name!r}"
+                f"weights must be the state_dict of {what}, got {type(value).__name__} under "
+                f"{name!r}"
             )
 
 
@@ -123,7 +130,7 @@ def load_denoiser(
         num_layers = sum(bool(re.search(r"\.linear\.weight$", name)) for name in weights)
         if num_layers < 1 or "proj.weight" not in weights:
             raise InputError(
-                f"these weights are not {what}: 'proj.weight' or every block is missing, got names "
+                f"weights must be those of {what}, with 'proj.weight' and blocks, got names "
                 f"{sorted(weights)[:4]}"
             )
         embed_dim = weights["proj.weight"].shape[0]
@@ -149,8 +156,9 @@ def load_denoiser(
         what = "a released transformer"
     else:
         raise InputError(
-            f"wanted the state_dict of a released residual MLP ('residual_mlp.final_linear.weight')"
-            f" or transformer ('transformer.wte.weight'), got names {sorted(weights)[:4]}"
+            f"weights must be the state_dict of a released residual MLP, with "
+            f"'residual_mlp.final_linear.weight', or transformer, with 'transformer.wte.weight', "
+            f"got names {sorted(weights)[:4]}"
         )
     what += f" of observation_dim {observation_dim}, action_dim {action_dim}, horizon {horizon}"
     return _load(denoiser, renamed, what)
@@ -160,12 +168,13 @@ def export_denoiser(weights: Mapping[str, Tensor], denoiser) -> dict[str, Tensor
     """Rename weights (or gradients) of one of our denoisers to the released names."""
     if type(denoiser) not in (ResidualMLPDenoiser, TransformerDenoiser):
         raise InputError(
-            f"wanted a ResidualMLPDenoiser or TransformerDenoiser, got {type(denoiser).__name__}"
+            f"denoiser must be a ResidualMLPDenoiser or TransformerDenoiser, got "
+            f"{type(denoiser).__name__}"
         )
     if denoiser.step_conditioning != "input":
         raise InputError(
-            "the released networks read the diffusion step by an MLP at their input: wanted a "
-            f"denoiser with step_conditioning 'input', got {denoiser.step_conditioning!r}"
+            f"denoiser.step_conditioning must be 'input', as the released networks read the "
+            f"diffusion step, got {denoiser.step_conditioning!r}"
         )
     if isinstance(denoiser, ResidualMLPDenoiser):
         last = 2 * denoiser.num_layers + 1
@@ -218,8 +227,8 @@ def _trunk(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int, in
     matrices = [layers[i] for i in sorted(layers) if layers[i].ndim == 2]
     if len(matrices) < 2:
         raise InputError(
-            f"wanted the state_dict of a released actor or critic ('model.0.weight', ..), got "
-            f"names {sorted(state_dict)[:4]}"
+            f"weights must be the state_dict of a released actor or critic ('model.0.weight', ..), "
+            f"got names {sorted(state_dict)[:4]}"
         )
     renamed = {f"network.{n}": v for n, v in weights.items()}
     in_dim, hidden_dim, out_dim = (
@@ -237,8 +246,10 @@ def load_policy(
     normalizer: Normalizer | None = None,
     normed_inputs: bool = False,
 ) -> GaussianPolicy:
-    """Build a policy from the released actor's `state_dict` and its log-std [A]: std =
-    exp(log_std) + min_std."""
+    """Build a policy from the released actor's `state_dict` and its log-std [A].
+
+    The standard deviation is exp(log_std) + min_std.
+    """
     weights, in_dim, hidden_dim, out_dim, num_layers = _trunk(actor_state_dict)
     if isinstance(min_std, bool) or not isinstance(min_std, numbers.Real):
         raise InputError(f"min_std must be a number of at least 0, got {min_std!r}")
@@ -295,7 +306,8 @@ def build_actor_critic(
     in_dim = value_function.network[0].in_features
     if in_dim != policy.observation_dim:
         raise InputError(
-            f"the critic is for {in_dim} observations, the actor for {policy.observation_dim}"
+            f"the critic must be for {policy.observation_dim} observations, as the actor, got "
+            f"{in_dim}"
         )
     if not (config is None or isinstance(config, A2CConfig)):
         raise InputError(f"config must be an A2CConfig or None, got {config!r}")
@@ -307,6 +319,6 @@ def _check_normalizer(normalizer: Normalizer, observation_dim: int) -> None:
     check_normalizer(normalizer)
     if normalizer.observation_dim != observation_dim:
         raise InputError(
-            f"the normalizer is for {normalizer.observation_dim} observations, the actor for "
-            f"{observation_dim}"
+            f"the normalizer must be for {observation_dim} observations, as the actor, got "
+            f"{normalizer.observation_dim}"
         )

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polygrad_fast.arguments import as_integer
+from polygrad_fast.data.checks import as_finite_float32, as_flag
+from polygrad_fast.data.moments import RunningMoments
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.profiling import annotate
 
@@ -29,57 +32,6 @@ class Windows:
     actions: Tensor  # [B, H, A]
     rewards: Tensor  # [B, H]
     terminals: Tensor  # [B, H], 0 or 1
-
-
-def as_finite_float32(value: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """Copy `value` into a float32 array after checking its shape and that every entry is finite.
-
-    Args:
-        value: numpy array, tensor on any device, or number.
-        shape: the shape wanted, with no or one dimension.
-        name: what to call the value in an error.
-
-    Returns:
-        A new float32 array of the given shape.
-
-    Raises:
-        InputError: not numeric, of another shape, or with an entry that is NaN, infinite or beyond
-            the range of float32.
-    """
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    try:
-        source = np.asarray(value)
-        with np.errstate(over="ignore"):
-            array = np.array(source, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: got {value!r}, wanted numbers of shape {shape}") from error
-    if array.shape != shape:
-        raise InputError(f"{name}: got shape {array.shape}, wanted {shape}")
-    finite = np.isfinite(array)
-    if not finite.all():
-        index = tuple(int(i) for i in np.argwhere(~finite)[0])
-        where = f"[{', '.join(map(str, index))}]" if index else ""
-        raise InputError(f"{name}{where} is {source[index]}, wanted a finite float32 value")
-    return array
-
-
-def as_flag(value: Any, name: str) -> bool:
-    """Return an episode's flag as a bool.
-
-    Args:
-        value: True or False, also of numpy or a tensor, or 1 or 0.
-        name: what to call the value in an error.
-
-    Raises:
-        InputError: anything else, as NaN, None or an array of several.
-    """
-    try:
-        if value == 0 or value == 1:
-            return bool(value)
-    except (TypeError, ValueError, RuntimeError):  # comparisons of arrays
-        pass
-    raise InputError(f"{name} is {value!r}, wanted True or False")
 
 
 class ReplayBuffer:
@@ -115,16 +67,12 @@ class ReplayBuffer:
         action_dim: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {"horizon": horizon, "observation_dim": observation_dim, "action_dim": action_dim}
-        for name, size in sizes.items():
-            if size < 1:
-                raise InputError(f"{name}: got {size}, wanted at least 1")
-        if capacity < horizon:
-            raise InputError(f"capacity: got {capacity}, wanted at least the horizon, {horizon}")
-        self.capacity = int(capacity)
-        self.horizon = int(horizon)
-        self.observation_dim = int(observation_dim)
-        self.action_dim = int(action_dim)
+        self.horizon = as_integer(horizon, "horizon", 1)
+        self.observation_dim = as_integer(observation_dim, "observation_dim", 1)
+        self.action_dim = as_integer(action_dim, "action_dim", 1)
+        self.capacity = as_integer(capacity, "capacity", 1)
+        if self.capacity < self.horizon:
+            raise InputError(f"capacity must be at least the horizon, {horizon}, got {capacity}")
         self.device = torch.device(device)
 
         self._field_sizes = (self.observation_dim, self.action_dim, 1, 1)
@@ -139,13 +87,7 @@ class ReplayBuffer:
         self._total_steps = 0
         self._episode_start = 0
         self._total_episodes = 0
-
-        # Moments live on the host in float64, of values relative to the first step: a constant
-        # field then has a deviation of exactly zero, which a normalizer can recognize.
-        self._moment_steps = 0
-        self._moment_origin = torch.zeros(width, dtype=torch.float64)
-        self._moment_mean = torch.zeros(width, dtype=torch.float64)
-        self._moment_m2 = torch.zeros(width, dtype=torch.float64)
+        self._moments = RunningMoments(width)
 
     @property
     def num_steps(self) -> int:
@@ -203,10 +145,8 @@ class ReplayBuffer:
         row[s + a] = as_finite_float32(reward, (), f"step {n}: reward")
         row[s + a + 1] = terminated
 
-        if n - self._moment_steps >= min(self.capacity, _MAX_PENDING_STEPS):
+        if n - self._moments.count >= min(self.capacity, _MAX_PENDING_STEPS):
             self._merge_moments()
-        if n == 0:
-            self._moment_origin = torch.from_numpy(row.astype(np.float64))
         slot = n % self.capacity
         if self._is_start[slot]:
             self._is_start[slot] = 0
@@ -278,8 +218,7 @@ class ReplayBuffer:
         """Return mean and population standard deviation of every field over all steps ever added.
 
         Steps since overwritten and those of the running episode count; the padding of windows does
-        not. Only steps added since the last merge are read: count, mean and sum of squared
-        deviations are merged with theirs (Chan, Golub, LeVeque 1979) in float64, on the host, which
+        not. Only steps added since the last call are read, in float64 on the host, which
         synchronizes. A constant field has a deviation of exactly 0.
 
         Returns:
@@ -290,10 +229,10 @@ class ReplayBuffer:
             InputError: no step has been added.
         """
         if self._total_steps == 0:
-            raise InputError("moments: got a buffer of 0 steps, wanted at least 1")
+            raise InputError("moments need at least 1 step in the buffer, got 0")
         self._merge_moments()
-        mean = (self._moment_mean + self._moment_origin).to(self.device, torch.float32)
-        std = (self._moment_m2 / self._moment_steps).sqrt().to(self.device, torch.float32)
+        mean = self._moments.mean.to(self.device, torch.float32)
+        std = self._moments.std.to(self.device, torch.float32)
         s, a = self.observation_dim, self.action_dim
         fields = {
             "observations": slice(0, s),
@@ -324,10 +263,7 @@ class ReplayBuffer:
             "steps": self._steps[(held % self.capacity).to(self.device)].cpu(),
             "first_start": self._first_start,
             "starts": self._starts[(starts % self.capacity).to(self.device)].cpu(),
-            "moment_steps": self._moment_steps,
-            "moment_origin": self._moment_origin.clone(),
-            "moment_mean": self._moment_mean.clone(),
-            "moment_m2": self._moment_m2.clone(),
+            **self._moments.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -353,10 +289,7 @@ class ReplayBuffer:
         self._is_start = bytearray(self.capacity)
         for slot in (starts[:, 0] % self.capacity).tolist():
             self._is_start[slot] = 1
-        self._moment_steps = state["moment_steps"]
-        self._moment_origin = state["moment_origin"].cpu().clone()
-        self._moment_mean = state["moment_mean"].cpu().clone()
-        self._moment_m2 = state["moment_m2"].cpu().clone()
+        self._moments.load_state_dict(state)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         wanted = {
@@ -375,24 +308,27 @@ class ReplayBuffer:
         for name, value in wanted.items():
             if state[name] != value:
                 raise CheckpointError(
-                    f"replay buffer: saved with {name} {state[name]!r}, this buffer has {value!r}"
+                    f"replay buffer: saved {name} must be {value!r}, this buffer's, got "
+                    f"{state[name]!r}"
                 )
         for name in counts:
             if not isinstance(state[name], int) or state[name] < 0:
                 raise CheckpointError(
-                    f"replay buffer: saved {name} is {state[name]!r}, wanted an integer >= 0"
+                    f"replay buffer: saved {name} must be an integer of at least 0, got "
+                    f"{state[name]!r}"
                 )
         total = state["total_steps"]
         held = min(total, self.capacity)
         for name in ("episode_start", "first_start", "moment_steps"):
             if state[name] > total:
                 raise CheckpointError(
-                    f"replay buffer: saved {name} is {state[name]}, wanted at most {total} (steps)"
+                    f"replay buffer: saved {name} must be at most {total}, the steps, got "
+                    f"{state[name]}"
                 )
         if state["moment_steps"] < total - held:
             raise CheckpointError(
-                f"replay buffer: saved moment_steps is {state['moment_steps']}, wanted at least "
-                f"{total - held}, the steps no longer held"
+                f"replay buffer: saved moment_steps must be at least {total - held}, the steps no "
+                f"longer held, got {state['moment_steps']}"
             )
         starts = state["starts"]
         shapes = {"steps": (held, width), **dict.fromkeys(vectors, (width,))}
@@ -402,26 +338,25 @@ class ReplayBuffer:
             if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise CheckpointError(
-                    f"replay buffer: saved {name} is {got}, wanted a {dtype} tensor"
+                    f"replay buffer: saved {name} must be a {dtype} tensor, got {got}"
                 )
             if name in shapes and tuple(tensor.shape) != shapes[name]:
                 raise CheckpointError(
-                    f"replay buffer: saved {name} has shape {tuple(tensor.shape)}, wanted "
-                    f"{shapes[name]}"
+                    f"replay buffer: saved {name} must have shape {shapes[name]}, got "
+                    f"{tuple(tensor.shape)}"
                 )
         if starts.ndim != 2 or starts.shape[1] != 2 or len(starts) > held:
             raise CheckpointError(
-                f"replay buffer: saved starts have shape {tuple(starts.shape)}, wanted (n, 2) with "
-                f"n at most {held}"
+                f"replay buffer: saved starts must have shape (n, 2) with n at most {held}, got "
+                f"{tuple(starts.shape)}"
             )
         if len(starts):
             first, last = starts.unbind(1)
             ordered = bool((first[1:] > first[:-1]).all() and (first <= last).all())
             if not ordered or int(first[0]) < total - held or int(last.max()) >= total:
                 raise CheckpointError(
-                    f"replay buffer: saved starts reach from step {int(first.min())} to "
-                    f"{int(last.max())}, wanted increasing starts within steps {total - held} to "
-                    f"{total - 1}"
+                    f"replay buffer: saved starts must increase within steps {total - held} to "
+                    f"{total - 1}, got {int(first.min())} to {int(last.max())}"
                 )
 
     def _add_starts(self, first: int, stop: int, last: int) -> None:
@@ -436,12 +371,11 @@ class ReplayBuffer:
 
     def _draw(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
         """Draw B numbers in [0, num_windows), int64 [B] on the buffer's device."""
-        if batch_size < 1:
-            raise InputError(f"batch_size: got {batch_size}, wanted at least 1")
+        batch_size = as_integer(batch_size, "batch_size", 1)
         if self.num_windows == 0:
             raise InputError(
-                f"sample: got {self.num_steps} steps and no valid window, wanted at least one "
-                f"window of horizon {self.horizon} inside an episode or up to a terminal step"
+                f"sample needs at least one window of horizon {self.horizon} inside an episode or "
+                f"up to a terminal step, got {self.num_steps} steps and no valid window"
             )
         device = self.device if generator is None else generator.device
         picks = torch.randint(self.num_windows, (batch_size,), generator=generator, device=device)
@@ -463,16 +397,8 @@ class ReplayBuffer:
         )
 
     def _merge_moments(self) -> None:
-        """Merge the steps added since the last merge into count, mean and squared deviations."""
-        count, new = self._moment_steps, self._total_steps - self._moment_steps
-        if new == 0:
-            return
-        pending = torch.arange(count, self._total_steps, device=self.device) % self.capacity
-        values = self._steps[pending].to("cpu", torch.float64) - self._moment_origin
-        mean = values.mean(dim=0)
-        m2 = (values - mean).square().sum(dim=0)
-        delta = mean - self._moment_mean
-        total = count + new
-        self._moment_mean = self._moment_mean + delta * (new / total)
-        self._moment_m2 = self._moment_m2 + m2 + delta.square() * (count * new / total)
-        self._moment_steps = total
+        """Merge the steps added since the last merge into the moments."""
+        merged = self._moments.count
+        if merged < self._total_steps:
+            pending = torch.arange(merged, self._total_steps, device=self.device) % self.capacity
+            self._moments.merge(self._steps[pending].to("cpu", torch.float64))

@@ -28,7 +28,7 @@ def build_environment(source: EnvironmentSource, render_mode: str | None = None)
     made = source()
     if not isinstance(made, gymnasium.Env):
         raise InputError(
-            f"the environment function returned {type(made).__name__}, wanted a gymnasium.Env"
+            f"the environment function must return a gymnasium.Env, got {type(made).__name__}"
         )
     return made
 
@@ -94,8 +94,8 @@ class EvaluationEnvironments:
         made_so = isinstance(self._source, str) or environment.render_mode == render_mode
         if render_mode is not None and not made_so:
             raise InputError(
-                f"{environment_name(environment)} was made with render_mode "
-                f"{environment.render_mode!r}, wanted {render_mode!r} to render: make it with that"
+                f"{environment_name(environment)} must be made with render_mode {render_mode!r} "
+                f"to be rendered, got {environment.render_mode!r}"
             )
         return environment
 
@@ -106,32 +106,34 @@ class EvaluationEnvironments:
         return {"id": environment_name(self._made[0]), "given_by_id": False}
 
     def is_given(self, environment: gymnasium.Env) -> bool:
-        """Whether an environment of `make` is the user's own, not to be closed."""
+        """Return whether an environment of `make` is the user's own, not to be closed."""
         return environment is self._alone
 
     def _check_new(self, environment: gymnasium.Env) -> None:
         known = [self._training, *getattr(self, "_made", [])]
         if any(environment.unwrapped is other.unwrapped for other in known):
             raise InputError(
-                f"the environment function returned the same {environment_name(environment)} "
-                f"twice, wanted a new one at each call"
+                f"the environment function must return a new environment at each call, got the "
+                f"same {environment_name(environment)} twice"
             )
 
     def _check_spaces(self, environment: gymnasium.Env) -> None:
         if environment.unwrapped is self._training.unwrapped:
             raise InputError(
-                f"eval_env is the environment trained on, {environment_name(environment)}, wanted "
-                f"another one"
+                f"eval_env must be another environment than the one trained on, got that "
+                f"{environment_name(environment)} itself"
             )
         wanted, got = check_spaces(self._training), check_spaces(environment)
         if got != wanted:
             raise InputError(
-                f"the evaluation environment {environment_name(environment)} has (observation, "
-                f"action) dimensions {got}, wanted {wanted} of {environment_name(self._training)}"
+                f"the evaluation environment must have (observation, action) dimensions {wanted} "
+                f"as {environment_name(self._training)}, got {got} of "
+                f"{environment_name(environment)}"
             )
         ours, theirs = self._training.action_space, environment.action_space
         if not (np.array_equal(ours.low, theirs.low) and np.array_equal(ours.high, theirs.high)):
             raise InputError(
-                f"the evaluation environment {environment_name(environment)} has action space "
-                f"{theirs}, wanted {ours} of {environment_name(self._training)}"
+                f"the evaluation environment must have the action space {ours} as "
+                f"{environment_name(self._training)}, got {theirs} of "
+                f"{environment_name(environment)}"
             )

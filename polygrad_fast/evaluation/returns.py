@@ -59,8 +59,8 @@ def evaluate_policy(
     """
     if not environments or not seeds:
         raise InputError(
-            f"wanted at least one environment and one episode, got {len(environments)} "
-            f"and {len(seeds)}"
+            f"environments and seeds must hold at least one each, got {len(environments)} and "
+            f"{len(seeds)}"
         )
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=np.int64)
     waiting = list(range(len(seeds)))
@@ -98,8 +98,8 @@ def evaluate_policy(
             returns[episode] += reward
             if lengths[episode] >= MAX_EPISODE_STEPS and not (terminated or truncated):
                 raise InputError(
-                    f"{where(slot, episode)} has not ended after {lengths[episode]:,} steps, "
-                    f"wanted an environment with a time limit (gymnasium.wrappers.TimeLimit)"
+                    f"{where(slot, episode)} must end some time (gymnasium.wrappers.TimeLimit "
+                    f"sees to it), got {lengths[episode]:,} steps without an end"
                 )
             running[slot] = (episode, observation)
             if terminated or truncated:

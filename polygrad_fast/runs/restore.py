@@ -7,7 +7,7 @@ from typing import Any
 
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError
-from polygrad_fast.runs.checkpoint import CheckpointManager
+from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import refuse_lost_progress
 
 

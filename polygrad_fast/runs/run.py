@@ -13,7 +13,8 @@ from torch import Tensor
 
 from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.profiling import annotate
-from polygrad_fast.runs.checkpoint import CheckpointManager, read_metadata
+from polygrad_fast.runs.checkpoint import read_metadata
+from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import locked, refuse_another_run
 from polygrad_fast.runs.files import write_json_atomic
 from polygrad_fast.runs.metrics import MetricsLog, TensorboardLog

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from polygrad_fast.data import ActionScaler
-from polygrad_fast.data.replay import as_finite_float32
+from polygrad_fast.data.checks import as_finite_float32
 from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.protocols import policy_moments

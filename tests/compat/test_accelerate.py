@@ -599,7 +599,7 @@ def test_other_affine_normalizers():
         normalize=lambda x, key: x.sign() * x.abs() ** (1 / 3), unnormalize=lambda x, key: x**3
     )
     ac.normalizer = cubic
-    with pytest.raises(pg.InputError, match="normalizer.*'actions'.*wanted an affine map"):
+    with pytest.raises(pg.InputError, match="normalizer.*'actions'.*must be an affine map"):
         sample(fast, ac, s0)
     mean, std = moments(SimpleNamespace(normalize=same, unnormalize=same), "actions", A, "cpu")
     assert torch.equal(mean, torch.zeros(A)) and torch.equal(std + 1e-6, torch.ones(A))
@@ -706,12 +706,12 @@ def forward_broken():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: nn.Linear(2, 2), "wanted a GaussianDiffusion.*got a Linear.*'model'"),
-        (lambda: None, "wanted a GaussianDiffusion.*got a NoneType"),
+        (lambda: nn.Linear(2, 2), "must be a GaussianDiffusion.*got a Linear.*'model'"),
+        (lambda: None, "must be a GaussianDiffusion.*got a NoneType"),
         (lambda: Diffusion(nn.Linear(2, 2)), "residual MLP.*transformer.*got names"),
         (lambda: Diffusion(MLPDenoiser(horizon=3)), "horizon 4.*size mismatch"),
         (forward_broken, "diffusion_model.model cannot be called: first line$"),
-        (activation_changed, "MLPDenoiser computes something else"),
+        (activation_changed, "got a MLPDenoiser that computes something else"),
     ],
 )
 def test_wrong_objects_are_told_in_one_sentence(build, message):
@@ -728,7 +728,7 @@ def test_wrong_engines_are_told_at_once(options):
 
 
 def test_wrong_agents_are_told():
-    with pytest.raises(pg.InputError, match="wanted a DiffusionWMAgent.*got a Linear"):
+    with pytest.raises(pg.InputError, match="agent must be a DiffusionWMAgent.*got a Linear"):
         official.install(nn.Linear(2, 2))
     agent = Agent(Diffusion(nn.Linear(2, 2)), nn.Linear(2, 2))
     with pytest.raises(pg.InputError):
@@ -747,24 +747,30 @@ def three_actions(observations, normed_input):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(guidance="grad"), "unknown option 'guidance', wanted one of"),
+        (dict(guidance="grad"), "options must be among .*, got 'guidance'$"),
         (dict(guidance_type="score"), "guidance_type must be one of.*got 'score'"),
         (dict(states_for_guidance="noisy"), "states_for_guidance must be.*got 'noisy'"),
         (dict(clip_std=-1.0), "clip_std must be.*got -1.0"),
         (dict(clip_std="3"), "clip_std must be.*got '3'"),
         (dict(clip_state_change=0), "clip_state_change must be.*got 0"),
         (dict(guidance_scale=-0.1), "guidance_scale must be.*got -0.1"),
-        (dict(guidance_scale=torch.ones(2)), r"guidance_scale of shape \(2,\)"),
-        (dict(guidance_scale=torch.ones(1, 1, 1, 1)), r"guidance_scale of shape \(1, 1, 1, 1\)"),
+        (
+            dict(guidance_scale=torch.ones(2)),
+            r"guidance_scale must be one number, got shape \(2,\)",
+        ),
+        (
+            dict(guidance_scale=torch.ones(1, 1, 1, 1)),
+            r"guidance_scale must .*, got shape \(1, 1, 1, 1\)",
+        ),
         (dict(guidance_scale=torch.tensor(torch.nan)), r"guidance_scale must be.*tensor\(nan\)"),
         (dict(guidance_scale=torch.tensor(-0.1)), r"guidance_scale must be.*tensor\(-0.1"),
         (dict(action_noise_scale=None), "action_noise_scale must be.*got None"),
-        (dict(normalizer=None), "a policy needs the normalizer, got None"),
+        (dict(normalizer=None), "normalizer must be given .*, got None"),
         (dict(normalizer=3), "normalizer.*int.*'actions'"),
         (dict(policy=3), "policy.*'int' object is not callable"),
-        (dict(policy=laplace), "returned a Laplace, wanted a Gaussian"),
-        (dict(policy=three_actions), r"shape \(3, 3\).*wanted \(3, 2\)"),
-        (dict(policy=None), "guidance_scale.*need a policy"),
+        (dict(policy=laplace), "must return a Gaussian .*, got a Laplace"),
+        (dict(policy=three_actions), r"must return actions of shape \(3, 2\).*got \(3, 3\)"),
+        (dict(policy=None), "policy must be given .*guidance_scale.*, got None"),
         (dict(cond=[1]), "cond must be a dictionary.*got list"),
         (dict(cond={1: 2}), r"cond must be a dictionary.*got \[1\]"),
         (dict(cond={0: [1.0]}), r"cond\[0\] must be a tensor.*got list"),
@@ -1000,7 +1006,9 @@ def test_tables_changed_through_data_are_seen(in_place):
 def test_tables_of_several_lengths_are_told():
     diffusion = released()[0]
     diffusion.posterior_variance = diffusion.posterior_variance[:5]
-    with pytest.raises(pg.InputError, match=r"posterior_variance has the shape \(5,\), wanted"):
+    with pytest.raises(
+        pg.InputError, match=r"posterior_variance must have as many rows .*, got \(5,\)"
+    ):
         official.accelerate(diffusion)
 
 
@@ -1080,16 +1088,16 @@ def scaled(scale, offset=0.0, **attributes):
 @pytest.mark.parametrize(
     "normalizer, message",
     [
-        (scaled([1.0, -1.0]), r"slopes \[1.0, -1.0\], wanted at least 1e-06"),
-        (scaled([1e-7, 1.0]), "slopes.*wanted at least 1e-06"),
+        (scaled([1.0, -1.0]), r"slopes of at least 1e-06 .*, got \[1.0, -1.0\]"),
+        (scaled([1e-7, 1.0]), "slopes of at least 1e-06"),
         (scaled([0.0, 1.0]), "slopes.*constant in the data"),
         (
             SimpleNamespace(normalize=lambda x, key: x, unnormalize=lambda x, key: x.clamp(-9, 9)),
-            "'actions'.*slopes|wanted an affine map",
+            "'actions'.*slopes|must be an affine map",
         ),
         (
             SimpleNamespace(normalize=lambda x, key: 1.01 * x, unnormalize=lambda x, key: x),
-            "wanted normalize to be the inverse of unnormalize, but it maps",
+            "normalize must be the inverse of unnormalize and map .* to 1, got",
         ),
     ],
 )

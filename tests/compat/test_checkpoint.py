@@ -114,7 +114,7 @@ def test_the_latest_complete_step_is_loaded(tmp_path):
             official.load_checkpoint(tmp_path, wrong)
     for missing in (900, 5, "last"):
         with pytest.raises(
-            pg.CheckpointError, match=rf"N = {missing}, wanted one of \[9, 20, 100\]"
+            pg.CheckpointError, match=rf"N = {missing}, got those of \[9, 20, 100\]"
         ):
             official.load_checkpoint(tmp_path, missing)
 
@@ -131,7 +131,7 @@ def test_an_actor_critic_continues_with_the_stored_target(tmp_path):
     shapes = (8, H, S), (8, H, A), (8, H), (8, H)
     metrics = actor_critic.update(*map(torch.randn, shapes[:3]), torch.zeros(shapes[3]))
     assert metrics["critic_loss"] > 0
-    with pytest.raises(pg.InputError, match="normalizer is for 4 observations, the actor for 5"):
+    with pytest.raises(pg.InputError, match="normalizer must be for 5 observations, .*, got 4"):
         loaded.actor_critic(pg.Normalizer(4, A))
     with pytest.raises(pg.InputError, match="needs the normalizer"):
         official.load_checkpoint(tmp_path, normed_inputs=True)
@@ -187,15 +187,15 @@ def no_tables(path):
     "damage, message",
     [
         (cut, "cannot be read, it is damaged"),
-        (write_text, "is refused: it is damaged or holds more than tensors"),
+        (write_text, "must hold nothing but tensors, got what could run code"),
         (empty, "cannot be read, it is damaged"),
         (junk, "cannot be read, it is damaged"),
         (first_half, "cannot be read, it is damaged"),
-        (hide_code, "is refused: it is damaged or holds more than tensors"),
-        (plain_pickle, "is refused|cannot be read"),
-        (trainer_state, "wanted the state_dict.*got int under 'step'"),
-        (save_list, "wanted the state_dict.*got list"),
-        (no_tables, "is missing"),
+        (hide_code, "must hold nothing but tensors, got what could run code"),
+        (plain_pickle, "nothing but tensors|cannot be read"),
+        (trainer_state, "must be the state_dict.*got int under 'step'"),
+        (save_list, "must be the state_dict.*got list"),
+        (no_tables, "must be a checkpoint of the released agent, got one without '"),
     ],
 )
 @pytest.mark.parametrize("which", ["ac", "diffusion"])
@@ -210,9 +210,9 @@ def test_broken_files_are_refused_in_one_sentence(which, damage, message, tmp_pa
 
 
 def test_what_is_not_there_is_told(tmp_path):
-    with pytest.raises(pg.CheckpointError, match="is not a directory"):
+    with pytest.raises(pg.CheckpointError, match="nothing must be a directory"):
         official.load_checkpoint(tmp_path / "nothing")
-    with pytest.raises(pg.CheckpointError, match="no step-N-ac.pt.*latest"):
+    with pytest.raises(pg.CheckpointError, match="must hold step-N-ac.pt.*latest, got those of"):
         official.load_checkpoint(tmp_path)
 
 
@@ -259,13 +259,13 @@ def test_an_agent_is_exported(tmp_path):
 @pytest.mark.parametrize(
     "preset, changes, message",
     [
-        ("paper", {}, "scale_actions is False, wanted True"),
-        ("quick", {}, "denoiser_actions is 'clipped', wanted 'raw'"),
-        ("default", {"rescale_actions": True}, "rescale_actions=False"),
+        ("paper", {}, "scale_actions must be True .*, got False"),
+        ("quick", {}, "denoiser_actions must be 'raw' .*, got 'clipped'"),
+        ("default", {"rescale_actions": True}, "rescale_actions must be False .*, got True"),
         (
             "paper",
             {"sampler": pg.SamplerConfig.official()},
-            "step_conditioning 'input', got 'layer'",
+            "step_conditioning must be 'input', .*, got 'layer'",
         ),
     ],
 )
@@ -278,10 +278,12 @@ def test_agents_whose_weights_mean_something_else_are_not_exported(
 
 
 def test_other_sources_are_told(tmp_path):
-    with pytest.raises(pg.InputError, match="wanted a PolyGRAD agent.*got Linear"):
+    with pytest.raises(pg.InputError, match="source must be a PolyGRAD agent.*got Linear"):
         official.export_checkpoint(torch.nn.Linear(2, 2), tmp_path)
     parts = dataclasses.replace(make_parts(), denoiser=torch.nn.Linear(2, 2))
-    with pytest.raises(pg.InputError, match="weights of a denoiser that is a Linear, wanted one"):
+    with pytest.raises(
+        pg.InputError, match="the denoiser must be one of .*, got one that is a Linear"
+    ):
         official.export_checkpoint(parts, tmp_path)
 
 
@@ -296,10 +298,10 @@ def own_squash(policy):
 @pytest.mark.parametrize(
     "name, edit, message",
     [
-        ("denoiser", lambda d: double_output(d.blocks[0]), "denoiser that has a forward hook in"),
-        ("denoiser", lambda d: setattr(d.norm, "eps", 1.0), "denoiser that has another eps in"),
-        ("policy", lambda p: double_output(p.network), "policy that has a forward hook in network"),
-        ("policy", own_squash, "policy that has a squash of its own"),
+        ("denoiser", lambda d: double_output(d.blocks[0]), "that has a forward hook in"),
+        ("denoiser", lambda d: setattr(d.norm, "eps", 1.0), "that has another eps in"),
+        ("policy", lambda p: double_output(p.network), "that has a forward hook in network"),
+        ("policy", own_squash, "that has a squash of its own"),
         ("policy", lambda p: p.network.__setitem__(2, torch.nn.Tanh()), "has a Tanh in network.2"),
     ],
 )
@@ -307,7 +309,7 @@ def test_changed_networks_are_not_exported(name, edit, message, tmp_path):
     """Their weights alone would be another network."""
     parts = make_parts()
     edit(getattr(parts, name))
-    with pytest.raises(pg.InputError, match=f"cannot use the weights of a .*{message}"):
+    with pytest.raises(pg.InputError, match=f"the {name} must be one of .*, got one .*{message}"):
         official.export_checkpoint(parts, tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -324,15 +326,30 @@ def change(path, name, edit):
             "diffusion",
             "betas",
             lambda x: x[:5],
-            "'alphas_cumprod' has the shape .16,., wanted.* 5 ",
+            "'alphas_cumprod' must hold one .* 5 .*, got the shape .16,.",
         ),
-        ("diffusion", "posterior_variance", lambda x: x[:5], "has the shape .5,., wanted.* 16 "),
-        ("diffusion", "betas", lambda x: x[None], "has the shape .1, 16., wanted"),
-        ("diffusion", "betas", lambda x: x.long(), "holds torch.int64, wanted floating"),
-        ("diffusion", "betas", lambda x: x * torch.nan, "holds NaN or infinity"),
-        ("diffusion", "model.proj.weight", lambda x: x / 0, "holds NaN or infinity"),
-        ("ac", "actor.model.0.weight", lambda x: x * torch.nan, "holds NaN or infinity"),
-        ("ac", "logstd._bias", lambda x: x.int(), "holds torch.int32, wanted floating"),
+        (
+            "diffusion",
+            "posterior_variance",
+            lambda x: x[:5],
+            "must hold one .* 16 .*, got the shape .5,.",
+        ),
+        ("diffusion", "betas", lambda x: x[None], "must hold one .*, got the shape .1, 16."),
+        ("diffusion", "betas", lambda x: x.long(), "must hold floating .*, got torch.int64"),
+        ("diffusion", "betas", lambda x: x * torch.nan, "must hold finite .*, got NaN or infinity"),
+        (
+            "diffusion",
+            "model.proj.weight",
+            lambda x: x / 0,
+            "must hold finite .*, got NaN or infinity",
+        ),
+        (
+            "ac",
+            "actor.model.0.weight",
+            lambda x: x * torch.nan,
+            "must hold finite .*, got NaN or infinity",
+        ),
+        ("ac", "logstd._bias", lambda x: x.int(), "must hold floating .*, got torch.int32"),
     ],
 )
 def test_broken_entries_are_told_with_file_and_name(which, name, edit, message, tmp_path):
@@ -412,6 +429,15 @@ def test_an_actor_critic_trains_the_checkpoints_networks():
     actor_critic = parts.actor_critic(pg.Normalizer(S, A))
     assert actor_critic.policy is parts.policy
     assert actor_critic.value_function is parts.value_function
+
+
+@pytest.mark.parametrize("directory", [3, None, b"here"])
+def test_folders_are_paths(directory):
+    message = r"directory must be a path \(str or pathlib.Path\), got"
+    with pytest.raises(pg.InputError, match=message):
+        official.load_checkpoint(directory)
+    with pytest.raises(pg.InputError, match=message):
+        official.export_checkpoint(make_parts(), directory)
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, "a", True])

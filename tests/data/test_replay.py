@@ -283,7 +283,9 @@ def test_loading_another_configuration_names_both_values(name, value):
     sizes = {"capacity": 30, "horizon": 4, "observation_dim": S, "action_dim": A}
     state = fill(ReplayBuffer(**sizes), [(True, False)] * 3).state_dict()
     other = ReplayBuffer(**{**sizes, name: value})
-    with pytest.raises(CheckpointError, match=f"{name} {sizes[name]}, this buffer has {value}"):
+    with pytest.raises(
+        CheckpointError, match=f"{name} must be {value}, this buffer's, got {sizes[name]}"
+    ):
         other.load_state_dict(state)
     assert other.num_steps == 0
 
@@ -292,16 +294,31 @@ def test_loading_another_configuration_names_both_values(name, value):
     ("change", "message"),
     [
         (lambda s: s.pop("starts"), "'starts' is missing"),
-        (lambda s: s.update(format="other"), "format 'other'"),
-        (lambda s: s.update(steps=s["steps"][:-1]), r"steps has shape \(19, 7\), wanted \(20, 7\)"),
-        (lambda s: s.update(steps=s["steps"].double()), "float64, wanted a torch.float32"),
-        (lambda s: s.update(moment_mean=[0.0]), "moment_mean is list"),
-        (lambda s: s.update(total_steps=-1), "total_steps is -1"),
-        (lambda s: s.update(episode_start=99), "episode_start is 99, wanted at most 25"),
-        (lambda s: s.update(moment_steps=2), "moment_steps is 2, wanted at least 5"),
-        (lambda s: s.update(starts=s["starts"][:, :1]), r"shape \(17, 1\), wanted \(n, 2\)"),
-        (lambda s: s.update(starts=s["starts"] - 1), "from step 4 to 23"),
-        (lambda s: s.update(starts=s["starts"].flip(0)), "wanted increasing starts"),
+        (lambda s: s.update(format="other"), "format must be .*got 'other'"),
+        (
+            lambda s: s.update(steps=s["steps"][:-1]),
+            r"steps must have shape \(20, 7\), got \(19, 7\)",
+        ),
+        (
+            lambda s: s.update(steps=s["steps"].double()),
+            "must be a torch.float32 tensor, got torch.float64",
+        ),
+        (
+            lambda s: s.update(moment_mean=[0.0]),
+            "moment_mean must be a torch.float64 tensor, got list",
+        ),
+        (
+            lambda s: s.update(total_steps=-1),
+            "total_steps must be an integer of at least 0, got -1",
+        ),
+        (lambda s: s.update(episode_start=99), "episode_start must be at most 25, .*got 99"),
+        (lambda s: s.update(moment_steps=2), "moment_steps must be at least 5, .*got 2"),
+        (
+            lambda s: s.update(starts=s["starts"][:, :1]),
+            r"must have shape \(n, 2\) .*, got \(17, 1\)",
+        ),
+        (lambda s: s.update(starts=s["starts"] - 1), "got 4 to 23"),
+        (lambda s: s.update(starts=s["starts"].flip(0)), "must increase within steps 5 to 24, got"),
     ],
 )
 def test_loading_a_damaged_state_names_the_damage_and_changes_nothing(change, message):
@@ -317,16 +334,19 @@ def test_loading_a_damaged_state_names_the_damage_and_changes_nothing(change, me
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"observation": np.zeros(4)}, r"step 2: observation: got shape \(4,\), wanted \(3,\)"),
-        ({"observation": np.zeros((1, 3))}, r"observation: got shape \(1, 3\), wanted \(3,\)"),
-        ({"action": torch.zeros(3)}, r"step 2: action: got shape \(3,\), wanted \(2,\)"),
-        ({"reward": np.zeros(1)}, r"step 2: reward: got shape \(1,\), wanted \(\)"),
-        ({"observation": [0, np.nan, 0]}, r"step 2: observation\[1\] is nan"),
-        ({"observation": torch.tensor([0, 0, -torch.inf])}, r"observation\[2\] is -inf"),
-        ({"observation": [1e39, 0, 0]}, r"observation\[0\] is 1e\+39"),
-        ({"action": np.array([0, np.inf])}, r"step 2: action\[1\] is inf"),
-        ({"reward": float("nan")}, "step 2: reward is nan"),
-        ({"action": "left"}, "action: got 'left', wanted numbers"),
+        ({"observation": np.zeros(4)}, r"step 2: observation must have shape \(3,\), got \(4,\)"),
+        ({"observation": np.zeros((1, 3))}, r"observation must have shape \(3,\), got \(1, 3\)"),
+        ({"action": torch.zeros(3)}, r"step 2: action must have shape \(2,\), got \(3,\)"),
+        ({"reward": np.zeros(1)}, r"step 2: reward must have shape \(\), got \(1,\)"),
+        ({"observation": [0, np.nan, 0]}, r"step 2: observation\[1\] must be a finite .*, got nan"),
+        (
+            {"observation": torch.tensor([0, 0, -torch.inf])},
+            r"observation\[2\] must be .*, got -inf",
+        ),
+        ({"observation": [1e39, 0, 0]}, r"observation\[0\] must be .*, got 1e\+39"),
+        ({"action": np.array([0, np.inf])}, r"step 2: action\[1\] must be .*, got inf"),
+        ({"reward": float("nan")}, "step 2: reward must be .*, got nan"),
+        ({"action": "left"}, "action must be numbers .*, got 'left'"),
     ],
 )
 def test_add_refuses_what_it_cannot_store(change, message):
@@ -353,24 +373,24 @@ def test_add_takes_tensors_and_copies_them():
 def test_sample_without_a_window_says_steps_and_horizon():
     buffer = fill(ReplayBuffer(20, 5, S, A), [(False, False)] * 4)
     for draw in (buffer.sample, buffer.sample_initial_observations):
-        with pytest.raises(InputError, match="got 4 steps and no valid window.*horizon 5"):
+        with pytest.raises(InputError, match="horizon 5 .*, got 4 steps and no valid window"):
             draw(8)
     fill(buffer, [(False, True)], first=4)
     assert buffer.num_windows == 1
 
 
 def test_sizes_out_of_range_are_named():
-    with pytest.raises(InputError, match="capacity: got 4, wanted at least the horizon, 5"):
+    with pytest.raises(InputError, match="capacity must be at least the horizon, 5, got 4"):
         ReplayBuffer(4, 5, S, A)
-    with pytest.raises(InputError, match="horizon: got 0"):
+    with pytest.raises(InputError, match="horizon must be an integer of at least 1, got 0"):
         ReplayBuffer(4, 0, S, A)
-    with pytest.raises(InputError, match="action_dim: got 0"):
+    with pytest.raises(InputError, match="action_dim must be an integer of at least 1, got 0"):
         ReplayBuffer(4, 1, S, 0)
     buffer = fill(ReplayBuffer(4, 1, S, A), [(False, False)])
     for draw in (buffer.sample, buffer.sample_initial_observations):
-        with pytest.raises(InputError, match="batch_size: got 0, wanted at least 1"):
+        with pytest.raises(InputError, match="batch_size must be an integer of at least 1, got 0"):
             draw(0)
-    with pytest.raises(InputError, match="moments: got a buffer of 0 steps"):
+    with pytest.raises(InputError, match="moments need at least 1 step in the buffer, got 0"):
         ReplayBuffer(4, 1, S, A).moments()
 
 

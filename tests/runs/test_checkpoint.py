@@ -20,12 +20,8 @@ from safetensors.torch import load_file
 
 from polygrad_fast.errors import CheckpointError
 from polygrad_fast.runs import checkpoint
-from polygrad_fast.runs.checkpoint import (
-    CheckpointManager,
-    load_checkpoint,
-    read_metadata,
-    save_checkpoint,
-)
+from polygrad_fast.runs.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 
 
 def some_weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -142,15 +138,15 @@ class Odd:
     ],
 )
 def test_wrong_type_in_the_state_is_named_and_nothing_is_written(tmp_path, value, type_name):
-    with pytest.raises(TypeError, match=r"state\['replay'\]\[1\]\['x'\] is a .*" + type_name):
+    with pytest.raises(TypeError, match=r"state\['replay'\]\[1\]\['x'\] must .*" + type_name):
         save_checkpoint(tmp_path / "one", {}, {"replay": [0, {"x": value}]}, {})
     assert visible(tmp_path) == []
 
 
 def test_other_wrong_types_write_nothing(tmp_path):
-    with pytest.raises(TypeError, match=r"a key of state\['a'\] is \(1, 2\) of type tuple"):
+    with pytest.raises(TypeError, match=r"keys of state\['a'\] must .*got \(1, 2\) of type tuple"):
         save_checkpoint(tmp_path / "one", {}, {"a": {(1, 2): 3}}, {})
-    with pytest.raises(TypeError, match=r"weights\['w'\] is a list"):
+    with pytest.raises(TypeError, match=r"weights must map .*, got 'w' with a list"):
         save_checkpoint(tmp_path / "one", {"w": [1.0]}, None, {})
     with pytest.raises(TypeError, match="metadata cannot be written as JSON: .*ndarray"):
         save_checkpoint(tmp_path / "one", {}, None, {"m": np.zeros(1)})
@@ -165,9 +161,9 @@ def test_replaces_a_checkpoint_and_nothing_else(tmp_path):
 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match=r"thesis exists and is not a checkpoint.*chapter"):
+    with pytest.raises(CheckpointError, match=r"thesis must be .*, got a directory .*chapter"):
         save_checkpoint(tmp_path / "thesis", {}, None, {})
-    with pytest.raises(CheckpointError, match=r"chapter.tex is a file"):
+    with pytest.raises(CheckpointError, match=r"chapter.tex must be .*, got a file"):
         save_checkpoint(tmp_path / "thesis" / "chapter.tex", {}, None, {})
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
 
@@ -189,15 +185,21 @@ def edit_manifest(path: Path, **changes) -> None:
 
 
 DAMAGE = {
-    "truncated": (truncate, r"state\.pt has 10 bytes, wanted \d{3,}"),
-    "bit flip": (flip_a_bit, r"weights\.safetensors has the checksum \w{12}\.\.\., wanted"),
+    "truncated": (truncate, r"state\.pt must have \d{3,} bytes, got 10$"),
+    "bit flip": (flip_a_bit, r"weights\.safetensors must have the checksum \w{12}\.\.\., got"),
     "file missing": (lambda p: (p / "metadata.json").unlink(), r"metadata\.json is missing"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "is not a checkpoint: it has no man"),
     "not JSON": (lambda p: (p / "manifest.json").write_bytes(b"\0\0"), "cannot read manifest"),
-    "JSON list": (lambda p: (p / "manifest.json").write_text("[]"), "format version None, wanted"),
-    "future": (lambda p: edit_manifest(p, format_version=2), "format version 2, wanted 1"),
+    "JSON list": (
+        lambda p: (p / "manifest.json").write_text("[]"),
+        "format_version must be 1, got None",
+    ),
+    "future": (lambda p: edit_manifest(p, format_version=2), "format_version must be 1, got 2"),
     "no files": (lambda p: edit_manifest(p, files=None), "manifest.json is damaged"),
-    "strange files": (lambda p: edit_manifest(p, files={}), r"manifest.json lists \[\], wanted"),
+    "strange files": (
+        lambda p: edit_manifest(p, files={}),
+        r"manifest.json must list .*, got \[\]",
+    ),
 }
 
 
@@ -247,7 +249,7 @@ def test_keeps_the_last_n(tmp_path):
     assert load_checkpoint(manager.best()) == ({}, None, {"mean_reward": 3.0})
     manager.save_best({}, {"mean_reward": 4.0})
     assert load_checkpoint(manager.best())[2] == {"mean_reward": 4.0}
-    with pytest.raises(ValueError, match="keep_last=0"):
+    with pytest.raises(ValueError, match="keep_last must be an integer of at least 1, got 0"):
         CheckpointManager(tmp_path, keep_last=0)
 
 
@@ -263,11 +265,11 @@ def test_what_a_manager_knows_of_lost_damaged_and_others_checkpoints(tmp_path):
     assert read_metadata(manager.best()) == {"num_timesteps": 3}
     truncate(path)
     (found,) = manager.damage("last")
-    assert re.search(r"step_000000005: state\.pt has 10 bytes, wanted", found)
+    assert re.search(r"step_000000005: state\.pt must have \d+ bytes, got 10", found)
     (manager.best() / "metadata.json").write_text("")
     (found,) = manager.damage("best")
-    assert "best: metadata.json has 0 bytes" in found
-    with pytest.raises(CheckpointError, match="metadata.json has 0 bytes"):
+    assert re.search(r"best: metadata\.json must have \d+ bytes, got 0", found)
+    with pytest.raises(CheckpointError, match=r"metadata\.json must have \d+ bytes, got 0"):
         read_metadata(tmp_path / "checkpoints" / "best")
     shutil.rmtree(tmp_path / "checkpoints")
     assert manager.has_saved() and CheckpointManager(tmp_path).has_saved()
@@ -294,26 +296,98 @@ def test_damaged_ones_do_not_count_as_kept(tmp_path):
     assert visible(manager.directory) == ["step_000000002", "step_000000004"]
 
 
-def test_stale_temporary_directories_go_and_live_ones_stay(tmp_path, monkeypatch):
+def read_everything(run_dir: Path) -> None:
+    manager = CheckpointManager(run_dir)
+    for path in (manager.latest(), manager.best(), manager.directory / "step_000000002"):
+        load_checkpoint(path)
+        read_metadata(path)
+    assert manager.has_saved() and not manager.others_saved()
+    assert manager.damage("last") == manager.damage("best") == []
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
+    """Every file and directory with its inode and the time of its last change."""
+    return {
+        str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in directory.rglob("*")
+    }
+
+
+def leave_what_killed_saves_leave(directory: Path) -> None:
+    """Half a checkpoint, one half deleted, and two that are moved aside, without their new ones."""
+    half = directory / ".tmp-step_000000003-0123456789ab"
+    half.mkdir()
+    (half / "state.pt").write_bytes(b"half")
+    (directory / ".tmp-best-ba9876543210").mkdir()
+    for name in ("best", "step_000000002"):
+        (directory / name).rename(directory / f".old-{name}")
+
+
+def test_reading_changes_nothing_and_a_save_removes_what_killed_ones_left(tmp_path):
     manager = CheckpointManager(tmp_path)
-    manager.save(1, {}, {}, {})
-    stale = manager.directory / ".tmp-step_000000002-0123456789ab"
-    stale.mkdir()
-    (stale / "state.pt").write_bytes(b"half")
+    for env_step in (1, 2):
+        manager.save(env_step, {}, {}, {})
+    manager.save_best({}, {})
+    leave_what_killed_saves_leave(manager.directory)
+    before = snapshot(tmp_path)
+    read_everything(tmp_path)
+    assert snapshot(tmp_path) == before
+    manager.save_best({}, {})
+    left = [".old-step_000000002", "best", "step_000000001"]
+    assert visible(manager.directory) == left
+    (manager.directory / ".tmp-step_000000003-0123456789ab").mkdir()
+    manager.save(2, {}, {}, {})
+    assert visible(manager.directory) == ["best", "step_000000001", "step_000000002"]
 
-    during = []
-    original = torch.save
 
-    def save_while_another_process_looks(state, file):
+def test_a_save_that_another_process_reads_meanwhile(tmp_path, monkeypatch):
+    manager = CheckpointManager(tmp_path)
+    for env_step in (1, 2):
+        manager.save(env_step, {}, {}, {})
+    manager.save_best({}, {})
+    original, during = torch.save, []
+
+    def save_while_another_process_reads(state, file):
+        before = snapshot(tmp_path)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            pool.apply(CheckpointManager, (tmp_path,))
+            pool.apply(read_everything, (tmp_path,))
+        assert snapshot(tmp_path) == before
         during.extend(name for name in visible(manager.directory) if name.startswith(".tmp-"))
         original(state, file)
 
-    monkeypatch.setattr(checkpoint.torch, "save", save_while_another_process_looks)
-    manager.save(3, {}, {}, {})
+    monkeypatch.setattr(checkpoint.torch, "save", save_while_another_process_reads)
+    path = manager.save(3, {}, {"a": 1}, {})
     assert len(during) == 1 and during[0].startswith(".tmp-step_000000003-")
-    assert visible(manager.directory) == ["step_000000001", "step_000000003"]
+    assert load_checkpoint(path)[1] == {"a": 1}
+    assert not [name for name in visible(manager.directory) if name.startswith(".tmp-")]
+
+
+def test_of_two_saves_to_one_path_at_once_one_fails_and_the_other_is_complete(
+    tmp_path, monkeypatch
+):
+    original = torch.save
+
+    def save_while_another_process_saves(state, file):
+        monkeypatch.setattr(checkpoint.torch, "save", original)
+        save_checkpoint(tmp_path / "one", some_weights(2), {"by": "the other"}, {})
+        save_checkpoint(tmp_path / "one-more", {}, None, {})
+        original(state, file)
+
+    save_checkpoint(tmp_path / "one-more", {}, None, {})
+    monkeypatch.setattr(checkpoint.torch, "save", save_while_another_process_saves)
+    with pytest.raises(FileNotFoundError, match="one"):
+        save_checkpoint(tmp_path / "one", some_weights(1), {"by": "the first"}, {})
+    weights, state, _ = load_checkpoint(tmp_path / "one")
+    assert state == {"by": "the other"}
+    assert_equal(weights, some_weights(2))
+    assert visible(tmp_path) == ["one", "one-more"]
+
+
+def test_a_save_leaves_temporaries_of_other_names_alone(tmp_path):
+    others = [".tmp-one-more-0123456789ab", ".tmp-one-notes", ".tmp-other-0123456789ab"]
+    for name in (*others, ".tmp-one-0123456789ab"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(tmp_path / "one", {}, None, {})
+    assert visible(tmp_path) == [*others, "one"]
 
 
 class FullDisk:
@@ -380,16 +454,16 @@ KILL_SCRIPT = textwrap.dedent(
     import os, random, shutil, signal, sys, time, warnings
     import torch
     from pathlib import Path
-    from polygrad_fast.runs.checkpoint import CheckpointManager, load_checkpoint
+    from polygrad_fast.runs.checkpoint import load_checkpoint
+    from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 
     run_dir, mode = Path(sys.argv[1]), sys.argv[2]
     # A kill must not leave anything that latest() has to skip with a warning.
     warnings.simplefilter("error", UserWarning)
 
     def check(saved, best_saved):
+        there = sorted(os.listdir(run_dir / "checkpoints"))
         manager = CheckpointManager(run_dir, keep_last=2)
-        left = [name for name in os.listdir(manager.directory) if name.startswith(".tmp-")]
-        assert not left, left
         found = []
         for path, wanted in ((manager.latest(), saved), (manager.best(), best_saved)):
             if wanted < 0 and path is None:
@@ -402,6 +476,7 @@ KILL_SCRIPT = textwrap.dedent(
                 assert state["i"] == i and torch.equal(state["copy"], weights["w"])
             assert i >= wanted, (i, wanted)
             found.append(i)
+        assert sorted(os.listdir(manager.directory)) == there, "reading removes nothing"
         return manager, max(found) + 1
 
     def fork(work):
@@ -472,6 +547,9 @@ KILL_SCRIPT = textwrap.dedent(
                 saved = last_saved(file.readlines(), saved)
             manager, start = check(*saved)
             start += start % 2  # the same pattern of new and repeated steps each time
+    manager.save(start, {}, {}, {"i": start})
+    left = [name for name in os.listdir(manager.directory) if name.startswith(".tmp-")]
+    assert not left, left
     print(kills, start)
     """
 )

@@ -25,7 +25,9 @@ from polygrad_fast.reference import guided_step as twin
 
 try:
     from polygrad_fast.kernels import guided_step as kernel
-    from polygrad_fast.sampling.triton_engine import PolicyWeights
+    from polygrad_fast.kernels.denoiser_input import ActionSpace
+    from polygrad_fast.kernels.step_table import schedule_table, step_options
+    from polygrad_fast.sampling.triton_operands import PolicyWeights
 except ImportError:  # triton
     kernel = None
 
@@ -106,10 +108,10 @@ class Step:
         device = self.actions.device
         weights = PolicyWeights(self.policy, self.normalizer, dtype, device)
         weights.refresh()
-        options = kernel.step_options(self.config)
-        table = kernel.schedule_table(self.schedule, options, self.config)
+        options = step_options(self.config)
+        table = schedule_table(self.schedule, options, self.config)
         mean, scale = self.normalizer.actions_mean, self.normalizer.actions_scale
-        space = kernel.ActionSpace(mean, scale, mean, mean)
+        space = ActionSpace(mean, scale, mean, mean)
         out = tuple(torch.full_like(t, torch.nan) for t in (self.trajectory, self.actions))
         guidance = torch.full((1,), GUIDANCE_SCALE, device=device)
         seed = torch.zeros(2, dtype=torch.int64, device=device)

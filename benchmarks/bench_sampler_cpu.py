@@ -47,12 +47,12 @@ class RecordedLinears(LinearOps):
 
 def linears_of_one_step(engine: TorchEngine, s0: Tensor) -> list[tuple]:
     """Return (ops, x, weight, bias) of every Linear in one step, one x per shape and dtype."""
-    steps, denoiser, policy = engine._steps, engine._denoiser, engine._policy
+    constants, denoiser, policy = engine.constants, engine.denoiser, engine.step.policy
     before = denoiser.ops, policy.ops
     recorded = tuple(RecordedLinears(ops.onednn, ops.onednn_from) for ops in before)
-    engine._steps, (denoiser.ops, policy.ops) = steps[:1], recorded
+    engine.constants, (denoiser.ops, policy.ops) = constants[:1], recorded
     engine.sample(s0, GUIDANCE_SCALE, None, None, False)
-    engine._steps, (denoiser.ops, policy.ops) = steps, before
+    engine.constants, (denoiser.ops, policy.ops) = constants, before
     operands = {}
     return [
         (ops, operands.setdefault((x.shape, x.dtype), torch.randn(x.shape).to(x.dtype)), w, b)

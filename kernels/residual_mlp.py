@@ -7,34 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-FP16_MAX = tl.constexpr(65504.0)
-ALL = tl.constexpr(tl.PropagateNan.ALL)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How a kernel multiplies: the dtype of the GEMM's operands and `tl.dot`'s input precision.
-
-    Sums, residual stream, moments and biases are float32 in all of them.
-    """
-
-    dtype: torch.dtype
-    input_precision: str
-    moments_tile: int
-    """Columns per partial moment: BLOCK_N of every layer that writes moments."""
-
-
-PRECISIONS = {
-    "float32": Precision(torch.float32, "ieee", 64),
-    "tf32": Precision(torch.float32, "tf32", 128),
-    "float16": Precision(torch.float16, "tf32", 128),
-    "bfloat16": Precision(torch.bfloat16, "tf32", 128),
-}
+from polygrad_fast.kernels.precision import (
+    ALL,
+    PRECISIONS,
+    is_interpreted,
+    round_to_tf32,
+    store_operand,
+)
 
 
 @dataclass(frozen=True)
@@ -84,13 +67,6 @@ def layer_blocks(precision: str, rows: int, out_dim: int, writes_moments: bool) 
     if not writes_moments and wide_programs < ONE_WAVE:
         return narrow
     return many if rows >= MANY_ROWS else few
-
-
-@triton.jit
-def round_to_tf32(a):
-    """Round float32 to tf32, ties away from zero: tensor cores cut the other bits off. Not for the
-    interpreter, which has no inline assembly."""
-    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [a], tl.float32, True, 1)
 
 
 @triton.jit
@@ -189,12 +165,8 @@ def _residual_mlp_layer_kernel(
         out += tl.load(at, mask=mask, other=0.0)
     tl.store(out_ptr + m.to(tl.int64)[:, None] * stride_out + n[None, :], out, mask=mask)
     if WRITE_OPERAND:
-        operand = out
-        if operand_out_ptr.dtype.element_ty == tl.float16:
-            operand = tl.maximum(operand, -FP16_MAX, propagate_nan=ALL)
-            operand = tl.minimum(operand, FP16_MAX, propagate_nan=ALL)
         at = operand_out_ptr + m.to(tl.int64)[:, None] * stride_operand_out + n[None, :]
-        tl.store(at, operand.to(operand_out_ptr.dtype.element_ty), mask=mask)
+        store_operand(at, out, mask)
     if WRITE_MOMENTS:
         count = tl.minimum(out_dim - tl.program_id(0) * BLOCK_N, BLOCK_N).to(tl.float32)
         tile_mean = tl.sum(tl.where(n_mask[None, :], out, 0.0), axis=1) / count  # [BLOCK_M]
@@ -202,11 +174,6 @@ def _residual_mlp_layer_kernel(
         at = moments_out_ptr + tl.program_id(0).to(tl.int64) * 2 * rows + m
         tl.store(at, tile_mean, mask=m_mask)
         tl.store(at + rows, tl.sum(delta * delta, axis=1), mask=m_mask)
-
-
-def is_interpreted() -> bool:
-    """Return whether the kernels run in triton's interpreter (TRITON_INTERPRET=1 at import)."""
-    return not isinstance(round_to_tf32, triton.runtime.JITFunction)
 
 
 def moments_shape(precision: str, rows: int, dim: int) -> tuple[int, int, int]:

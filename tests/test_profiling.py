@@ -149,7 +149,7 @@ def test_ranges_are_closed_after_an_error(domain, monkeypatch):
     with pytest.raises(InputError):
         sampler.sample(torch.randn(2, 4))
     assert domain.open == [] and ("check_inputs", "sample") in domain.seen
-    monkeypatch.setattr(sampler._engine, "_guided_step", broken)
+    monkeypatch.setattr(type(sampler._engine.step), "__call__", broken)
     with pytest.raises(RuntimeError, match="broken"):
         sampler.sample(torch.randn(2, 3))
     assert domain.open == [] and domain.seen[-1] == ("guided_step", "sample")

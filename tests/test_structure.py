@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import polygrad_fast as pg
 from polygrad_fast.sampling import sampler as sampler_module
-from polygrad_fast.sampling.folded_networks import why_foreign
+from polygrad_fast.sampling.folding import why_foreign
 from polygrad_fast.sampling.torch_engine import TorchEngine
 
 S, A, H, K, B = 3, 2, 4, 3, 5

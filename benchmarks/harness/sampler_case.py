@@ -27,8 +27,10 @@ from harness.work import Work, parameter_bytes
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.denoisers.build import build_denoiser
 from polygrad_fast.errors import InputError
-from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+from polygrad_fast.sampling.components import SamplerComponents
+from polygrad_fast.sampling.engine import Engine
 from polygrad_fast.sampling.graphs import GraphCache
+from polygrad_fast.sampling.noise import SampleNoise
 from polygrad_fast.sampling.reference_engine import ReferenceEngine, diffusion_step
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
@@ -178,7 +180,7 @@ class CompiledReference:
         return x, u, tuple(chain) or None
 
 
-def make_engine(name: str, components: SamplerComponents, dtype: str):
+def make_engine(name: str, components: SamplerComponents, dtype: str) -> Engine:
     """Return the engine of that name."""
     if name == "reference":
         return ReferenceEngine(components)

@@ -34,7 +34,7 @@ from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
 from polygrad_fast.runs.files import write_bytes_atomic
-from polygrad_fast.sampling.folded_networks import why_foreign
+from polygrad_fast.sampling.folding import why_foreign
 
 _FILE = re.compile(r"step-(\d+)-(ac|diffusion)\.pt")
 

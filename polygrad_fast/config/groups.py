@@ -38,8 +38,7 @@ class SamplerConfig(Options):
     clip_state_change_steps: int = 11
     variance_type: Literal["posterior", "beta"] = "posterior"
     """Variance of the noise added to states and actions: the DDPM posterior's, none in the last
-    step (released code), or
-    beta_i (equations 1 and 11)."""
+    step (released code), or beta_i (equations 1 and 11)."""
     scale_actions: bool = True
     """Multiply the denoiser's actions by sqrt(alphabar_i) (released code), in training and
     sampling."""
@@ -54,12 +53,13 @@ class SamplerConfig(Options):
         self._check_at_least(0, "clip_state_change_steps")
         if self.update_states and self.action_update != "score":
             raise InputError(
-                f"update_states=True needs action_update='score', got {self.action_update!r}"
+                f"SamplerConfig.action_update must be 'score' with update_states=True, got "
+                f"{self.action_update!r}"
             )
         if self.update_states and self.policy_input == "noisy":
             raise InputError(
-                "update_states=True moves the estimated observations, which policy_input='noisy' "
-                "does not use; wanted 'denoised' or 'posterior_mean'"
+                "SamplerConfig.policy_input must be 'denoised' or 'posterior_mean' with "
+                "update_states=True, which moves these estimates, got 'noisy'"
             )
 
     @classmethod

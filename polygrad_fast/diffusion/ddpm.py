@@ -36,8 +36,8 @@ class NoiseSchedule:
     def cosine(cls, num_train_timesteps: int = 128, tau: float = 1.0) -> NoiseSchedule:
         """Build the cosine schedule of Chen 2023 (arXiv 2301.10972, Algorithm 1), start 0, end 1.
 
-        gamma(s) = (v_end - cos(s pi/2)^(2 tau)) / (v_end - v_start); beta_i = 1 - gamma(s_i) /
-        gamma(s_{i-1}), clipped to [0, 0.999].
+        gamma(s) = (v_end - cos(s pi/2)^(2 tau)) / (v_end - v_start)
+        beta_i = 1 - gamma(s_i) / gamma(s_{i-1}), clipped to [0, 0.999]
 
         Args:
             num_train_timesteps: number of diffusion steps K, at least 1.
@@ -61,8 +61,8 @@ class NoiseSchedule:
         schedule = cls._derive(torch.tensor(betas, dtype=torch.float32))
         if not schedule._is_finite():
             raise InputError(
-                f"num_train_timesteps {num_train_timesteps} with tau {tau} gives tables that are "
-                f"not finite in float32, wanted fewer steps or a tau nearer to 1"
+                f"num_train_timesteps must be smaller or tau nearer to 1 for tables that are "
+                f"finite in float32, got num_train_timesteps {num_train_timesteps} with tau {tau}"
             )
         return schedule
 
@@ -89,18 +89,18 @@ class NoiseSchedule:
             raise InputError(f"betas must be float32 or float64, got {betas.dtype}")
         if betas.ndim != 1 or len(betas) < 1:
             raise InputError(
-                f"betas of shape {tuple(betas.shape)} given, wanted [K] with K at least 1"
+                f"betas must be of shape [K] with K at least 1, got shape {tuple(betas.shape)}"
             )
         wrong = ~((betas > 0) & (betas < 1))  # NaN too
         if wrong.any():
             k = int(wrong.nonzero()[0])
-            raise InputError(f"betas[{k}] is {betas[k].item()}, wanted a number in (0, 1)")
+            raise InputError(f"betas[{k}] must be in (0, 1), got {betas[k].item()}")
         schedule = cls._derive(betas)
         if not schedule._is_finite():
             wanted = "larger" if schedule.alphas_cumprod[0] == 1 else "smaller or fewer"
             raise InputError(
-                f"{len(betas)} betas from {betas.min().item()} to {betas.max().item()} give tables "
-                f"that are not finite in {betas.dtype}, wanted {wanted} ones or float64"
+                f"betas must be {wanted} or of float64 for tables that are finite, got "
+                f"{len(betas)} of {betas.dtype} from {betas.min().item()} to {betas.max().item()}"
             )
         return schedule
 

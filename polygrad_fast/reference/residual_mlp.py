@@ -1,4 +1,4 @@
-"""One layer of the residual MLP denoiser in plain PyTorch, and the folding of its input layers."""
+"""One layer of the residual MLP denoiser in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -45,42 +45,3 @@ def row_moments(x: Tensor, tile: int) -> Tensor:
     means = torch.stack([part.mean(-1) for part in parts])
     squares = torch.stack([(part - part.mean(-1, keepdim=True)).square().sum(-1) for part in parts])
     return torch.stack([means, squares], dim=1)
-
-
-def fold_input(
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    embeddings: Tensor,
-    input_weight: Tensor,
-    input_bias: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Fold input(proj(x) + embedding_k) into one Linear with one bias row per diffusion step.
-
-    W = W_input W_proj and b_k = W_input (b_proj + embedding_k) + b_input, computed in float64.
-
-    Args:
-        proj_weight: [E, in_dim]. proj_bias: [E]. embeddings: of every step, [K, E].
-        input_weight: [W, E]. input_bias: [W].
-
-    Returns:
-        Weight [W, in_dim] and bias rows [K, W], float64.
-    """
-    input_weight = input_weight.double()
-    weight = input_weight @ proj_weight.double()
-    rows = (embeddings.double() + proj_bias.double()) @ input_weight.T + input_bias.double()
-    return weight, rows
-
-
-def fold_normalizer(
-    weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return a Linear on normalized inputs that equals (weight, bias) on raw = norm scale + mean.
-
-    Args:
-        weight: [out_dim, S]. bias: [out_dim]. mean, scale: [S].
-
-    Returns:
-        Weight [out_dim, S] and bias [out_dim], float64.
-    """
-    weight = weight.double()
-    return weight * scale.double(), bias.double() + weight @ mean.double()

@@ -14,45 +14,6 @@ from polygrad_fast.protocols import Denoiser, Policy
 
 
 @dataclass(frozen=True)
-class SampleNoise:
-    """Every standard normal of one sample, in loop order (first row = step i = K)."""
-
-    initial_trajectories: Tensor  # [B, H, D]
-    initial_actions: Tensor  # [B, H, A]
-    trajectories: Tensor  # [K, B, H, D]
-    actions: Tensor  # [K, B, H, A]
-
-    @classmethod
-    def draw(
-        cls,
-        states: tuple[int, ...],
-        actions: tuple[int, ...],
-        num_steps: int,
-        device: torch.device,
-        generator: torch.Generator | None = None,
-    ) -> SampleNoise:
-        """Draw all in the released code's order, in which the last step's actions take none
-        (zeros).
-
-        Args:
-            states, actions: shapes [B, H, D] and [B, H, A]. num_steps: K.
-            generator: default torch's.
-        """
-
-        def normals(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device)
-
-        initial = normals(states), normals(actions)
-        state_noise = torch.empty(num_steps, *states, device=device)
-        action_noise = torch.zeros(num_steps, *actions, device=device)
-        for step in range(num_steps):
-            state_noise[step] = normals(states)
-            if step < num_steps - 1:
-                action_noise[step] = normals(actions)
-        return cls(*initial, state_noise, action_noise)
-
-
-@dataclass(frozen=True)
 class SamplerComponents:
     """Modules and options of one sampler; engines read current weights and moments at every
     call."""
@@ -80,6 +41,19 @@ class SamplerComponents:
         """H."""
         return self.denoiser.horizon
 
+    @property
+    def num_steps(self) -> int:
+        """K, the diffusion steps of a sample."""
+        return self.schedule.num_train_timesteps
+
+    def shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of B trajectories' states [B, H, D] and actions [B, H, A]."""
+        return (batch, self.horizon, self.observation_dim + 2), (
+            batch,
+            self.horizon,
+            self.action_dim,
+        )
+
     def chain_length(self, return_chain: bool | int) -> int:
         """Return how many last steps of the chain `return_chain` asks for: True is all of them."""
-        return self.schedule.num_train_timesteps if return_chain is True else int(return_chain)
+        return self.num_steps if return_chain is True else int(return_chain)

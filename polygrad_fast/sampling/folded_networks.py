@@ -1,9 +1,10 @@
 """Denoisers and policy as the torch engine evaluates them: folded, in the dtype of the engine,
-without autograd; and which modules can be."""
+without autograd."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,17 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
-from polygrad_fast.protocols import call_denoiser
-from polygrad_fast.reference.residual_mlp import fold_normalizer
+from polygrad_fast.protocols import Denoiser, call_denoiser
+from polygrad_fast.sampling.folding import fold_policy_input, fold_residual_mlp, why_foreign
 from polygrad_fast.sampling.linear import LinearOps, Weight
-from polygrad_fast.structure import change, parts
 
 LOG2_E = math.log2(math.e)
 ROWS_PER_THREAD = 256
 """Rows of activations that a denoiser evaluates at a time on a CPU: at width 1024 and 10 steps,
 1024 rows at once take 10-20 % longer than four times 256."""
+
+
+NormArguments = tuple[tuple[int, ...], Tensor, Tensor, float]
 
 
 class HeldTensors:
@@ -48,20 +51,37 @@ class HeldTensors:
             self._copies[key] = torch.empty(source.shape, dtype=dtype, device=self.device)
         return self._copies[key].copy_(source)
 
+    def put_norm(self, name: str, norm: nn.LayerNorm, dtype: torch.dtype) -> NormArguments:
+        """Return `torch.layer_norm`'s arguments after the input."""
+        weight = self.put(f"{name}.weight", norm.weight, dtype)
+        return norm.normalized_shape, weight, self.put(f"{name}.bias", norm.bias, dtype), norm.eps
+
 
 class FoldedDenoiser:
     """What the folded denoisers share."""
 
-    def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
-        self.denoiser, self.num_steps, self.dtype = denoiser, num_steps, dtype
-        self.held, self.ops = held, ops
+    def __init__(
+        self,
+        denoiser: ResidualMLPDenoiser | TransformerDenoiser,
+        timesteps: Sequence[int],
+        dtype: torch.dtype,
+        held: HeldTensors,
+        ops: LinearOps,
+    ):
+        self.denoiser, self.dtype, self.held, self.ops = denoiser, dtype, held, ops
+        self.timesteps = torch.tensor(timesteps, device=held.device)
+        on_cpu = held.device.type == "cpu"
         # On a CPU LayerNorm takes float32 parameters with half-precision input too.
-        self.norm_dtype = torch.float32 if held.device.type == "cpu" else dtype
+        self.norm_dtype = torch.float32 if on_cpu else dtype
+        # Float64 is exact, but a seed's numbers on a CPU are those of folding in float32.
+        self.fold_dtype = torch.float32 if on_cpu else torch.float64
 
     def _put_weight(self, name: str, weight: Tensor) -> Weight:
-        return self.ops.pack(
-            self.held.put(f"{name}.weight", weight, self.dtype), num_uses=self.num_steps
-        )
+        weight = self.held.put(f"{name}.weight", weight, self.dtype)
+        return self.ops.pack(weight, num_uses=len(self.timesteps))
+
+    def _put_norm(self, name: str, norm: nn.LayerNorm | None) -> NormArguments | None:
+        return norm and self.held.put_norm(name, norm, self.norm_dtype)
 
 
 class FoldedResidualMLP(FoldedDenoiser):
@@ -93,33 +113,21 @@ class FoldedResidualMLP(FoldedDenoiser):
     def refresh(self) -> None:
         """Read the module's current weights."""
         d, put, dtype = self.denoiser, self.held.put, self.dtype
-        if d.step_conditioning == "input":
-            steps = torch.arange(self.num_steps, device=self.held.device)
-            weight = d.input.weight @ d.proj.weight
-            rows = F.linear(d.proj.bias + d.step_mlp(steps), d.input.weight, d.input.bias)
-        else:
-            weight, rows = d.input.weight, d.input.bias.expand(self.num_steps, -1)
-        tokens = weight.unflatten(1, (d.horizon, -1))
+        folded = fold_residual_mlp(d, self.timesteps, self.fold_dtype)
+        tokens = folded.input_weight.unflatten(1, (d.horizon, -1))
         parts = tokens.split([d.state_dim, d.action_dim], dim=2)
         weight = torch.cat([part.flatten(1) for part in parts], dim=1)
         self.input_weight = self._put_weight("input", weight)
-        self.input_rows = put("input.rows", rows, dtype).unbind()
+        self.input_rows = put("input.rows", folded.input_rows, dtype).unbind()
         self.blocks = []
-        for i, block in enumerate(d.blocks):
-            weight = self._put_weight(f"{i}", block.linear.weight)
-            if d.step_conditioning == "input":
-                norm = _held_norm(put, f"{i}.norm", block.norm, self.norm_dtype)
-                rows = [put(f"{i}.bias", block.linear.bias, dtype)] * self.num_steps
-            else:
-                norm = None
-                rows = block.linear.bias + block.step_embedding.weight[: self.num_steps]
-                rows = put(f"{i}.rows", rows, dtype).unbind()
+        for i, layer in enumerate(folded.layers):
+            weight = self._put_weight(f"{i}", layer.weight)
+            norm = self._put_norm(f"{i}.norm", layer.norm)
+            rows = put(f"{i}.rows", layer.rows, dtype).expand(len(self.timesteps), -1).unbind()
             self.blocks.append((norm, weight, rows))
-        self.norm = None
-        if d.step_conditioning == "input":
-            self.norm = _held_norm(put, "norm", d.norm, self.norm_dtype)
-        self.output_weight = self._put_weight("output", d.output.weight)
-        self.output_bias = put("output.bias", d.output.bias, dtype)
+        self.norm = self._put_norm("norm", folded.norm)
+        self.output_weight = self._put_weight("output", folded.output.weight)
+        self.output_bias = put("output.bias", folded.output.bias, dtype)
 
     def __call__(self, buffer: Tensor, k: int) -> Tensor:
         """Predict at step k: an input buffer -> [B, H, D], a new tensor."""
@@ -138,8 +146,15 @@ class FoldedTransformer(FoldedDenoiser):
     """The transformer with one embedding row per diffusion step, its position embeddings and the
     input bias folded together."""
 
-    def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
-        super().__init__(denoiser, num_steps, dtype, held, ops)
+    def __init__(
+        self,
+        denoiser: TransformerDenoiser,
+        timesteps: Sequence[int],
+        dtype: torch.dtype,
+        held: HeldTensors,
+        ops: LinearOps,
+    ):
+        super().__init__(denoiser, timesteps, dtype, held, ops)
         self.rows_per_part = max(1, ROWS_PER_THREAD // denoiser.horizon)
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,16 +173,14 @@ class FoldedTransformer(FoldedDenoiser):
     def refresh(self) -> None:
         """Read the module's current weights."""
         d, put, dtype = self.denoiser, self.held.put, self.dtype
-        steps = torch.arange(self.num_steps, device=self.held.device)
         self.input_weight = self._put_weight("input", d.input.weight)
-        self.step_rows = put("step.rows", d.step_mlp(steps), torch.float32)
+        self.step_rows = put("step.rows", d.step_mlp(self.timesteps), torch.float32)
         positions = d.position_embedding.weight + d.input.bias
         self.positions = put("positions", positions, torch.float32)
         self.blocks = []
         for i, block in enumerate(d.blocks):
             norms = [
-                _held_norm(put, f"{i}.{name}", getattr(block, name), self.norm_dtype)
-                for name in ("norm_1", "norm_2")
+                self._put_norm(f"{i}.{name}", getattr(block, name)) for name in ("norm_1", "norm_2")
             ]
             linears = [
                 (
@@ -201,13 +214,20 @@ class FoldedTransformer(FoldedDenoiser):
 class ForeignDenoiser:
     """A denoiser that is not folded, through denoiser(trajectory, actions, timesteps)."""
 
-    def __init__(self, denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        timesteps: Sequence[int],
+        dtype: torch.dtype,
+        held: HeldTensors,
+        ops: LinearOps,
+    ):
         if dtype != torch.float32:
             raise InputError(
-                f"engine 'torch' calls a denoiser that {why_foreign(denoiser)} as it is, in "
-                f"float32; got dtype {str(dtype).removeprefix('torch.')!r}"
+                f"dtype must be 'float32' where engine 'torch' calls a denoiser that "
+                f"{why_foreign(denoiser)} as it is, got {str(dtype).removeprefix('torch.')!r}"
             )
-        self.denoiser, self.device = denoiser, held.device
+        self.denoiser, self.timesteps, self.device = denoiser, timesteps, held.device
         self.rows_per_part = None
 
     def inputs(self, batch: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
@@ -224,7 +244,7 @@ class ForeignDenoiser:
     def __call__(self, buffers: tuple[Tensor, Tensor], k: int) -> Tensor:
         """Predict at step k: input buffers -> [B, H, D], a new tensor."""
         states, actions = buffers
-        return call_denoiser(self.denoiser, states, actions, k).clone()
+        return call_denoiser(self.denoiser, states, actions, self.timesteps[k]).clone()
 
 
 FOLDED_DENOISERS = {
@@ -233,35 +253,16 @@ FOLDED_DENOISERS = {
 }
 
 
-_FORWARDS = {kind: kind.forward for kind in (*FOLDED_DENOISERS, GaussianPolicy)}
-
-
-def why_foreign(module, differentiated: bool = False) -> str | None:
-    """Return why a denoiser or policy is to be called as it is, for instance "is a Foo" or "has a
-    forward hook in blocks.0", or None where it can be folded.
-
-    Only what its constructor made of exactly that type can: a subclass, a hook, a parametrization
-    or a replaced part may compute something else with the same weights.
-
-    Args:
-        differentiated: whether its gradient is followed, which runs backward hooks too.
-    """
-    kind = type(module)
-    if kind not in _FORWARDS:
-        return f"is a {kind.__name__}"
-    if kind.forward is not _FORWARDS[kind]:
-        return f"is a {kind.__name__} with another forward"
-    found = change(module, module.built)
-    if found is None and differentiated:
-        if any(part._backward_hooks or part._backward_pre_hooks for part in parts(module)):
-            found = "has a backward hook"
-    return found
-
-
-def fold_denoiser(denoiser, num_steps: int, dtype, held: HeldTensors, ops: LinearOps):
+def fold_denoiser(
+    denoiser: Denoiser,
+    timesteps: Sequence[int],
+    dtype: torch.dtype,
+    held: HeldTensors,
+    ops: LinearOps,
+) -> FoldedResidualMLP | FoldedTransformer | ForeignDenoiser:
     """Return the folded form of a denoiser, or of a foreign one what calls it as it is."""
     folded = ForeignDenoiser if why_foreign(denoiser) else FOLDED_DENOISERS[type(denoiser)]
-    return folded(denoiser, num_steps, dtype, held, ops)
+    return folded(denoiser, timesteps, dtype, held, ops)
 
 
 class FoldedPolicy:
@@ -290,17 +291,13 @@ class FoldedPolicy:
         def put(name: str, tensor: Tensor) -> Tensor:
             return self.held.put(f"policy.{name}", tensor, torch.float32)
 
-        weight, bias = linears[0].weight, linears[0].bias
-        if not self.policy.normed_inputs:
-            weight, bias = fold_normalizer(
-                weight, bias, normalizer.observations_mean, normalizer.observations_scale
-            )
+        weight, bias = fold_policy_input(self.policy, normalizer)
         weight = F.pad(weight, (0, self.state_dim - weight.shape[1]))
         self.linears = [(put("0.weight", weight), put("0.bias", bias))]
         for i, linear in enumerate(linears[1:], start=1):
             self.linears.append((put(f"{i}.weight", linear.weight), put(f"{i}.bias", linear.bias)))
         self.norms = [
-            _held_norm(self.held.put, f"policy.{i}.norm", norm, torch.float32)
+            self.held.put_norm(f"policy.{i}.norm", norm, torch.float32)
             for i, norm in enumerate(norms)
         ]
         if self.exp2:
@@ -346,9 +343,3 @@ def fast_relu_(x: Tensor) -> Tensor:
         x.view(torch.int16).clamp_min_(0)
         return x
     return torch.relu_(x)
-
-
-def _held_norm(put, name: str, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple:
-    """Return `torch.layer_norm`'s arguments after the input."""
-    weight, bias = put(f"{name}.weight", norm.weight, dtype), put(f"{name}.bias", norm.bias, dtype)
-    return norm.normalized_shape, weight, bias, norm.eps

@@ -8,7 +8,9 @@ from torch import Tensor
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import call_denoiser
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
-from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
+from polygrad_fast.sampling.components import SamplerComponents
+from polygrad_fast.sampling.engine import Sampled
+from polygrad_fast.sampling.noise import LoopNormals, SampleNoise
 
 
 def diffusion_step(
@@ -23,7 +25,7 @@ def diffusion_step(
 ) -> tuple[Tensor, Tensor]:
     """Call the denoiser and advance from step i = k + 1 to k (Algorithm 2, lines 6-13).
 
-    Args are those of `guided_step`; the denoiser computes in its weights' dtype.
+    The arguments are those of `guided_step`; the denoiser computes in its weights' dtype.
     """
     c = components
     seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
@@ -58,44 +60,19 @@ class ReferenceEngine:
         generator: torch.Generator | None,
         noise: SampleNoise | None,
         return_chain: bool | int,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Return normalized states [B, H, D], actions [B, H, A] and, where asked, both chains [n,
-        B, H, .] of the last n steps.
-
-        Args are those of `PolicyGuidedSampler.sample`, checked, with normalized initial
-        observations [B, S].
-        """
+    ) -> Sampled:
+        """Run Algorithm 2; see `Engine.sample`."""
         c = self.components
-        batch, observation_dim = initial_observations.shape
-        states_shape = (batch, c.horizon, observation_dim + 2)
-        actions_shape = (batch, c.horizon, c.action_dim)
-
-        def normals(shape: tuple[int, ...], given: Tensor | None) -> Tensor:
-            if given is not None:
-                return given.to(c.device)
-            with annotate("noise"):
-                return torch.randn(shape, generator=generator, device=c.device)
-
-        trajectory = normals(states_shape, noise and noise.initial_trajectories).clone()
-        actions = normals(actions_shape, noise and noise.initial_actions).clone()
-        trajectory[:, 0, :observation_dim] = initial_observations
+        normals = LoopNormals(c, len(initial_observations), generator, noise)
+        trajectory, actions = normals.initial_trajectories.clone(), normals.initial_actions.clone()
+        trajectory[:, 0, : c.observation_dim] = initial_observations
         chain_length = c.chain_length(return_chain)
         chain = []
-        for step, k in enumerate(reversed(range(c.schedule.num_train_timesteps))):
-            trajectory_noise = normals(states_shape, noise and noise.trajectories[step])
-            action_noise = None
-            if k > 0 and c.config.action_update != "none":
-                action_noise = normals(actions_shape, noise and noise.actions[step])
+        for step, k in enumerate(reversed(range(c.num_steps))):
+            noises = normals.step(step, k)
             with annotate("diffusion_step"):
                 trajectory, actions = diffusion_step(
-                    c,
-                    trajectory,
-                    actions,
-                    initial_observations,
-                    k,
-                    guidance_scale,
-                    trajectory_noise,
-                    action_noise,
+                    c, trajectory, actions, initial_observations, k, guidance_scale, *noises
                 )
             if k < chain_length:
                 chain.append((trajectory, actions))

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import numbers
 import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.diffusion.ddpm import NoiseSchedule
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
-from polygrad_fast.protocols import (
-    Denoiser,
-    Policy,
-    check_denoiser,
-    check_normalizer,
-    check_policy,
+from polygrad_fast.protocols import Denoiser, Policy, check_normalizer
+from polygrad_fast.sampling.components import SamplerComponents
+from polygrad_fast.sampling.engine import Engine
+from polygrad_fast.sampling.folding import why_foreign
+from polygrad_fast.sampling.input_checks import (
+    check_bounds,
+    check_chain,
+    check_generator,
+    check_guidance_scale,
+    check_modules,
+    check_noise,
+    check_observations,
+    common_device,
 )
-from polygrad_fast.sampling.components import SampleNoise, SamplerComponents
-from polygrad_fast.sampling.folded_networks import why_foreign
+from polygrad_fast.sampling.noise import SampleNoise
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.sampling.triton_engine import TritonEngine
@@ -107,12 +111,14 @@ class PolicyGuidedSampler:
                 raise InputError(f"{name} must be a {kind.__name__}, got {value!r}")
         self.config = config if config is not None else SamplerConfig.official()
         check_normalizer(normalizer)
-        device = _common_device(device, denoiser, policy, normalizer)
-        _check_modules(denoiser, policy, schedule, normalizer, self.config, engine, device)
+        device = common_device(device, denoiser, policy, normalizer)
+        check_modules(denoiser, policy, schedule, normalizer, self.config, engine, device)
         if action_bounds is not None:
-            action_bounds = _check_bounds(action_bounds, denoiser.action_dim, device)
+            action_bounds = check_bounds(action_bounds, denoiser.action_dim, device)
         elif self.config.denoiser_actions == "clipped":
-            raise InputError("denoiser_actions='clipped' needs action_bounds=(low, high), got None")
+            raise InputError(
+                "action_bounds must be a pair (low, high) with denoiser_actions='clipped', got None"
+            )
         self.components = SamplerComponents(
             denoiser,
             policy,
@@ -175,20 +181,15 @@ class PolicyGuidedSampler:
         """
         with annotate("sample"):
             with annotate("check_inputs"):
-                s0 = self._check_observations(initial_observations)
-                guidance_scale = self._check_guidance_scale(guidance_scale)
-                self._check_generator(generator)
-                num_steps = self.components.schedule.num_train_timesteps
-                whole = isinstance(return_chain, numbers.Integral)
-                if not (whole and 0 <= return_chain <= num_steps):
-                    raise InputError(
-                        f"return_chain must be True, False or a number of steps up to {num_steps}, "
-                        f"got {return_chain!r}"
-                    )
+                c = self.components
+                s0 = check_observations(initial_observations, c)
+                guidance_scale = check_guidance_scale(guidance_scale)
+                check_generator(generator, c.device)
+                check_chain(return_chain, c.num_steps)
                 if noise is not None:
-                    noise = self._check_noise(noise, s0.shape[0])
+                    noise = check_noise(noise, len(s0), c)
             s0_norm = s0 if normalized else self.components.normalizer.normalize(s0, "observations")
-            autocast_off = torch.autocast(self.components.device.type, enabled=False)
+            autocast_off = torch.autocast(c.device.type, enabled=False)
             with self._lock, torch.inference_mode(False), torch.no_grad(), autocast_off:
                 if _structure(self.components) != self._built_for:
                     self._build()
@@ -210,108 +211,6 @@ class PolicyGuidedSampler:
             terminals = flags.to(trajectory.dtype)
         return TrajectoryBatch(observations, actions, rewards, terminals, *(chain or ()))
 
-    def _check_observations(self, observations: Any) -> Tensor:
-        observations = _as_tensor(observations, "initial_observations")
-        shape = tuple(observations.shape)
-        if len(shape) != 2 or shape[1] != self.components.observation_dim or shape[0] < 1:
-            raise InputError(
-                f"initial_observations of shape {shape} given, wanted [B, "
-                f"{self.components.observation_dim}] with B >= 1"
-            )
-        if not observations.is_floating_point():
-            raise InputError(
-                f"initial_observations must be floating point, got {observations.dtype}"
-            )
-        converted = observations.to(self.components.device, torch.float32)
-        finite = torch.isfinite(converted)
-        if not finite.all():
-            row, column = (~finite).nonzero()[0].tolist()
-            raise InputError(
-                f"initial_observations[{row}, {column}] is {observations[row, column].item()}, "
-                f"wanted a finite float32 number"
-            )
-        return converted
-
-    def _check_guidance_scale(self, scale: Any) -> float | Tensor:
-        if isinstance(scale, np.ndarray) and scale.size == 1:
-            scale = scale.item()
-        if torch.is_tensor(scale):
-            if scale.numel() != 1:
-                raise InputError(
-                    f"guidance_scale of shape {tuple(scale.shape)} given, wanted one number"
-                )
-            return scale
-        if not (isinstance(scale, numbers.Real) and 0 <= scale < float("inf")):
-            raise InputError(
-                f"guidance_scale must be a non-negative finite number or a tensor, got {scale!r}"
-            )
-        return float(scale)
-
-    def _check_generator(self, generator: torch.Generator | None) -> None:
-        if generator is None:
-            return
-        if not isinstance(generator, torch.Generator):
-            raise InputError(f"generator must be a torch.Generator, got {generator!r}")
-        if generator.device.type != self.components.device.type:
-            raise InputError(
-                f"generator is on {generator.device}, the sampler on {self.components.device}"
-            )
-
-    def _check_noise(self, noise: SampleNoise, batch: int) -> SampleNoise:
-        if not isinstance(noise, SampleNoise):
-            raise InputError(f"noise must be a SampleNoise, got {type(noise).__name__}")
-        c = self.components
-        states = (batch, c.horizon, c.observation_dim + 2)
-        actions = (batch, c.horizon, c.action_dim)
-        num_steps = c.schedule.num_train_timesteps
-        converted = {}
-        for name, wanted in (
-            ("initial_trajectories", states),
-            ("initial_actions", actions),
-            ("trajectories", (num_steps, *states)),
-            ("actions", (num_steps, *actions)),
-        ):
-            tensor = _as_tensor(getattr(noise, name), f"noise.{name}")
-            if tuple(tensor.shape) != wanted:
-                raise InputError(
-                    f"noise.{name} of shape {tuple(tensor.shape)} given, wanted {wanted}"
-                )
-            converted[name] = tensor.to(c.device, torch.float32)
-            if not torch.isfinite(converted[name]).all():
-                raise InputError(f"noise.{name} holds NaN or infinity, wanted finite numbers")
-        return SampleNoise(**converted)
-
-
-def _check_modules(
-    denoiser: Any,
-    policy: Any,
-    schedule: NoiseSchedule,
-    normalizer: Normalizer,
-    config: SamplerConfig,
-    engine: str,
-    device: torch.device,
-) -> None:
-    """Raise InputError unless these can be a sampler's modules and fit together."""
-    check_denoiser(denoiser, schedule.num_train_timesteps, device)
-    for name in ("observation_dim", "action_dim"):
-        wanted = getattr(denoiser, name)
-        for other in (policy, normalizer):
-            got = getattr(other, name, wanted)
-            if got != wanted:
-                raise InputError(f"{type(other).__name__} has {name} {got}, the denoiser {wanted}")
-    shapes = ((2, denoiser.horizon),)
-    check_policy(policy, normalizer, shapes, device, guides_states=config.update_states)
-    for method in ("normalize", "unnormalize"):
-        own = method in vars(normalizer)
-        if engine != "reference" and (
-            own or getattr(type(normalizer), method) is not getattr(Normalizer, method)
-        ):
-            raise InputError(
-                f"normalizer {type(normalizer).__name__} has a {method} of its own, but engine "
-                f"{engine!r} reads the moments only; wanted Normalizer itself, or engine "
-                f"'reference'"
-            )
-
 
 def _structure(components: SamplerComponents) -> tuple:
     """Return what an engine was built for: it folds the very parts that are there, and fixes the
@@ -325,54 +224,6 @@ def _structure(components: SamplerComponents) -> tuple:
     )
 
 
-def _as_tensor(value: Any, name: str) -> Tensor:
-    """Return a tensor, an array or a list as a tensor."""
-    if torch.is_tensor(value):
-        return value
-    try:
-        if isinstance(value, (list, tuple)) and any(map(torch.is_tensor, value)):
-            return torch.stack([torch.as_tensor(row) for row in value])
-        array = np.asarray(value)
-        if isinstance(value, (list, tuple)) and array.dtype.kind in "iu":
-            array = array.astype(np.float64)  # whole numbers typed by hand
-        if array.dtype.kind == "f" and array.dtype.itemsize > 8:
-            array = array.astype(np.float64)
-        native = array.dtype.newbyteorder("=")
-        return torch.from_numpy(np.array(array, dtype=native, order="C"))
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(
-            f"{name} must be a tensor, an array or a list of equally long lists of numbers, got "
-            f"{type(value).__name__}"
-        ) from None
-
-
-def _common_device(asked: str | torch.device | None, *modules) -> torch.device:
-    """Return the device of all modules' tensors, which must be one, and the one asked for."""
-    tensors = [
-        (f"{type(module).__name__}.{name}", tensor)
-        for module in modules
-        if isinstance(module, nn.Module)
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    ]
-    (first, tensor), *others = tensors
-    device = tensor.device
-    for name, tensor in others:
-        if tensor.device != device:
-            raise InputError(
-                f"{name} is on {tensor.device}, {first} on {device}: wanted one device"
-            )
-    if asked is not None and asked != "auto":
-        try:
-            wanted = torch.device(asked)
-        except (RuntimeError, TypeError) as error:
-            raise InputError(
-                f"device {asked!r} is unknown: {str(error).splitlines()[0]}"
-            ) from error
-        if (wanted.type, wanted.index or 0) != (device.type, device.index or 0):
-            raise InputError(f"device {str(wanted)!r} asked for, but {first} is on {str(device)!r}")
-    return device
-
-
 def _resolve_dtype(dtype: str, engine: str, components: SamplerComponents) -> str:
     """Return the dtype that "auto" stands for."""
     if dtype != "auto":
@@ -381,34 +232,12 @@ def _resolve_dtype(dtype: str, engine: str, components: SamplerComponents) -> st
     return "float16" if half and why_foreign(components.denoiser) is None else "float32"
 
 
-def _check_bounds(bounds: Any, action_dim: int, device) -> tuple[Tensor, Tensor]:
-    """Return (low, high) as float32 tensors [A] or scalars."""
-    try:
-        low, high = (torch.as_tensor(b, dtype=torch.float32, device=device) for b in bounds)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(
-            f"action_bounds must be a pair (low, high) of numbers or arrays [{action_dim}], got "
-            f"{bounds!r}"
-        ) from None
-    for name, bound in (("low", low), ("high", high)):
-        if tuple(bound.shape) not in ((), (1,), (action_dim,)):
-            raise InputError(
-                f"action_bounds: {name} of shape {tuple(bound.shape)} given, wanted a number or "
-                f"({action_dim},)"
-            )
-    if not (low <= high).all():
-        raise InputError(
-            f"action_bounds: wanted low <= high, got {low.tolist()} and {high.tolist()}"
-        )
-    return low, high
-
-
-def _build_engine(name: str, components: SamplerComponents, dtype: str):
+def _build_engine(name: str, components: SamplerComponents, dtype: str) -> tuple[str, Engine]:
     """Return the engine's name, resolved, and the engine."""
     if name == "reference":
-        if dtype not in ("auto", "float32"):
+        if dtype != "float32":
             raise InputError(
-                f"the reference engine computes in float32 (dtype 'auto'), got dtype {dtype!r}"
+                f"dtype must be 'auto' or 'float32' with engine 'reference', got {dtype!r}"
             )
         return name, ReferenceEngine(components)
     if name == "triton" or (name == "auto" and components.device.type == "cuda"):

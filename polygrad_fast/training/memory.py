@@ -21,7 +21,7 @@ import torch
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling.folded_networks import ROWS_PER_THREAD
-from polygrad_fast.sampling.torch_engine import POLICY_ROWS_PER_THREAD
+from polygrad_fast.sampling.torch_step import POLICY_ROWS_PER_THREAD
 
 FLOAT = 4
 OVERHEAD = 250 * 2**20

@@ -317,12 +317,14 @@ def test_transformers_have_their_own_step_conditioning():
 
 @pytest.mark.parametrize("action_update", ["sample", "none"])
 def test_state_updates_need_the_score(action_update):
-    with pytest.raises(pg.InputError, match=f"action_update='score', got '{action_update}'"):
+    with pytest.raises(
+        pg.InputError, match=f"action_update must be 'score' .*got '{action_update}'"
+    ):
         pg.SamplerConfig.official(action_update=action_update, update_states=True)
 
 
 def test_state_updates_need_the_estimated_states():
-    with pytest.raises(pg.InputError, match="policy_input='noisy'"):
+    with pytest.raises(pg.InputError, match="policy_input must be .*got 'noisy'"):
         pg.SamplerConfig.official(policy_input="noisy", update_states=True)
 
 

@@ -22,7 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from polygrad_fast.config import SamplerConfig
-from polygrad_fast.kernels import guided_step, residual_mlp
+from polygrad_fast.kernels import guided_step, initial_state, residual_mlp
+from polygrad_fast.kernels.denoiser_input import ActionSpace
+from polygrad_fast.kernels.policy_mean import MAX_ONE_LAYER_STATE_DIM, PolicyOperands
+from polygrad_fast.kernels.precision import PRECISIONS
+from polygrad_fast.kernels.step_table import step_options
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -110,7 +114,7 @@ def layer_launches() -> Iterator[tuple[str, object, dict]]:
     residual_mlp._residual_mlp_layer_kernel = recorder
 
     def launch(role, precision, rows, width=1024, in_dim=256, out_dim=190, paper=False):
-        setting = residual_mlp.PRECISIONS[precision]
+        setting = PRECISIONS[precision]
         x, out = torch.empty(rows, width), torch.empty(rows, width)
         operand = out
         if setting.dtype != torch.float32:
@@ -144,7 +148,7 @@ def layer_launches() -> Iterator[tuple[str, object, dict]]:
         name += "" if width == 1024 else f" W={width}"
         return name, recorder.kernel, recorded
 
-    for precision in residual_mlp.PRECISIONS:
+    for precision in PRECISIONS:
         for rows in (1024, 16384):
             for role in ("input", "hidden", "output"):
                 if precision == "bfloat16" and role != "hidden":
@@ -167,11 +171,11 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
     and with one layer of the widest states it may have, and the initial state."""
     recorder = Recorder(guided_step._guided_step_kernel)
     guided_step._guided_step_kernel = recorder
-    initial = Recorder(guided_step._initial_state_kernel)
-    guided_step._initial_state_kernel = initial
+    initial = Recorder(initial_state._initial_state_kernel)
+    initial_state._initial_state_kernel = initial
     action_dim, hidden, num_steps = 6, 256, 128
     vector = torch.empty(action_dim)
-    space = guided_step.ActionSpace(vector, vector, vector, vector)
+    space = ActionSpace(vector, vector, vector, vector)
     for precision, operand_dtype in (
         ("float32", torch.float32), ("tf32", torch.float32), ("float16", torch.float16)
     ):  # fmt: skip
@@ -200,11 +204,11 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                 if state_dim == 19:
                     cases += [(1, 64, official), (2, 0, official)]
                     cases += [(2, 64, paper)] * (blocks == pair[1] and precision == "float16")
-                elif state_dim + 1 == guided_step.MAX_ONE_LAYER_STATE_DIM:
+                elif state_dim + 1 == MAX_ONE_LAYER_STATE_DIM:
                     cases += [(1, 64, official)]
                 for num_layers, k, config in cases:
-                    options = guided_step.step_options(config)
-                    policy = guided_step.PolicyOperands(
+                    options = step_options(config)
+                    policy = PolicyOperands(
                         first_weight=torch.empty(hidden, -(-(state_dim - 2) // 16) * 16),
                         hidden_weight=torch.empty(hidden, hidden, dtype=operand_dtype),
                         vectors=torch.empty(2, 3, hidden),
@@ -224,7 +228,7 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                     name += "" if config is official else " paper"
                     yield name, recorder.kernel, recorder.launches.pop()
             if precision == "float16" and state_dim in (19, 511):
-                guided_step.initial_state(options=options, **common)
+                initial_state.initial_state(options=options, **common)
                 name = f"initial_state {precision} D={state_dim}"
                 yield name, initial.kernel, initial.launches.pop()
 

@@ -15,9 +15,12 @@ from hypothesis import strategies as st  # noqa: E402
 
 import polygrad_fast as pg  # noqa: E402
 from polygrad_fast.kernels import guided_step as kernel  # noqa: E402
-from polygrad_fast.kernels.guided_step import _four_normals  # noqa: E402
+from polygrad_fast.kernels.denoiser_input import ActionSpace  # noqa: E402
+from polygrad_fast.kernels.initial_state import initial_state  # noqa: E402
+from polygrad_fast.kernels.random_normals import four_normals  # noqa: E402
+from polygrad_fast.kernels.step_table import schedule_table, step_options  # noqa: E402
 from polygrad_fast.reference import guided_step as twin  # noqa: E402
-from polygrad_fast.sampling.triton_engine import PolicyWeights  # noqa: E402
+from polygrad_fast.sampling.triton_operands import PolicyWeights  # noqa: E402
 
 NUM_STEPS = 16
 LAST, LIMITED, MIDDLE, FIRST = 0, 5, 12, NUM_STEPS - 1
@@ -55,19 +58,14 @@ CONFIGS = {
 )
 def test_an_unknown_name_raises(device, option, k):
     case = Case(device, official())
-    options = kernel.step_options(case.config)
+    options = step_options(case.config)
     object.__setattr__(options, option, "typo")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(pg.InputError, match=f"{option} must be one of .*, got 'typo'"),
-    ):
-        patch.setattr(kernel, "step_options", lambda config: options)
-        patch.setattr(kernel, "schedule_table", lambda *arguments: None)
-        case.run_kernel(k)
+    with pytest.raises(pg.InputError, match=f"{option} must be one of .*, got 'typo'"):
+        case.run_kernel(k, options=options)
     config = official()
     object.__setattr__(config, option, "typo")
     with pytest.raises(pg.InputError, match=f"{option} must be one of .*, got 'typo'"):
-        kernel.step_options(config)
+        step_options(config)
 
 
 class Case:
@@ -102,7 +100,7 @@ class Case:
         self.noise = normal(*shape, D), normal(*shape, A)
         self.guidance = 0.05
 
-    def run_kernel(self, k, seed=None, in_place=False, blocks=None):
+    def run_kernel(self, k, seed=None, in_place=False, blocks=None, options=None):
         """Return trajectory, actions and denoiser input; without `seed` on the given noise."""
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(
             self.precision, torch.float32
@@ -110,7 +108,7 @@ class Case:
         weights = PolicyWeights(self.policy, self.normalizer, self.precision, self.device)
         with torch.no_grad():
             weights.refresh()
-        options = kernel.step_options(self.config)
+        table = schedule_table(self.schedule, step_options(self.config), self.config)
         batch, horizon, D = self.trajectory.shape
         width = horizon * (D + self.actions.shape[-1])
         trajectory, actions = self.trajectory.clone(), self.actions.clone()
@@ -125,11 +123,9 @@ class Case:
             self.s0,
             k,
             weights.operands,
-            kernel.schedule_table(self.schedule, options, self.config),
-            kernel.ActionSpace(
-                self.normalizer.actions_mean, self.normalizer.actions_scale, *self.bounds
-            ),
-            options,
+            table,
+            ActionSpace(self.normalizer.actions_mean, self.normalizer.actions_scale, *self.bounds),
+            options or step_options(self.config),
             torch.tensor([self.guidance], device=self.device),
             torch.tensor(seed or (0, 0), device=self.device),
             self.noise if seed is None else None,
@@ -323,17 +319,15 @@ def drawn(device, batch=64, horizon=10, k=MIDDLE, seed=(3, 5), blocks=LARGE_TILE
 
 def initial_draws(device, case, seed, noise=None):
     """Return x_K, u_K and the first denoiser input."""
-    options = kernel.step_options(case.config)
+    options = step_options(case.config)
     trajectory = torch.full_like(case.trajectory, torch.nan)
     actions = torch.full_like(case.actions, torch.nan)
     width = trajectory[0].numel() + actions[0].numel()
     seen = torch.full((len(trajectory), width + 3), torch.nan, device=device)
-    kernel.initial_state(
+    initial_state(
         case.s0,
-        kernel.schedule_table(case.schedule, options, case.config),
-        kernel.ActionSpace(
-            case.normalizer.actions_mean, case.normalizer.actions_scale, *case.bounds
-        ),
+        schedule_table(case.schedule, options, case.config),
+        ActionSpace(case.normalizer.actions_mean, case.normalizer.actions_scale, *case.bounds),
         options,
         torch.tensor(seed, device=device),
         noise,
@@ -416,7 +410,7 @@ def _normals_at_kernel(
     seed_ptr, call, trajectory, step, first_index, out_ptr, size, BLOCK: tl.constexpr
 ):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    normals = _four_normals(tl.load(seed_ptr), call, trajectory, step, first_index + at)
+    normals = four_normals(tl.load(seed_ptr), call, trajectory, step, first_index + at)
     for i in tl.static_range(4):
         tl.store(out_ptr + i * size + at, normals[i])
 

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from polygrad_fast.kernels.precision import PRECISIONS  # noqa: E402
 from polygrad_fast.kernels.residual_mlp import (  # noqa: E402
     LAYER_BLOCKS,
-    PRECISIONS,
     layer_blocks,
     moments_shape,
     residual_mlp_layer,
@@ -155,24 +155,3 @@ def test_output_tiles_occupy_the_device(precision):
         (8192, 3800, many),
     ):  # fmt: skip
         assert layer_blocks(precision, rows, out_dim, writes_moments=False) == wanted
-
-
-def test_fold_input():
-    generator = torch.Generator().manual_seed(0)
-    proj, step, inp = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((12, 9), (4, 12), (16, 12))
-    )
-    proj_bias, bias, x = torch.randn(12), torch.randn(16), torch.randn(5, 9).double()
-    weight, rows = twin.fold_input(proj, proj_bias, step, inp, bias)
-    for k in range(4):
-        wanted = (x @ proj.T + proj_bias + step[k]) @ inp.T + bias
-        assert torch.allclose(x @ weight.T + rows[k], wanted, atol=1e-12)
-
-
-def test_fold_normalizer():
-    weight, bias, x = torch.randn(6, 3).double(), torch.randn(6), torch.randn(5, 3).double()
-    mean, scale = torch.tensor([100.0, 0.0, -5.0]), torch.tensor([0.01, 1.0, 30.0])
-    folded, folded_bias = twin.fold_normalizer(weight, bias, mean, scale)
-    wanted = (x * scale + mean) @ weight.T + bias
-    assert torch.allclose(x @ folded.T + folded_bias, wanted, atol=1e-9)

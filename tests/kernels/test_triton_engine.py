@@ -12,14 +12,15 @@ pytest.importorskip("triton")
 import polygrad_fast as pg  # noqa: E402
 from cases import SAMPLES, recorded_sample, relative_error
 from polygrad_fast.errors import InputError  # noqa: E402
-from polygrad_fast.kernels import guided_step, residual_mlp  # noqa: E402
-from polygrad_fast.reference import residual_mlp as twin  # noqa: E402
-from polygrad_fast.sampling.components import SampleNoise, SamplerComponents  # noqa: E402
+from polygrad_fast.kernels import guided_step, precision  # noqa: E402
+from polygrad_fast.sampling.components import SamplerComponents  # noqa: E402
+from polygrad_fast.sampling.folding import fold_residual_mlp  # noqa: E402
+from polygrad_fast.sampling.noise import SampleNoise  # noqa: E402
 from polygrad_fast.sampling.reference_engine import ReferenceEngine  # noqa: E402
-from polygrad_fast.sampling.triton_engine import (  # noqa: E402
+from polygrad_fast.sampling.triton_engine import TritonEngine  # noqa: E402
+from polygrad_fast.sampling.triton_operands import (  # noqa: E402
     DenoiserOperands,
     PolicyWeights,
-    TritonEngine,
 )
 
 MLP_SAMPLES = [n for n in SAMPLES if n.startswith("sample_mlp") and "state_update" not in n]
@@ -120,7 +121,7 @@ def test_chain_of_odd_widths(device):
 def test_denoiser_error(device, conditioning, dtype):
     """The fused network's error is at most twice that of the plain one in the same dtype."""
     c = build(device, hidden=160, num_layers=3, step_conditioning=conditioning)
-    operands = DenoiserOperands(c.denoiser, dtype, K, torch.device(device))
+    operands = DenoiserOperands(c.denoiser, dtype, range(K), torch.device(device))
     operands.refresh()
     workspace = operands.workspace(9)
     x, u = torch.randn(9, H, S + 2, device=device), torch.randn(9, H, A, device=device)
@@ -151,7 +152,7 @@ def test_residual_stream_is_float32(device, conditioning, dtype):
     net.input.bias.copy_(100 * torch.randn(160))
     for block in net.blocks:
         block.linear.weight.mul_(1.0 if conditioning == "input" else 0.01)
-    operands = DenoiserOperands(net, dtype, K, torch.device(device))
+    operands = DenoiserOperands(net, dtype, range(K), torch.device(device))
     operands.refresh()
     workspace = operands.workspace(9)
     z = torch.randn(9, H * (S + 2 + A), device=device)
@@ -160,12 +161,8 @@ def test_residual_stream_is_float32(device, conditioning, dtype):
 
     def stream(dtype, rounded):
         """The residual stream after the last layer, in `dtype`."""
-        weight, rows = net.input.weight, net.input.bias.expand(K, -1)
-        if conditioning == "input":
-            steps = torch.arange(K, device=device)
-            weight, rows = twin.fold_input(
-                net.proj.weight, net.proj.bias, net.step_mlp(steps), weight, net.input.bias
-            )
+        folded = fold_residual_mlp(net, torch.arange(K, device=device), torch.float64)
+        weight, rows = folded.input_weight, folded.input_rows
         h = rounded(z.to(dtype)) @ rounded(weight.to(dtype)).T + rows[5].to(dtype)
         for block in net.blocks:
             a, bias = h, block.linear.bias
@@ -194,7 +191,7 @@ def test_tf32_weights_are_rounded(device):
     # the NaN that CUDA produces, whose bits would overflow
     c.denoiser.output.weight.view(torch.int32)[0, 1] = 0x7FFFFFFF
     exact, tf32 = (
-        DenoiserOperands(c.denoiser, d, K, torch.device(device)) for d in ("float32", "tf32")
+        DenoiserOperands(c.denoiser, d, range(K), torch.device(device)) for d in ("float32", "tf32")
     )
     policies = [
         PolicyWeights(c.policy, c.normalizer, d, c.device) for d in ("float32", "tf32", "float16")
@@ -420,13 +417,13 @@ def test_modules_changed_after_construction(device):
 
 
 def test_needs_a_gpu_or_the_interpreter(monkeypatch):
-    monkeypatch.setattr(residual_mlp, "is_interpreted", lambda: False)
+    monkeypatch.setattr(precision, "is_interpreted", lambda: False)
     with pytest.raises(InputError, match="needs a CUDA GPU .*got device 'cpu'"):
         TritonEngine(build("cpu"))
 
 
 def test_refuses_the_interpreter_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(residual_mlp, "is_interpreted", lambda: True)
+    monkeypatch.setattr(precision, "is_interpreted", lambda: True)
     components = dataclasses.replace(build("cpu"), device=torch.device("cuda"))
     with pytest.raises(
         InputError, match="TRITON_INTERPRET=1, which wants device 'cpu', got 'cuda'"

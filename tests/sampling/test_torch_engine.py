@@ -13,7 +13,7 @@ import polygrad_fast as pg
 from cases import SAMPLES, recorded_sample
 from polygrad_fast.errors import InputError
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
-from polygrad_fast.sampling import linear, torch_engine
+from polygrad_fast.sampling import linear, torch_engine, torch_step
 from polygrad_fast.sampling.components import SamplerComponents
 from polygrad_fast.sampling.linear import LinearOps
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
@@ -81,7 +81,7 @@ def assert_close(got, wanted, tolerance, what=""):
 def single_step(engine: TorchEngine, step: int, x, u, s0, noise, guidance_scale):
     """Run one step of an engine from given states and actions."""
     engine = copy.copy(engine)
-    engine._steps = engine._steps[step : step + 1]
+    engine.constants = engine.constants[step : step + 1]
     one = pg.SampleNoise(x, u, noise.trajectories[step : step + 1], noise.actions[step : step + 1])
     return engine.sample(s0, guidance_scale, None, one, False)[:2]
 
@@ -180,8 +180,8 @@ def test_splitting_the_batch_changes_nothing(kind, monkeypatch):
     c = make_components(kind)
     s0, noise = torch.randn(29, S), make_noise(c, 29)
     whole, split = TorchEngine(c), TorchEngine(c)
-    split._denoiser.rows_per_part = 2
-    monkeypatch.setattr(torch_engine, "POLICY_ROWS_PER_THREAD", 5)
+    split.denoiser.rows_per_part = 2
+    monkeypatch.setattr(torch_step, "POLICY_ROWS_PER_THREAD", 5)
     got = split.sample(s0, 0.05, None, noise, False)
     monkeypatch.undo()
     wanted = whole.sample(s0, 0.05, None, noise, False)
@@ -515,7 +515,7 @@ def test_an_action_within_the_clip_stays_exactly_as_it_is():
 def test_dtypes_that_cannot_be():
     with pytest.raises(InputError, match="'int8'"):
         TorchEngine(make_components(), "int8")
-    with pytest.raises(InputError, match="'tf32' needs a CUDA device.*'cpu'"):
+    with pytest.raises(InputError, match="CUDA GPU with dtype 'tf32'.*'cpu'"):
         TorchEngine(make_components(), "tf32")
 
 
@@ -534,7 +534,7 @@ def test_each_path_of_the_linears(kind, path, monkeypatch):
     c = make_components(kind)
     engine, s0, noise = TorchEngine(c), torch.randn(7, S), make_noise(c, 7)
     assert_steps_agree(engine, c, s0, noise, 0.05, 1e-5)
-    assert (engine._denoiser.output_weight.packed is not None) == (path == "packed")
+    assert (engine.denoiser.output_weight.packed is not None) == (path == "packed")
     with torch.no_grad():
         for weight in (*c.denoiser.parameters(), *c.policy.parameters()):
             weight.mul_(1.1)
@@ -579,8 +579,8 @@ def test_what_a_graph_would_capture(kind, update_states):
     config = pg.SamplerConfig.official(update_states=update_states, denoiser_actions="clipped")
     c = make_components(kind, num_steps=2, config=config)
     engine = TorchEngine(c)
-    engine._captures = engine._held.fixed_addresses = True
-    engine._graphs, engine._policy.exp2 = TracedGraphs(), False  # as on a GPU
+    engine._captures = engine.step.captures = engine._held.fixed_addresses = True
+    engine._graphs, engine.step.policy.exp2 = TracedGraphs(), False  # as on a GPU
     optimizer = torch.optim.SGD([*c.denoiser.parameters(), *c.policy.parameters()], lr=0.1)
     deltas = [0.05, torch.tensor(0.3), 0.1, 0.2]
     if not update_states:  # which needs one guidance scale for all

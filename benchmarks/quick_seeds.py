@@ -24,6 +24,7 @@ import shlex
 import sys
 import tempfile
 import time
+import typing
 from pathlib import Path
 
 import torch
@@ -34,13 +35,14 @@ from polygrad_fast.config import PRESETS, TrainConfig
 from polygrad_fast.errors import InputError
 from polygrad_fast.runs.metrics import read_metrics
 
+WORLD_MODELS = typing.get_args(typing.get_type_hints(TrainConfig)["world_model"])
 RESULTS = Path(__file__).parent / "results" / "quick_seeds.jsonl"
 FIRST_EVALUATION_SEED = 2**31
 """Training seeds are below: an agent's own evaluations are seeded by its training seed."""
 
 
 def evaluation_seed(env_id: str, preset: str, seed: int) -> int:
-    """Return the seed of a row's fresh episodes, in [2^31, 2^32)."""
+    """Return the seed of a row's fresh episodes, in [2^31, 2^32); the same for all world models."""
     digest = hashlib.sha256(f"{env_id} {preset} {seed}".encode()).digest()
     return FIRST_EVALUATION_SEED + int.from_bytes(digest[:8], "big") % FIRST_EVALUATION_SEED
 
@@ -50,6 +52,7 @@ def tiny(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         denoiser=dataclasses.replace(config.denoiser, pretrain_updates=2),
+        autoregressive=dataclasses.replace(config.autoregressive, pretrain_updates=2),
         total_timesteps=90,
         learning_starts=60,
         imagined_batch_size=8,
@@ -60,11 +63,12 @@ def tiny(config: TrainConfig) -> TrainConfig:
 
 
 def run_seed(
-    env_id: str, preset: str, seed: int, episodes: int, smoke: bool
+    env_id: str, preset: str, world_model: str, seed: int, episodes: int, smoke: bool
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Train one seed and return the row's values and its learning curve."""
     torch.set_num_threads(1)
     config = TrainConfig.from_preset(preset, env_id)
+    config = dataclasses.replace(config, world_model=world_model)
     config = tiny(config) if smoke else config
     fresh = evaluation_seed(env_id, preset, seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +124,12 @@ def rows_of(options: argparse.Namespace, facts: Provenance) -> list[Row]:
             **dataclasses.asdict(facts),
             benchmark="quick_seeds",
             dtype="float32",
-            case={"env_id": env_id, "preset": options.preset, "seed": seed},
+            case={
+                "env_id": env_id,
+                "preset": options.preset,
+                "world_model": options.world_model,
+                "seed": seed,
+            },
             status="error",
             error="not run",
             smoke=options.smoke,
@@ -166,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--env-id", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", required=True, help="below 2^31")
     parser.add_argument("--preset", choices=list(PRESETS), default="quick")
+    parser.add_argument("--world-model", choices=WORLD_MODELS, default=WORLD_MODELS[0])
     parser.add_argument("--episodes", type=int, default=100, help="fresh ones (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (%(default)s)")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")

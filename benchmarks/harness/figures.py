@@ -91,28 +91,35 @@ class SpeedFigure(Figure):
 
 @dataclass(frozen=True)
 class LearningFigure(Figure):
-    """Returns during training, one panel per environment and preset, one line per seed."""
+    """Returns during training, one panel per environment and preset, one color per world model, one
+    line per seed."""
 
-    panels: dict[str, dict[str, list[list[float]]]]  # title -> seed -> [steps, returns]
+    # title -> world model -> seed -> [steps, returns]
+    panels: dict[str, dict[str, dict[str, list[list[float]]]]]
 
     def draw(self, picture) -> None:
         """Draw thin lines of the seeds and their mean."""
         from matplotlib.ticker import EngFormatter
 
-        picture.set_size_inches(2.7 * len(self.panels), 2.6)
-        for axes, (title, seeds) in zip(
+        picture.set_size_inches(2.7 * len(self.panels), 2.8)
+        for axes, (title, models) in zip(
             picture.subplots(1, len(self.panels), squeeze=False)[0],
             self.panels.items(),
             strict=True,
         ):
-            at_step: dict[float, list[float]] = {}
-            for steps, returns in seeds.values():
-                axes.plot(steps, returns, color="C0", alpha=0.3, linewidth=1)
-                for step, value in zip(steps, returns, strict=True):
-                    at_step.setdefault(step, []).append(value)
-            means = {step: sum(at_step[step]) / len(at_step[step]) for step in sorted(at_step)}
-            axes.plot(list(means), list(means.values()), color="C0", linewidth=2)
-            axes.set_title(f"{title}\n{len(seeds)} seeds and their mean", fontsize="medium")
+            for i, (model, seeds) in enumerate(models.items()):
+                at_step: dict[float, list[float]] = {}
+                for steps, returns in seeds.values():
+                    axes.plot(steps, returns, color=f"C{i}", alpha=0.3, linewidth=1)
+                    for step, value in zip(steps, returns, strict=True):
+                        at_step.setdefault(step, []).append(value)
+                means = {step: sum(at_step[step]) / len(at_step[step]) for step in sorted(at_step)}
+                label = f"{model}, {len(seeds)} seeds and mean"
+                axes.plot(
+                    list(means), list(means.values()), color=f"C{i}", linewidth=2, label=label
+                )
+            axes.set_title(title, fontsize="medium")
+            axes.legend(fontsize="x-small", framealpha=0.85, edgecolor="none")
             axes.set_xlabel("environment steps")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.grid(alpha=0.25)
@@ -186,12 +193,14 @@ def _figures(rows: Iterable[Row]) -> list[Figure]:
     if any(len(line.points) > 1 for line in by_batch):
         by_batch = [line for line in by_batch if len(line.points) > 1]
     time = f"ms per trajectory ({steps})"
-    panels: dict[str, dict[str, list[list[float]]]] = {}
+    panels: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
     for row in rows:
         if row.benchmark == "quick_seeds" and row.curves and not row.smoke:
             title = f"{row.case['env_id']}, {row.case['preset']}"
             seed = f"{row.case['seed']}, {row.machine}"
-            panels.setdefault(title, {})[seed] = list(row.curves.values())
+            models = panels.setdefault(title, {})
+            model = row.case["world_model"].replace("_", " ")
+            models.setdefault(model, {})[seed] = list(row.curves.values())
     return [
         *([LearningFigure("learning.png", panels)] if panels else []),
         SpeedFigure("batch.png", by_batch, "batch size B", time),

@@ -203,7 +203,7 @@ def _mark(row: Row) -> str:
 def _quick_seeds(rows: list[Row]) -> str:
     """Return what a preset learns, one line per environment."""
     lines = []
-    for (env_id, preset), found in _by_environment(rows):
+    for (env_id, preset, world_model), found in _by_environment(rows):
         own = [row for row in found if row.status == "ok"]
         failed = len(found) - len(own)
 
@@ -221,6 +221,7 @@ def _quick_seeds(rows: list[Row]) -> str:
             [
                 env_id,
                 preset,
+                _in_words(world_model),
                 _tuned(preset, env_id),
                 f"{len(own)}, {failed} failed" if failed else str(len(own)),
                 *(over_seeds(f"{policy}_mean_reward") for policy in POLICIES),
@@ -228,8 +229,8 @@ def _quick_seeds(rows: list[Row]) -> str:
                 f"{mean('train_seconds') / 60:.1f}" if own else "-",
             ]
         )
-    header = ["environment", "preset", "tuned on it", "seeds", "untrained", "best checkpoint"]
-    header += ["last checkpoint", "steps trained + for selection", "minutes"]
+    header = ["environment", "preset", "world model", "tuned on it", "seeds", "untrained"]
+    header += ["best checkpoint", "last checkpoint", "steps trained + for selection", "minutes"]
     return _grid(header, lines)
 
 
@@ -245,9 +246,10 @@ def _quick_seeds_caption(rows: list[Row]) -> str:
 def _quick_seeds_each(rows: list[Row]) -> str:
     """Return what a preset learns on each seed."""
     lines = []
-    for (env_id, preset), own in _by_environment(rows):
+    for (env_id, preset, world_model), own in _by_environment(rows):
         for row in sorted(own, key=lambda row: row.case["seed"]):
-            v, names = row.values, [env_id, preset, str(row.case["seed"])]
+            v, seed = row.values, str(row.case["seed"])
+            names = [env_id, preset, _in_words(world_model), seed]
             if row.status != "ok":
                 lines.append([*names, _failure(row), *7 * "-"])
                 continue
@@ -266,8 +268,8 @@ def _quick_seeds_each(rows: list[Row]) -> str:
                     f"{v['evaluation_seed']:.0f}",
                 ]
             )
-    header = ["environment", "preset", "seed", "untrained", "best checkpoint", "last checkpoint"]
-    header += ["best at step", "steps trained", "steps for selection", "minutes"]
+    header = ["environment", "preset", "world model", "seed", "untrained", "best checkpoint"]
+    header += ["last checkpoint", "best at step", "steps trained", "steps for selection", "minutes"]
     return _grid([*header, "evaluation seed"], lines)
 
 
@@ -281,12 +283,23 @@ def _episodes(rows: list[Row]) -> list[str]:
     return _unique(f"{row.values['episodes']:.0f}" for row in rows if row.status == "ok")
 
 
-def _by_environment(rows: list[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
-    """Return the rows of each environment and preset, those tuned on first."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+def _by_environment(rows: list[Row]) -> list[tuple[tuple[str, str, str], list[Row]]]:
+    """Return the rows of each environment, preset and world model, those tuned on first."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.case["env_id"], row.case["preset"]), []).append(row)
-    return sorted(groups.items(), key=lambda item: _tuned(*item[0][::-1]) != "yes")
+        key = row.case["env_id"], row.case["preset"], row.case["world_model"]
+        groups.setdefault(key, []).append(row)
+    places = {env_id: i for i, (env_id, *_) in enumerate(groups)}
+
+    def order(item: tuple) -> tuple[bool, int]:
+        env_id, preset, _ = item[0]
+        return _tuned(preset, env_id) != "yes", places[env_id]
+
+    return sorted(groups.items(), key=order)
+
+
+def _in_words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _tuned(preset: str, env_id: str) -> str:

@@ -192,6 +192,7 @@ def _quick(env_id: str) -> TrainConfig:
             updates_per_env_step=0.5,
             pretrain_updates=600,
         ),
+        autoregressive=AutoregressiveConfig(pretrain_updates=600),
         policy=PolicyConfig(
             hidden_dim=64,
             init_std=1.0 if pendulum else 0.5,

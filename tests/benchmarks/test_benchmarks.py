@@ -320,7 +320,12 @@ def test_seeds_become_rows(tmp_path):
     assert second[7] == first[7] and set(second) == {7, 8}
     timed = ("train_seconds", "jobs")
     for row in (first[8], second[8]):
-        assert row.case == {"env_id": "InvertedPendulum-v5", "preset": "quick", "seed": 8}
+        assert row.case == {
+            "env_id": "InvertedPendulum-v5",
+            "preset": "quick",
+            "world_model": "trajectory_diffusion",
+            "seed": 8,
+        }
         assert row.status == "ok" and row.smoke and row.threads == 1 and row.processor
         values = row.values
         assert values["train_steps"] == 90 and 0 < values["train_seconds"] < 60
@@ -339,7 +344,13 @@ def test_seeds_become_rows(tmp_path):
 def test_a_seed_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
     module = load("quick_seeds")
     options = SimpleNamespace(
-        env_id=["a", "b"], preset="quick", seeds=[1, 2], episodes=1, jobs=2, smoke=True
+        env_id=["a", "b"],
+        preset="quick",
+        world_model="autoregressive",
+        seeds=[1, 2],
+        episodes=1,
+        jobs=2,
+        smoke=True,
     )
     rows = module.rows_of(options, provenance(torch.device("cpu"), None, commit="a" * 40))
 
@@ -347,7 +358,8 @@ def test_a_seed_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
         def __init__(self, jobs, context, max_tasks_per_child):
             super().__init__(jobs)
 
-    def run_seed(env_id, preset, seed, episodes, smoke):
+    def run_seed(env_id, preset, world_model, seed, episodes, smoke):
+        assert world_model == "autoregressive"
         if (env_id, seed) == ("a", 2):
             raise InputError("no such thing")
         return {"best_mean_reward": 1.0}, {"env_step": [0, 10], "mean_reward": [0.5, 1.0]}

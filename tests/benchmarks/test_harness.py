@@ -686,7 +686,9 @@ def test_the_table_for_users():
     assert "On a GPU: not measured" not in report.build("speed", [*rows, on_gpu])
 
 
-def seeded(env_id, seed, untrained, best, last, **changes) -> Row:
+def seeded(
+    env_id, seed, untrained, best, last, world_model="trajectory_diffusion", **changes
+) -> Row:
     values = {
         "untrained_mean_reward": untrained, "best_mean_reward": best, "last_mean_reward": last,
         "untrained_std_reward": 1.0, "best_std_reward": 2.0, "last_std_reward": 30.0,
@@ -694,7 +696,7 @@ def seeded(env_id, seed, untrained, best, last, **changes) -> Row:
         "train_seconds": 60.0 * seed, "best_step": 7500, "episodes": 100,
         "evaluation_seed": 2**31 + seed,
     }  # fmt: skip
-    case = {"env_id": env_id, "preset": "quick", "seed": seed}
+    case = {"env_id": env_id, "preset": "quick", "world_model": world_model, "seed": seed}
     changes = {"benchmark": "quick_seeds", "case": case, "ms": None, "values": values} | changes
     return make_row(**changes)
 
@@ -704,23 +706,27 @@ def test_what_a_preset_learns():
         seeded("Hopper-v5", 1, 10.0, 300.0, 200.0),
         seeded("Pendulum-v1", 3, -1200.0, -180.0, -230.0),
         seeded("Pendulum-v1", 1, -1400.0, -220.0, -250.0),
+        seeded("Pendulum-v1", 1, -1200.0, -170.0, -175.0, "autoregressive"),
         seeded("Hopper-v5", 2, 1.0, 1.0, 1.0, status="error", error="NaN", values={}),
         seeded("Swimmer-v5", 2, 1.0, 1.0, 1.0, status="error", error="NaN", values={}),
     ]
+    quick = "quick | trajectory diffusion"
     lines = report.build("quick_seeds", rows).splitlines()
-    assert lines[4:7] == [
-        "| Pendulum-v1 | quick | yes | 2 | -1300 (-1400 to -1200) | -200 (-220 to -180) "
+    assert lines[4:8] == [
+        f"| Pendulum-v1 | {quick} | yes | 2 | -1300 (-1400 to -1200) | -200 (-220 to -180) "
         "| -240 (-250 to -230) | 8,000 + 96,002 | 2.0 |",
-        "| Hopper-v5 | quick | no | 1, 1 failed | 10 (10 to 10) | 300 (300 to 300) "
+        "| Pendulum-v1 | quick | autoregressive | yes | 1 | -1200 (-1200 to -1200) "
+        "| -170 (-170 to -170) | -175 (-175 to -175) | 8,000 + 96,001 | 1.0 |",
+        f"| Hopper-v5 | {quick} | no | 1, 1 failed | 10 (10 to 10) | 300 (300 to 300) "
         "| 200 (200 to 200) | 8,000 + 96,001 | 1.0 |",
-        "| Swimmer-v5 | quick | no | 0, 1 failed | - | - | - | - | - |",
+        f"| Swimmer-v5 | {quick} | no | 0, 1 failed | - | - | - | - | - |",
     ]
     each = report.build("quick_seeds_each", rows)
     assert (
-        "| Pendulum-v1 | quick | 1 | -1400 ± 1.0 | -220 ± 2.0 | -250 ± 30 | 7,500 | 8,000 "
-        "| 96,001 in 16 evaluations | 1.0 | 2147483649 |\n| Pendulum-v1 | quick | 3 |" in each
+        f"| Pendulum-v1 | {quick} | 1 | -1400 ± 1.0 | -220 ± 2.0 | -250 ± 30 | 7,500 | 8,000 "
+        f"| 96,001 in 16 evaluations | 1.0 | 2147483649 |\n| Pendulum-v1 | {quick} | 3 |" in each
     )
-    assert "| Hopper-v5 | quick | 2 | error | - |" in each
+    assert f"| Hopper-v5 | {quick} | 2 | error | - |" in each
     assert "over 100 episodes of the evaluation seed" in each
 
 
@@ -858,12 +864,16 @@ def test_what_is_learned_is_drawn(tmp_path, monkeypatch):
     rows = [
         *(seeded("Hopper-v5", seed, 1.0, 1.0, 1.0, curves=curve) for seed, curve in curves.items()),
         seeded("Hopper-v5", 3, 1.0, 1.0, 1.0, curves=curves[1], smoke=True),
+        seeded("Hopper-v5", 1, 1.0, 1.0, 1.0, "autoregressive", curves=curves[2]),
     ]
     names = [path.name for path in figures.draw_all(MEASURED + rows, tmp_path)]
     assert names == ["learning.png", "batch.png", "figure_4.png"]
     (axes,) = drawn[0].axes
-    assert "Hopper-v5, quick" in axes.get_title() and "2 seeds" in axes.get_title()
-    first, second, mean = axes.lines
+    assert axes.get_title() == "Hopper-v5, quick"
+    words = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert words == ["trajectory diffusion, 2 seeds and mean", "autoregressive, 1 seeds and mean"]
+    first, second, mean, other, other_mean = axes.lines
+    assert list(other.get_ydata()) == [3.0, 6.0] == list(other_mean.get_ydata())
     assert list(first.get_ydata()) == [1.0, 5.0, 9.0] and list(second.get_ydata()) == [3.0, 6.0]
     assert list(mean.get_xdata()) == [0, 500, 1000] and list(mean.get_ydata()) == [2.0, 5.5, 9.0]
     for wrong in ({"a": [float("nan")]}, {"a": ["x"]}, {"a": [1.0], "b": [1.0, 2.0]}):

@@ -14,6 +14,8 @@ import copy
 import dataclasses
 import functools
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from harness import sampler_case
 from harness.work import Work, parameter_bytes, tensor_bytes
 from polygrad_fast.config import DenoiserConfig
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
+from polygrad_fast.runs.checkpoint import load_checkpoint
 
 SMALL_DENOISER = {"residual_mlp": 32, "transformer": 16}
 MAX_STEP_ERROR = 0.02
@@ -328,11 +331,38 @@ def check_denoiser(case, trainer, trajectory, actions, generator, max_loss_error
         case.check(name, error, allowed[name])
 
 
+def acting_generator(agent: pg.PolyGRAD) -> torch.Generator:
+    """Return a copy of the generator that the agent's actions are drawn with: its checkpoint's."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, state, _ = load_checkpoint(agent.save(Path(folder) / "agent"))
+    return torch.Generator().set_state(state["acting_generator"])
+
+
+class AgentsEngine:
+    """The engine inside an agent's sampler, with the arguments and the result of an engine."""
+
+    def __init__(self, sampler: pg.PolicyGuidedSampler):
+        self._sampler = sampler
+
+    def sample(self, s0, guidance_scale, generator, noise, return_chain):
+        batch = self._sampler.sample(
+            s0,
+            guidance_scale,
+            generator,
+            noise,
+            normalized=True,
+            return_chain=return_chain,
+        )
+        numbers = (batch.rewards[..., None], batch.terminals[..., None])
+        states = torch.cat((batch.observations, *numbers), dim=-1)
+        return states, batch.actions, (batch.chain_trajectories, batch.chain_actions)
+
+
 def check_whole_update(case, agent, env_steps: int, update) -> int:
     """Take one update; check that it acts by the policy, takes every update that is due, on a whole
     imagined batch, and changes the networks. Return the number of denoiser updates."""
     config, trainer, ac = agent.config, agent.world_model.trainer, agent.actor_critic
-    noise = torch.Generator().set_state(agent._acting_generator.get_state())
+    noise = acting_generator(agent)
     step, learn = agent.environment.step, ac.update
     errors, shapes = [], []
 
@@ -415,7 +445,7 @@ def test_whole_update(bench, preset, env_id, batch, engine, dtype):
         update()
         c = agent.sampler.components
         s0 = agent.normalizer.normalize(agent.replay.sample_initial_observations(8), "observations")
-        error, allowed = sampler_case.step_errors(agent.sampler._engine, c, dtype, s0)
+        error, allowed = sampler_case.step_errors(AgentsEngine(agent.sampler), c, dtype, s0)
         case.check("one step", error, allowed)
         windows = agent.replay.sample(config.denoiser.batch_size)
         trajectory = agent.normalizer.normalize_trajectory(

@@ -62,7 +62,7 @@ def policy_moments(
             that the two mean different things.
     """
     reads = reads_normalized(policy)
-    if reads and _passes_by_forward(policy):
+    if reads and _leaves_out_forward(policy):
         raise InputError(
             f"{_policy_name(policy)} has normed_inputs=True and a forward of its own or a hook on "
             f"it, which policy.distribution leaves out: change distribution too, put the hook on a "
@@ -147,7 +147,7 @@ def check_policy(
         check_gradient(policy, call, device, what, [inputs.requires_grad_()], moments)
 
 
-def _passes_by_forward(policy: Any) -> bool:
+def _leaves_out_forward(policy: Any) -> bool:
     """Return whether a policy's `distribution` leaves out something that calling the policy does: a
     forward of its own, or a hook on it."""
     if not isinstance(policy, nn.Module):

@@ -15,7 +15,7 @@ once per sample.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 import torch
@@ -30,34 +30,34 @@ STEPS = {64: 128, 256: 64, 1024: 16}  # batch size -> diffusion steps per sample
 DTYPES = ("float32", "bfloat16")
 
 
-@dataclass(frozen=True)
-class RecordedLinears(LinearOps):
-    """Notes the operands of every Linear."""
+def linears_of_a_sample(engine: TorchEngine, s0: Tensor) -> list[tuple]:
+    """Return (ops, x's shape and dtype, weight, bias) of every Linear, in the engine's order."""
+    calls = []
 
-    calls: list[tuple[Tensor, Weight, Tensor | None]] = field(default_factory=list)
+    def recorded(method):
+        def call(ops, x, weight, bias, *others, **options):
+            calls.append((ops, (x.shape, x.dtype), weight, bias))
+            return method(ops, x, weight, bias, *others, **options)
 
-    def linear(self, x, weight, bias, activation="none"):
-        self.calls.append((x, weight, bias))
-        return super().linear(x, weight, bias, activation)
+        return call
 
-    def linear_add(self, x, weight, bias, residual):
-        self.calls.append((x, weight, bias))
-        return super().linear_add(x, weight, bias, residual)
+    linear, linear_add = recorded(LinearOps.linear), recorded(LinearOps.linear_add)
+    with mock.patch.multiple(LinearOps, linear=linear, linear_add=linear_add):
+        engine.sample(s0, GUIDANCE_SCALE, None, None, False)
+    return calls
 
 
 def linears_of_one_step(engine: TorchEngine, s0: Tensor) -> list[tuple]:
     """Return (ops, x, weight, bias) of every Linear in one step, one x per shape and dtype."""
-    constants, denoiser, policy = engine.constants, engine.denoiser, engine.step.policy
-    before = denoiser.ops, policy.ops
-    recorded = tuple(RecordedLinears(ops.onednn, ops.onednn_from) for ops in before)
-    engine.constants, (denoiser.ops, policy.ops) = constants[:1], recorded
-    engine.sample(s0, GUIDANCE_SCALE, None, None, False)
-    engine.constants, (denoiser.ops, policy.ops) = constants, before
+    lengths = []  # what a third step adds is a step that is neither the first nor the last
+    for num_steps in (2, 3):
+        c = sampler_case.shortened(engine.components, num_steps)
+        short = sampler_case.make_engine("torch", c, engine.dtype)
+        lengths.append(len(linears_of_a_sample(short, s0)))
     operands = {}
     return [
-        (ops, operands.setdefault((x.shape, x.dtype), torch.randn(x.shape).to(x.dtype)), w, b)
-        for ops, recorder in zip(before, recorded, strict=True)
-        for x, w, b in recorder.calls
+        (ops, operands.setdefault(key, torch.randn(key[0]).to(key[1])), weight, bias)
+        for ops, key, weight, bias in linears_of_a_sample(engine, s0)[: lengths[1] - lengths[0]]
     ]
 
 

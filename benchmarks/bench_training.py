@@ -328,6 +328,26 @@ def check_denoiser(case, trainer, trajectory, actions, generator, max_loss_error
         case.check(name, error, allowed[name])
 
 
+class AgentsEngine:
+    """The engine inside an agent's sampler, with the arguments and the result of an engine."""
+
+    def __init__(self, sampler: pg.PolicyGuidedSampler):
+        self._sampler = sampler
+
+    def sample(self, s0, guidance_scale, generator, noise, return_chain):
+        batch = self._sampler.sample(
+            s0,
+            guidance_scale,
+            generator,
+            noise,
+            normalized=True,
+            return_chain=return_chain,
+        )
+        numbers = (batch.rewards[..., None], batch.terminals[..., None])
+        states = torch.cat((batch.observations, *numbers), dim=-1)
+        return states, batch.actions, (batch.chain_trajectories, batch.chain_actions)
+
+
 def check_whole_update(case, agent, env_steps: int, update) -> int:
     """Take one update; check that it acts by the policy, takes every update that is due, on a whole
     imagined batch, and changes the networks. Return the number of denoiser updates."""
@@ -415,7 +435,7 @@ def test_whole_update(bench, preset, env_id, batch, engine, dtype):
         update()
         c = agent.sampler.components
         s0 = agent.normalizer.normalize(agent.replay.sample_initial_observations(8), "observations")
-        error, allowed = sampler_case.step_errors(agent.sampler._engine, c, dtype, s0)
+        error, allowed = sampler_case.step_errors(AgentsEngine(agent.sampler), c, dtype, s0)
         case.check("one step", error, allowed)
         windows = agent.replay.sample(config.denoiser.batch_size)
         trajectory = agent.normalizer.normalize_trajectory(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polygrad_fast.compat.guidance_options import GuidanceOptions, sampler_config
+from polygrad_fast.compat.guidance_options import GuidanceOptions, check_call, sampler_config
 from polygrad_fast.compat.live import LiveDenoiser, LivePolicy, dropout_is_active, moments
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.diffusion.ddpm import TABLES, NoiseSchedule
@@ -42,7 +42,7 @@ _OWN_ATTRIBUTES = ("diffusion_model", "engine", "dtype", "replaced_forward")
 
 @contextlib.contextmanager
 def _own_modes() -> Iterator[None]:
-    """Leave the caller's inference mode, gradients and autocast."""
+    """Turn the caller's inference mode, gradients and autocast off within the block."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -153,7 +153,7 @@ class AcceleratedDiffusion:
             InputError: an option, object or shape that is not the released code's.
         """
         options = GuidanceOptions.from_call(guidance_options)
-        self._check_call(cond, policy, guidance_options)
+        check_call(cond, policy, guidance_options)
         needs_graph = torch.is_grad_enabled()
         with self._lock, _own_modes():
             self._refresh()
@@ -178,22 +178,6 @@ class AcceleratedDiffusion:
             return_sequence=return_sequence,
             **guidance_options,
         )
-
-    def _check_call(self, cond: Any, policy: Any, guidance_options: dict[str, Any]) -> None:
-        """Raise InputError for arguments that the released code does not take either."""
-        if policy is None and guidance_options:
-            raise InputError(
-                f"policy must be given with the options {sorted(guidance_options)}, which the "
-                f"released code takes with one only, got None"
-            )
-        if not isinstance(cond, dict) or 0 not in cond:
-            raise InputError(
-                f"cond must be a dictionary with the observations [B, S] under 0, got "
-                f"{list(cond) if isinstance(cond, dict) else type(cond).__name__}"
-            )
-        if not torch.is_tensor(cond[0]) or cond[0].ndim != 2:
-            shape = tuple(cond[0].shape) if torch.is_tensor(cond[0]) else type(cond[0]).__name__
-            raise InputError(f"cond[0] must be a tensor [B, S] of observations, got {shape}")
 
     def _released_only(self, cond, policy, horizon) -> str | None:
         """Return why the engines cannot run a call, or None."""
@@ -318,7 +302,7 @@ class AcceleratedDiffusion:
         return dataclasses.replace(noise, actions=noise.actions * action_noise_scale)
 
     def _draw_world_model_noise(self, act: Tensor) -> SampleNoise:
-        """Draw what a call without policy draws, in its order: it noises the actions too, by 0."""
+        """Draw what a call without policy draws, in its order, with normals for actions unused."""
         states, actions = self._shapes(len(act))
         randn = functools.partial(torch.randn, device=self._device)
         initial, drawn = randn(states), []
@@ -341,8 +325,10 @@ class AcceleratedDiffusion:
         return sampler_config(self._prediction_type, "none", None, "denoised", False, None)
 
     def _link(self) -> None:
-        """Build our copies of the live denoiser and schedule, on the live model's device; an error
-        leaves those there are."""
+        """Build our copies of the live denoiser and schedule, on the live model's device.
+
+        An error leaves the copies that there are as they are.
+        """
         model = self.diffusion_model
         device = model.betas.device
         denoiser, schedule = LiveDenoiser(model, device), self._read_schedule()

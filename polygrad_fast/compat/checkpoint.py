@@ -235,7 +235,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, finite floating point numbers all of them."""
+    """Return the tensors of a file, all of finite floating point numbers."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -276,7 +276,7 @@ def _check_tables(path: Path, diffusion: dict[str, Tensor]) -> None:
 
 
 def _horizon(diffusion: dict[str, Tensor], observation_dim: int) -> int:
-    """Return H as the denoiser's shapes tell it; 1 where they are no released denoiser's."""
+    """Return H by the denoiser's shapes; 1 where it is not one of the released two."""
     if "model.transformer.wpe.weight" in diffusion:
         return diffusion["model.transformer.wpe.weight"].shape[0]
     output = diffusion.get("model.residual_mlp.final_linear.bias", torch.empty(0))

@@ -98,6 +98,23 @@ def sampler_config(
     )
 
 
+def check_call(cond: Any, policy: Any, guidance_options: dict[str, Any]) -> None:
+    """Raise InputError for arguments that the released code does not take either."""
+    if policy is None and guidance_options:
+        raise InputError(
+            f"policy must be given with the options {sorted(guidance_options)}, which the "
+            f"released code takes with one only, got None"
+        )
+    if not isinstance(cond, dict) or 0 not in cond:
+        raise InputError(
+            f"cond must be a dictionary with the observations [B, S] under 0, got "
+            f"{list(cond) if isinstance(cond, dict) else type(cond).__name__}"
+        )
+    if not torch.is_tensor(cond[0]) or cond[0].ndim != 2:
+        shape = tuple(cond[0].shape) if torch.is_tensor(cond[0]) else type(cond[0]).__name__
+        raise InputError(f"cond[0] must be a tensor [B, S] of observations, got {shape}")
+
+
 def _limit(name: str, value: float | None) -> float | None:
     """Return a bound as our options take it: infinity is no bound."""
     if value is None or value == math.inf:

@@ -101,8 +101,11 @@ class LiveDenoiser:
 
 
 def _compare_denoisers(live: nn.Module, module: nn.Module, num_steps: int) -> None:
-    """Raise InputError unless both compute the same with random weights, which `module` is left
-    with; on the CPU, whose float32 products are not TF32."""
+    """Raise InputError unless both compute the same with random weights.
+
+    They are compared on the CPU, whose float32 products are not TF32. `module` keeps the random
+    weights.
+    """
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor(PROBE_SCALES)[:, None, None]
     inputs = (
@@ -315,9 +318,12 @@ def _denoiser_signature(diffusion_model: Any) -> tuple:
 
 
 def _policy_signature(policy: Callable) -> tuple | None:
-    """Return what must stay as it is for a copy to stay right; None where the policy is not the
-    `forward_actor` that a released actor-critic's class defines, but a subclass or the object
-    overrides it: no comparison shows where an override differs."""
+    """Return what must stay as it is for a copy of the policy to stay right.
+
+    None where the policy is not the `forward_actor` that a released actor-critic's class defines,
+    for instance where a subclass or the object overrides it: comparing some outputs would not show
+    where an override differs.
+    """
     owner = getattr(policy, "__self__", None)
     defined = [base for base in type(owner).__mro__ if "forward_actor" in vars(base)]
     if not (
@@ -341,8 +347,10 @@ def _num_heads(live: nn.Module) -> int:
 
 
 def _randomize(module: nn.Module) -> dict[str, Tensor]:
-    """Draw a module's weights anew, at a scale that lets every layer be seen in its output, and
-    return its `state_dict`."""
+    """Draw a module's weights anew and return its `state_dict`.
+
+    Their scale lets every layer be seen in the module's output.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = module.state_dict()
     for tensor in weights.values():

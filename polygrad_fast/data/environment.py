@@ -127,9 +127,11 @@ def layers(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
 
 
 def warn_of_statistics(env: gymnasium.Env) -> None:
-    """Warn of wrappers that keep running statistics, as `gymnasium.wrappers.NormalizeObservation`:
-    training and evaluation each have their own, so the policy is evaluated on other inputs than it
-    learns from, and no checkpoint holds them."""
+    """Warn of wrappers that keep running statistics, as `gymnasium.wrappers.NormalizeObservation`.
+
+    Training and evaluation each have their own, so the policy is evaluated on other inputs than it
+    learns from, and no checkpoint holds them.
+    """
     for layer in layers(env):
         if any(isinstance(value, RunningMeanStd) for value in vars(layer).values()):
             warnings.warn(
@@ -220,7 +222,7 @@ def _silence_mujoco_log() -> None:
 
 
 def _check_form(env_id: str) -> None:
-    """Raise InputError for what gymnasium would fail on without naming the id."""
+    """Raise InputError for an id that gymnasium would refuse without naming it."""
     module, colon, name = env_id.rpartition(":")
     if ":" in module:
         raise InputError(
@@ -234,7 +236,7 @@ def _check_form(env_id: str) -> None:
 
 
 def _rendering_library(error: BaseException | None) -> str | None:
-    """Return what to do about MUJOCO_GL if it kept mujoco from being imported, else None."""
+    """Return what is wrong with MUJOCO_GL if it kept mujoco from being imported, else None."""
     value = os.environ.get("MUJOCO_GL", "").strip()
     frames = traceback.walk_tb(error.__traceback__ if error is not None else None)
     files = (PurePath(frame.f_code.co_filename).parts for frame, _ in frames)

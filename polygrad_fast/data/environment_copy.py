@@ -159,7 +159,7 @@ class _Builder(pickle.Unpickler):
 
 
 def _is_shared(thing: Any) -> bool:
-    """Whether a copy may hold the thing itself, because it does not change."""
+    """Return whether a copy may hold the thing itself, because it does not change."""
     if isinstance(thing, (type, types.ModuleType, types.CodeType)):
         return True
     if isinstance(thing, types.BuiltinFunctionType):
@@ -235,8 +235,10 @@ def _copy_mujoco_data(model: Any, data: Any) -> Any:
 
 @contextlib.contextmanager
 def _global_generators(states: list[Any]) -> Iterator[None]:
-    """Put the global generators of python, numpy and torch into `states`, which is updated, and
-    back afterwards."""
+    """Run the block with the global generators of python, numpy and torch in these states.
+
+    `states` is updated to those after the block; the generators are put back as they were.
+    """
     before = _global_states()
     _set_global_states(states)
     try:
@@ -257,8 +259,11 @@ def _set_global_states(states: list[Any]) -> None:
 
 
 def _play(environments: Sequence[gymnasium.Env]) -> list[bytes]:
-    """Play the environments side by side, at most one episode each, with the same actions and
-    different seeds; return what the first one saw. Each has global generators of its own."""
+    """Play the environments side by side and return what the first one saw.
+
+    Each plays at most one episode, with the same actions, a seed of its own and global generators
+    of its own.
+    """
     seen, space = [], environments[0].action_space
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     low = np.where(np.isfinite(low), low, np.minimum(high, 0.0) - 1.0)

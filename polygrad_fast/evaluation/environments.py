@@ -34,7 +34,7 @@ def build_environment(source: EnvironmentSource, render_mode: str | None = None)
 
 
 class EvaluationEnvironments:
-    """Environments to evaluate on: as the training environment is made, copies of it, or others.
+    """Environments to evaluate on: made as the one trained on is, copies of it, or others.
 
     An id or a function makes every environment anew. An environment trained on is copied as it is
     at construction: what is changed in it later is not seen in evaluations. An environment given
@@ -77,7 +77,7 @@ class EvaluationEnvironments:
         return self._made[:wanted]
 
     def make(self, render_mode: str | None = None) -> gymnasium.Env:
-        """Return another environment; the one given, where evaluation uses that.
+        """Return another environment, or the given one where evaluation uses that.
 
         Raises:
             InputError: it cannot be made, or not with this `render_mode`: that of an environment

@@ -1,6 +1,6 @@
 """Figures drawn from a run's metrics.csv.
 
-They need the extra ``plots``; matplotlib is imported when a figure is drawn.
+They need the extra `plots`; matplotlib is imported when a figure is drawn.
 """
 
 import io
@@ -11,15 +11,15 @@ from polygrad_fast.errors import InputError
 
 
 def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None:
-    """Plot the return against environment steps and write it to ``output_png``.
+    """Plot the return against environment steps and write it to `output_png`.
 
-    A line with a band of one standard deviation shows ``eval/mean_reward`` and ``eval/std_reward``;
-    points show ``train/episode_return``. Uses matplotlib's Agg canvas directly: no display, no
+    A line with a band of one standard deviation shows `eval/mean_reward` and `eval/std_reward`;
+    points show `train/episode_return`. Uses matplotlib's Agg canvas directly: no display, no
     change to pyplot's state.
 
     Raises:
-        InputError: matplotlib is missing, or ``metrics_csv`` is unreadable or has no finite
-            ``eval/mean_reward``.
+        InputError: matplotlib is missing, or `metrics_csv` is unreadable or has no finite
+            `eval/mean_reward`.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

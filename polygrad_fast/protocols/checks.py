@@ -105,8 +105,9 @@ def dry_call(
     failed: str = "failed",
     gradients: bool = False,
 ) -> Any:
-    """Return what a function that calls a module returns; buffers and the global random numbers
-    stay as they were.
+    """Return what a function that calls a module returns.
+
+    The module's buffers and the global random numbers stay as they were.
 
     Args:
         owner: the module, on `device`.

@@ -61,7 +61,7 @@ def call_denoiser(denoiser: Denoiser, trajectory: Tensor, actions: Tensor, k: in
     """Return a denoiser's prediction [B, H, D] at diffusion step k, in the trajectory's dtype.
 
     A module computes in the dtype of its weights. It may overwrite `trajectory` [B, H, D] and
-    `actions` [B, H, A], and what it returns may be its own.
+    `actions` [B, H, A], and may return a tensor that it keeps and uses again.
 
     Raises:
         InputError: it returns something else.

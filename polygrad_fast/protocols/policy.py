@@ -29,10 +29,10 @@ class Policy(Protocol):
     """pi(a | s) = N(mean, std), diagonal: a module or any other callable.
 
     A policy whose network reads normalized observations says so with the attribute
-    `normed_inputs = True`. It then has `distribution(inputs)`, which is what a call is, but for
-    normalized observations: samplers, learner and agent use it instead of the call, and normalize
-    with their own moments. Where a policy has `observation_dim` and `action_dim`, they must equal
-    the denoiser's.
+    `normed_inputs = True`. It then has `distribution(inputs)`, which returns at normalized
+    observations what a call returns at raw ones: samplers, learner and agent use it instead of the
+    call, and normalize with their own moments. Where a policy has `observation_dim` and
+    `action_dim`, they must equal the denoiser's.
     """
 
     def __call__(self, observations: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def policy_moments(
             that the two mean different things.
     """
     reads = reads_normalized(policy)
-    if reads and _passes_by_forward(policy):
+    if reads and _leaves_out_forward(policy):
         raise InputError(
             f"{_policy_name(policy)} has normed_inputs=True and a forward of its own or a hook on "
             f"it, which policy.distribution leaves out: change distribution too, put the hook on a "
@@ -147,9 +147,11 @@ def check_policy(
         check_gradient(policy, call, device, what, [inputs.requires_grad_()], moments)
 
 
-def _passes_by_forward(policy: Any) -> bool:
-    """Return whether a policy's `distribution` leaves out something that calling the policy does: a
-    forward of its own, or a hook on it."""
+def _leaves_out_forward(policy: Any) -> bool:
+    """Return whether a policy's `distribution` leaves out something that calling the policy does.
+
+    That is a forward of its own, or a hook on it.
+    """
     if not isinstance(policy, nn.Module):
         return False
 

@@ -51,10 +51,10 @@ def save_checkpoint(
     metadata: dict,
     sequence: int = 0,
 ) -> Path:
-    """Write a checkpoint that appears at ``directory`` complete or not at all.
+    """Write a checkpoint that appears at `directory` complete or not at all.
 
-    An older checkpoint at ``directory`` is replaced; until the new one is complete on the disk it
-    stays untouched. What a killed save to ``directory`` left is removed. Copies tensors to the CPU,
+    An older checkpoint at `directory` is replaced; until the new one is complete on the disk it
+    stays untouched. What a killed save to `directory` left is removed. Copies tensors to the CPU,
     so it synchronises with a GPU.
 
     Args:
@@ -66,12 +66,12 @@ def save_checkpoint(
         sequence: number of the save within its run, for the manifest.
 
     Returns:
-        ``directory``.
+        `directory`.
 
     Raises:
-        TypeError: ``weights``, ``state`` or ``metadata`` hold something else; nothing was written.
-        CheckpointError: ``directory`` exists and is no checkpoint; nothing was written.
-        OSError: the disk is full or not writable, or another process began to save to ``directory``
+        TypeError: `weights`, `state` or `metadata` hold something else; nothing was written.
+        CheckpointError: `directory` exists and is no checkpoint; nothing was written.
+        OSError: the disk is full or not writable, or another process began to save to `directory`
             meanwhile; an older checkpoint is as it was, or the other process's.
     """
     directory = Path(directory)
@@ -138,7 +138,7 @@ def load_checkpoint(directory: str | Path) -> tuple[dict[str, Tensor], dict | No
 
 
 def read_metadata(directory: str | Path) -> dict:
-    """Return what ``load_checkpoint`` returns last, without reading weights and state.
+    """Return what `load_checkpoint` returns last, without reading weights and state.
 
     Raises:
         CheckpointError: missing or unreadable.
@@ -223,7 +223,7 @@ def verify(directory: Path) -> dict:
 
 
 def _portable_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Own, contiguous CPU copies: safetensors takes neither shared memory nor strides."""
+    """Return contiguous copies on the CPU: safetensors takes neither shared memory nor strides."""
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(
@@ -237,7 +237,7 @@ def _portable_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _portable_state(value: Any, key_path: str) -> Any:
-    """``value`` with its tensors on the CPU; TypeError if weights_only=True would reject a part.
+    """Return `value` with its tensors on the CPU; TypeError if weights_only=True rejects a part.
 
     Types are compared exactly: a numpy float is a float to isinstance, but not to the loader.
     """
@@ -267,7 +267,7 @@ def _portable_state(value: Any, key_path: str) -> Any:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """Replacing deletes: do that to nothing but checkpoints."""
+    """Raise CheckpointError unless saving would replace nothing, or a checkpoint."""
     if not directory.exists():
         return
     if not directory.is_dir():

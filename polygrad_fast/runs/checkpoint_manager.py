@@ -18,19 +18,19 @@ SAVED = ".checkpoints_saved"
 
 
 class CheckpointManager:
-    """The checkpoints of one run, in ``run_dir/checkpoints``: the last ``step_*`` and the ``best``.
+    """The checkpoints of one run, in `run_dir/checkpoints`: the last `step_*` and the `best`.
 
-    Safe to kill at any moment: afterwards ``latest`` and ``best`` return complete checkpoints, at
+    Safe to kill at any moment: afterwards `latest` and `best` return complete checkpoints, at
     least as new as the last save that returned. Whoever saves must hold the run's lock
     (`runs.directory.locked`), so that one process writes. Others may read meanwhile: only saves
     write, delete, and remove what a killed save left.
 
     Args:
         run_dir: the run directory; nothing is created before the first save.
-        keep_last: how many ``step_*`` checkpoints stay, at least 1; may be changed.
+        keep_last: how many `step_*` checkpoints stay, at least 1; may be changed.
 
     Raises:
-        InputError: ``keep_last`` is no integer of at least 1.
+        InputError: `keep_last` is no integer of at least 1.
     """
 
     def __init__(self, run_dir: str | Path, keep_last: int = 3) -> None:
@@ -42,9 +42,9 @@ class CheckpointManager:
     def save(
         self, env_step: int, weights: dict[str, Tensor], state: dict | None, metadata: dict
     ) -> Path:
-        """Write ``checkpoints/step_<env_step>``, then delete what ``keep_last`` no longer covers.
+        """Write `checkpoints/step_<env_step>`, then delete what `keep_last` no longer covers.
 
-        Raises as ``save_checkpoint`` does; the older checkpoints then stay untouched.
+        Raises as `save_checkpoint` does; the older checkpoints then stay untouched.
         """
         # Newest means saved last, not farthest: a run resumed from an earlier step overtakes what
         # it left behind.
@@ -59,12 +59,12 @@ class CheckpointManager:
         return path
 
     def save_best(self, weights: dict[str, Tensor], metadata: dict) -> Path:
-        """Replace ``checkpoints/best``: weights and metadata, no trainer state."""
+        """Replace `checkpoints/best`: weights and metadata, no trainer state."""
         remove_temporaries(self.directory)
         return save_checkpoint(self.directory / "best", weights, None, metadata)
 
     def latest(self) -> Path | None:
-        """The undamaged checkpoint saved last, or None. Warns of each damaged one that is newer."""
+        """Return the undamaged checkpoint saved last, or None; warn of each damaged newer one."""
         skipped = []
         for path in sorted(self._steps(), key=_age_key, reverse=True):
             wrong = _wrong_with(path)
@@ -77,12 +77,13 @@ class CheckpointManager:
         return None
 
     def best(self) -> Path | None:
-        """The best checkpoint, or None, also where it is damaged."""
+        """Return the best checkpoint, or None, also where it is damaged."""
         path = locate(self.directory / "best")
         return path if _wrong_with(path) is None else None
 
     def damage(self, kind: str) -> list[str]:
-        """What is wrong with each damaged checkpoint of a kind, "last" or "best", newest first."""
+        """Return what is wrong with each damaged checkpoint of a kind, "last" or "best", newest
+        first."""
         best = locate(self.directory / "best")
         steps = sorted(self._steps(), key=_age_key, reverse=True)
         paths = steps if kind == "last" else [best]
@@ -90,18 +91,18 @@ class CheckpointManager:
         return [wrong for wrong in found if wrong is not None]
 
     def has_saved(self) -> bool:
-        """Whether a step checkpoint has ever been saved here, even if none is left."""
+        """Return whether a step checkpoint has ever been saved here, even if none is left."""
         return self._marker.exists() or bool(self._steps())
 
     def others_saved(self) -> bool:
-        """Whether someone else has saved here since this object was made or saved last."""
+        """Return whether another object has saved here since this one was made or saved last."""
         return self._newest_sequence() > self._sequence
 
     def _newest_sequence(self) -> int:
         return max((_sequence(path) or 0 for path in self._steps()), default=0)
 
     def _steps(self) -> list[Path]:
-        """Directories of the step checkpoints, one per step."""
+        """Return the directories of the step checkpoints, one per step."""
         if not self.directory.is_dir():
             return []
         matches = (
@@ -140,6 +141,6 @@ def _sequence(path: Path) -> int | None:
 
 
 def _age_key(path: Path) -> tuple[float, int]:
-    """Sort by time of saving; what cannot be told counts as newest: ``latest`` reports it."""
+    """Return the order of saving; what cannot be told counts as newest: `latest` reports it."""
     sequence = _sequence(path)
     return (math.inf if sequence is None else sequence), int(path.name.rpartition("_")[2])

@@ -31,7 +31,7 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
         stored = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"{run_dir} is not a run directory: it has no config.json; wanted one that `train` made"
+            f"{run_dir} is not a run directory: it has no config.json, which `train` makes"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None

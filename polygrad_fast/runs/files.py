@@ -1,7 +1,7 @@
 """Files and directories that appear whole or not at all.
 
 A file is written under a temporary name and renamed. So is a directory; where it replaces another
-one, the old one is called ``.old-<name>`` between two renames, and `locate` finds it there.
+one, the old one is called `.old-<name>` between two renames, and `locate` finds it there.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make renames inside ``directory`` survive a power loss. Does nothing on Windows."""
+    """Make renames inside `directory` survive a power loss. Does nothing on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -27,8 +27,10 @@ def fsync_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let an OSError name ``path``: a failed write names no file, and a temporary one says little
-    to a user."""
+    """Let an OSError name `path`.
+
+    A failed write names no file, and the name of a temporary one says little to a user.
+    """
     try:
         yield
     except OSError as error:
@@ -39,7 +41,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file to, which the end of the block renames to ``path``.
+    """Yield a temporary path to write a file to, which the end of the block renames to `path`.
 
     A reader finds the old or the new content, never a mixture. Where the block raises, the old file
     stays. Makes the folder.
@@ -62,34 +64,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path``; a reader finds the old or the new content, never a mixture."""
+    """Write `data` to `path`; a reader finds the old or the new content, never a mixture."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
 
 
 def write_json_atomic(path: str | Path, data: Any) -> None:
-    """Write ``data`` as indented JSON; a reader finds the old or the new file, never a mixture.
+    """Write `data` as indented JSON; a reader finds the old or the new file, never a mixture.
 
-    Raises TypeError, before anything is written, if JSON cannot express ``data``.
+    Raises TypeError, before anything is written, if JSON cannot express `data`.
     """
     write_bytes_atomic(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def make_temporary(directory: Path) -> Path:
-    """Make an empty sibling of ``directory``, to be filled and moved there: ``.tmp-<name>-*``."""
+    """Make an empty sibling of `directory`, to be filled and moved there: `.tmp-<name>-*`."""
     path = _temporary_name(directory)
     path.mkdir()
     return path
 
 
 def remove_temporaries(parent: Path, name: str | None = None) -> None:
-    """Remove the temporary directories within ``parent`` that killed processes left.
+    """Remove the temporary directories within `parent` that killed processes left.
 
     A process that is still filling one then fails with an OSError, and nothing of it appears.
 
     Args:
         parent: the folder; it need not exist.
-        name: only those of the directory ``parent / name``; None: all.
+        name: only those of the directory `parent / name`; None: all.
     """
     if not parent.is_dir():
         return
@@ -104,7 +106,7 @@ def remove_temporaries(parent: Path, name: str | None = None) -> None:
 
 
 def move_into_place(temporary: Path, directory: Path) -> None:
-    """Rename a filled temporary directory to ``directory``, replacing what is there.
+    """Rename a filled temporary directory to `directory`, replacing what is there.
 
     A directory that is not empty cannot be replaced in one rename. Between the two it takes, the
     old one is where `locate` finds it, so that a kill at any point leaves one of them complete.
@@ -127,13 +129,13 @@ def move_into_place(temporary: Path, directory: Path) -> None:
 
 
 def locate(directory: Path) -> Path:
-    """Return where ``directory`` is: there, or moved aside by a process that was killed."""
+    """Return where `directory` is: there, or moved aside by a process that was killed."""
     old = _old_name(directory)
     return old if not directory.exists() and old.exists() else directory
 
 
 def discard(directory: Path) -> None:
-    """Delete a directory; killed half way, this leaves a temporary one, no incomplete one."""
+    """Delete a directory; killed half way, this leaves a temporary one, not half of it."""
     name = directory.name.removeprefix(".old-")
     doomed = _temporary_name(directory.with_name(name))
     os.replace(directory, doomed)

@@ -17,27 +17,27 @@ STEP_COLUMN = "env_step"
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Read the rows of a metrics.csv.
 
-    Each row maps column names to floats (``env_step``: int); empty cells are left out, and a row
+    Each row maps column names to floats (`env_step`: int); empty cells are left out, and a row
     that is incomplete or unreadable (the last one of a killed run) is skipped. Raises InputError if
     there is no such file or it is no log.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; wanted a metrics.csv") from None
+        raise InputError(f"{path} cannot be read as a metrics.csv: {error.strerror}") from None
     return _parse(text, path)[1]
 
 
 def _parse(text: str, path: str | Path) -> tuple[list[str], list[dict[str, float]]]:
-    """Columns and rows of a log; what follows the last newline was cut off and does not count."""
+    """Return columns and rows of a log, without what was cut off after the last newline."""
     lines = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     columns = next(lines, [])
     if not columns:
         return [STEP_COLUMN], []
     if columns[0] != STEP_COLUMN:
         raise InputError(
-            f"{path} is not a metrics log: its first column is {columns[0]!r}, wanted "
-            f"{STEP_COLUMN!r}"
+            f"{path} must be a metrics log, whose first column is {STEP_COLUMN!r}, got "
+            f"{columns[0]!r}"
         )
     rows = []
     for cells in lines:
@@ -55,10 +55,10 @@ def _parse(text: str, path: str | Path) -> tuple[list[str], list[dict[str, float
 
 
 class MetricsLog:
-    """Append metrics to a CSV file whose first column is ``env_step``.
+    """Append metrics to a CSV file whose first column is `env_step`.
 
     Columns may appear at any time: the file is then rewritten atomically with the longer header;
-    cells without a value are empty. Floats are written with ``repr`` and read back exactly. Every
+    cells without a value are empty. Floats are written with `repr` and read back exactly. Every
     row is handed to the operating system at once and whole: a failed write (full disk) leaves the
     file as it was.
 
@@ -69,7 +69,7 @@ class MetricsLog:
             log.
 
     Raises:
-        InputError: ``resume_step`` is None and ``path`` holds rows already, or ``path`` is not a
+        InputError: `resume_step` is None and `path` holds rows already, or `path` is not a
             metrics log.
     """
 
@@ -93,16 +93,16 @@ class MetricsLog:
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """The rows in the file, as ``read_metrics`` returns them."""
+        """The rows in the file, as `read_metrics` returns them."""
         return read_metrics(self.path)
 
     def write(self, env_step: int, metrics: Mapping[str, float]) -> None:
-        """Append one row. Values are anything ``float()`` takes; a CUDA tensor synchronises."""
+        """Append one row. Values are anything `float()` takes; a CUDA tensor synchronises."""
         row = {STEP_COLUMN: int(env_step)}
         for name, value in metrics.items():
             if name == STEP_COLUMN or not name or not name.isprintable():
                 raise ValueError(
-                    f"got the metric {name!r}, wanted a printable name other than {STEP_COLUMN!r}"
+                    f"a metric must have a printable name other than {STEP_COLUMN!r}, got {name!r}"
                 )
             row[name] = float(value)
         added = [name for name in row if name not in self._columns]
@@ -158,7 +158,7 @@ def _csv_line(cells: list[str]) -> bytes:
 
 
 class TensorboardLog:
-    """Write scalars as TensorBoard events. Needs the extra ``tensorboard``.
+    """Write scalars as TensorBoard events. Needs the extra `tensorboard`.
 
     Args:
         directory: folder of the event files; created.
@@ -182,7 +182,7 @@ class TensorboardLog:
             self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
     def write(self, env_step: int, metrics: Mapping[str, float]) -> None:
-        """Add one scalar per entry at ``env_step``."""
+        """Add one scalar per entry at `env_step`."""
         with naming(self._directory):
             for name, value in metrics.items():
                 self._writer.add_scalar(name, float(value), int(env_step))

@@ -78,7 +78,7 @@ def step_blocks(precision: str, rows: int, state_dim: int) -> StepBlocks:
     return many if rows >= MANY_ROWS else few
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["k", "action_noise_step"])
 def _guided_step_kernel(
     prediction_ptr,  # [B, H, D]
     trajectory_ptr,  # [B, H, D]; trajectory_out may be the same
@@ -103,6 +103,7 @@ def _guided_step_kernel(
     actions_out_ptr,
     input_ptr,  # [B, >= H (D + A)], the next denoiser input
     k,
+    action_noise_step,  # counter of the actions' normals: k, or K for those of the initial state
     num_rows,
     horizon,
     stride_first,
@@ -187,6 +188,8 @@ def _guided_step_kernel(
             noise = normals(seed_ptr, batch, k, t * quads, BLOCK_ROWS, BLOCK_D)
         mean += noise_std * noise
     mean = tl.where(is_first, initial, mean)
+    if LAST_STEP and ACTION_UPDATE == "exact":
+        observations = tl.where(observed, mean, 0.0)
     tl.store(trajectory_out_ptr + state_at, mean, mask=state_mask)
     input_at = input_rows(input_ptr, row, horizon, stride_input, STATE_DIM + ACTION_DIM)
     if not LAST_STEP:
@@ -204,7 +207,7 @@ def _guided_step_kernel(
             BLOCK_HIDDEN,
         )  # fmt: skip
         std = tl.load(std_ptr + a, mask=a_valid, other=1.0)[None, :]  # [1, BLOCK_A]
-        if ACTION_UPDATE == "sample":
+        if ACTION_UPDATE == "sample" or ACTION_UPDATE == "exact":
             raw = mu
         else:
             low, high = mu - clip_std * std, mu + clip_std * std
@@ -218,12 +221,13 @@ def _guided_step_kernel(
                 raw += guidance * ((mu - raw) / (std * std))
             if CLIP == "after":
                 raw = clip(raw, low, high)
-        if not LAST_STEP:
+        if not LAST_STEP or ACTION_UPDATE == "exact":
             if GIVEN_NOISE:
                 noise = tl.load(action_noise_ptr + action_at, mask=action_mask, other=0.0)
             else:
-                noise = normals(seed_ptr, batch, k, t * quads + state_quads, BLOCK_ROWS, BLOCK_A)
-            if ACTION_UPDATE == "sample":
+                first = t * quads + state_quads
+                noise = normals(seed_ptr, batch, action_noise_step, first, BLOCK_ROWS, BLOCK_A)
+            if ACTION_UPDATE == "sample" or ACTION_UPDATE == "exact":
                 raw += std * noise
         actions = (raw - action_mean[None, :]) / action_scale[None, :]
         if not LAST_STEP and ACTION_UPDATE == "score":
@@ -249,7 +253,7 @@ def guided_step(
     options: StepOptions,
     guidance_scale: Tensor,
     seed: Tensor,
-    noise: tuple[Tensor, Tensor] | None,
+    noise: tuple[Tensor, Tensor | None] | None,
     trajectory_out: Tensor,
     actions_out: Tensor,
     denoiser_input: Tensor,
@@ -269,7 +273,9 @@ def guided_step(
         table: `schedule_table` [K, 8]. space: moments and bounds of the actions.
         guidance_scale: delta, [1], in units of squared raw actions.
         seed: [2] int64, seed and call number of the in-kernel noise.
-        noise: standard normals ([B, H, D], [B, H, A]) to use instead, or None.
+        noise: standard normals ([B, H, D], [B, H, A]) to use instead, or None; those of the actions
+            may be None where the step takes none. With action update "exact" they are xi in every
+            step; where nothing is given, xi is drawn again, the numbers of `initial_state`'s u_K.
         trajectory_out, actions_out: receive x_{i-1} and u_{i-1}; may be the inputs.
         denoiser_input: [B, >= H (D + A)] in the denoiser's dtype; columns beyond are left alone.
             Not written in the last step.
@@ -279,7 +285,8 @@ def guided_step(
     in float32 or (precision "tf32", "float16") tf32, its second in `hidden_weight`'s dtype or,
     where that is float32, like the first. tf32 operands are rounded to nearest. A normal is a
     function of (seed, call, trajectory, step, element) alone. Neither synchronizes nor allocates;
-    may be captured. Compiled anew for the last step, whose mathematics differ.
+    may be captured. Compiled anew for the last step, whose mathematics differ: with "exact" the
+    policy reads the final states.
 
     Raises:
         InputError: an option has a value that is none of its names.
@@ -293,10 +300,12 @@ def guided_step(
     hidden = policy.first_weight.shape[0]
     clip = options.clip_order if options.clip_std is not None else "none"
     action_update = options.action_update
-    if last_step:  # no step along the score any more, at most a clip
+    if action_update == "exact":
+        clip = "none"
+    elif last_step:  # no step along the score any more, at most a clip
         clips = options.clip_final_actions and options.clip_std is not None
         action_update, clip = ("clip", "before") if clips else ("none", "none")
-    trajectory_noise, action_noise = noise or (trajectory, actions)
+    trajectory_noise, action_noise = noise or (trajectory, None)
     _guided_step_kernel[(triton.cdiv(rows, blocks.block_rows),)](
         prediction_ptr=prediction,
         trajectory_ptr=trajectory,
@@ -310,7 +319,7 @@ def guided_step(
         action_high_ptr=space.high,
         seed_ptr=seed,
         trajectory_noise_ptr=trajectory_noise,
-        action_noise_ptr=action_noise,
+        action_noise_ptr=actions if action_noise is None else action_noise,
         first_weight_ptr=policy.first_weight,
         hidden_weight_ptr=policy.hidden_weight,
         vectors_ptr=policy.vectors,
@@ -321,6 +330,7 @@ def guided_step(
         actions_out_ptr=actions_out,
         input_ptr=denoiser_input,
         k=k,
+        action_noise_step=table.shape[0] if action_update == "exact" else k,
         num_rows=rows,
         horizon=horizon,
         stride_first=policy.first_weight.stride(0),

@@ -18,8 +18,11 @@ class SamplerConfig(Options):
 
     prediction_type: Literal["sample", "epsilon"] = "sample"
     """What the denoiser predicts: the clean trajectory or the noise."""
-    action_update: Literal["score", "sample", "none"] = "score"
-    """Follow the policy's score; draw anew from the policy each step; leave the random actions
+    action_update: Literal["score", "sample", "exact", "none"] = "score"
+    """Follow the policy's score; draw anew from the policy each step; draw one standard normal xi
+    per action and keep u = mean + sigma xi in every step, at last at the final states, so that
+    actions are exactly the policy's at the states returned, without anything to tune (clip_std,
+    clip_final_actions, max_guidance and the guidance scale play no part); leave the random actions
     (section 5.4)."""
     clip_std: float | None = 3.0
     """Keep actions within this many policy standard deviations of its mean; None: no clipping."""
@@ -47,10 +50,15 @@ class SamplerConfig(Options):
     max_guidance: float | None = None
     """Upper bound of guidance_scale / sigma^2, the share of the way to the mean in one step; None:
     no bound."""
+    num_inference_steps: int | None = None
+    """Diffusion steps of a sample, evenly spaced among those of training (respaced DDPM); None:
+    all of them."""
 
     def _check_ranges(self) -> None:
         self._check_positive("clip_std", "clip_state_change", "max_guidance")
         self._check_at_least(0, "clip_state_change_steps")
+        if self.num_inference_steps is not None:
+            self._check_at_least(1, "num_inference_steps")
         if self.update_states and self.action_update != "score":
             raise InputError(
                 f"SamplerConfig.action_update must be 'score' with update_states=True, got "

@@ -104,16 +104,53 @@ class NoiseSchedule:
             )
         return schedule
 
-    def _is_finite(self) -> bool:
-        return all(torch.isfinite(getattr(self, f.name)).all() for f in fields(self))
+    def respaced(self, num_inference_steps: int | None) -> NoiseSchedule:
+        """Return the schedule of a subset of the steps, for sampling in fewer of them (Nichol and
+        Dhariwal 2021, arXiv 2102.09672, section 4).
 
-    @classmethod
-    def _derive(cls, betas: Tensor) -> NoiseSchedule:
-        alphas = 1.0 - betas
+        Kept are the steps nearest to n evenly spaced points from the first to the last, both
+        included ("linspace" in diffusers); of one step, the last. With alphabar_j those that are
+        kept, beta_j = 1 - alphabar_j / alphabar_{j-1}, and every table follows from these betas,
+        in float64. The denoiser is asked at the original steps, `timesteps`. All steps, or None,
+        are the schedule itself.
+
+        Raises:
+            InputError: not an integer from 1 to the number of steps, or so few that a table is not
+                finite.
+        """
+        n, num_steps = num_inference_steps, self.num_train_timesteps
+        if n is None or n == num_steps:
+            return self
+        if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or not 1 <= n <= num_steps:
+            raise InputError(
+                f"num_inference_steps must be from 1 to num_train_timesteps {num_steps}, got {n!r}"
+            )
+        kept = np.linspace(0, num_steps - 1, n).round().astype(int).tolist()
+        if n == 1:
+            kept = [num_steps - 1]  # the first to be sampled, from pure noise
+        alphas_cumprod = (1.0 - self.betas.double()).cumprod(dim=0)[kept]
+        previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+        exact = self._derive(1.0 - alphas_cumprod / previous, alphas_cumprod / previous)
+        tables = vars(exact.to(self.betas.dtype))
+        schedule = RespacedSchedule(**tables, kept=tuple(self.timesteps[k] for k in kept))
+        if not schedule._is_finite():
+            raise InputError(
+                f"num_inference_steps must be larger for tables that are finite in "
+                f"{self.betas.dtype}, got {n}"
+            )
+        return schedule
+
+    def _is_finite(self) -> bool:
+        return all(torch.isfinite(getattr(self, name)).all() for name in TABLES)
+
+    @staticmethod
+    def _derive(betas: Tensor, alphas: Tensor | None = None) -> NoiseSchedule:
+        """Derive every table from beta and, where 1 - beta would lose its digits, alpha."""
+        alphas = 1.0 - betas if alphas is None else alphas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])
         posterior_variance = betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod)
-        return cls(
+        return NoiseSchedule(
             betas=betas,
             alphas_cumprod=alphas_cumprod,
             alphas_cumprod_prev=alphas_cumprod_prev,
@@ -129,8 +166,13 @@ class NoiseSchedule:
 
     @property
     def num_train_timesteps(self) -> int:
-        """Number of diffusion steps K."""
+        """Number of diffusion steps K; of a respaced schedule, of those kept."""
         return self.betas.shape[0]
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The steps of training that index 0 .. K-1 stands for, which a denoiser is asked at."""
+        return tuple(range(self.num_train_timesteps))
 
     @property
     def epsilon_error_gain(self) -> Tensor:
@@ -164,13 +206,24 @@ class NoiseSchedule:
 
     def to(self, *args, **kwargs) -> NoiseSchedule:
         """Return the same schedule on another device or in another dtype."""
-        return replace(
-            self, **{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)}
-        )
+        tables = {name: getattr(self, name).to(*args, **kwargs) for name in TABLES}
+        return replace(self, **tables)
 
 
 TABLES = tuple(field.name for field in fields(NoiseSchedule))
 """Names of a schedule's tables, the released diffusion model's buffers."""
+
+
+@dataclass(frozen=True)
+class RespacedSchedule(NoiseSchedule):
+    """Some of the steps of another schedule; see `NoiseSchedule.respaced`."""
+
+    kept: tuple[int, ...]
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The steps of training that are kept."""
+        return self.kept
 
 
 LARGEST_EPSILON_ERROR_GAIN = 3.0
@@ -188,6 +241,7 @@ def warn_of_amplified_errors(
     schedule: NoiseSchedule, config: SamplerConfig, stacklevel: int = 2
 ) -> None:
     """Warn where a denoiser's error is multiplied beyond what later steps correct."""
+    schedule = schedule.respaced(config.num_inference_steps)
     gain = schedule.epsilon_error_gain.max().item()
     if config.prediction_type == "epsilon" and gain > LARGEST_EPSILON_ERROR_GAIN:
         warnings.warn(

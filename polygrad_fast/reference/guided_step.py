@@ -55,8 +55,9 @@ def guided_step(
         initial_observations: s0 [B, S], normalized.
         k: 0-based diffusion step, K-1 .. 0.
         guidance_scale: delta, in units of squared raw actions.
-        trajectory_noise: standard normals [B, H, D]. action_noise: [B, H, A], or None in the last
-            step.
+        trajectory_noise: standard normals [B, H, D].
+        action_noise: [B, H, A], or None in the last step. With action_update "exact" it is xi, the
+            same in every step, the last one included.
 
     Returns:
         x_{i-1} and u_{i-1}, normalized; the first observation is s0.
@@ -98,7 +99,8 @@ def guided_step(
         return policy_moments(policy, normalizer, observations, normalized=True)
 
     # lines 8-12: update the actions
-    if config.action_update == "score" or last_step:
+    exact = config.action_update == "exact"
+    if config.action_update == "score" or (last_step and not exact):
         policy_mean, policy_std = moments(policy_observations)
         raw_actions = normalizer.unnormalize(actions, "actions")
 
@@ -108,7 +110,7 @@ def guided_step(
         reach = config.clip_std * policy_std
         return torch.clamp(raw, policy_mean - reach, policy_mean + reach)
 
-    if last_step:
+    if last_step and not exact:
         if config.clip_final_actions and config.clip_std is not None:
             actions = normalizer.normalize(clip(raw_actions), "actions")
     elif config.action_update == "score":
@@ -138,4 +140,9 @@ def guided_step(
     # line 13: update states and rewards; line 6 of the next step: set the initial state
     trajectory = mean + noise_std * trajectory_noise
     trajectory[:, 0, :observation_dim] = initial_observations
+
+    if exact:  # the actions of the last step are the policy's at the states that are returned
+        observations = trajectory[..., :observation_dim] if last_step else policy_observations
+        policy_mean, policy_std = moments(observations)
+        actions = normalizer.normalize(policy_mean + policy_std * action_noise, "actions")
     return trajectory, actions

@@ -16,7 +16,8 @@ from polygrad_fast.protocols import Denoiser, Policy
 @dataclass(frozen=True)
 class SamplerComponents:
     """Modules and options of one sampler; engines read current weights and moments at every
-    call."""
+    call. The schedule is the one given, respaced to the configuration's `num_inference_steps`.
+    """
 
     denoiser: Denoiser
     policy: Policy
@@ -25,6 +26,10 @@ class SamplerComponents:
     config: SamplerConfig
     device: torch.device
     action_bounds: tuple[Tensor, Tensor] | None
+
+    def __post_init__(self) -> None:
+        respaced = self.schedule.respaced(self.config.num_inference_steps)
+        object.__setattr__(self, "schedule", respaced)
 
     @property
     def observation_dim(self) -> int:
@@ -43,7 +48,7 @@ class SamplerComponents:
 
     @property
     def num_steps(self) -> int:
-        """K, the diffusion steps of a sample."""
+        """K, the diffusion steps of a sample: all of the schedule, or `num_inference_steps`."""
         return self.schedule.num_train_timesteps
 
     def shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -83,15 +83,19 @@ class LoopNormals:
     def step(self, step: int, k: int) -> tuple[Tensor, Tensor | None]:
         """Return the normals of one step, states [B, H, D] and actions [B, H, A] or None.
 
+        With action update "exact" those of the actions are the initial ones in every step.
+
         Args:
             step: its number in the loop, from 0. k: its diffusion step, 0 in the last.
         """
-        takes_actions = k > 0 and self._update != "none"
+        takes_actions = k > 0 and self._update in ("score", "sample")
         if self._noise is not None:
+            states = self._noise.trajectories[step]
             actions = self._noise.actions[step] if takes_actions else None
-            return self._noise.trajectories[step], actions
-        states, actions = self._shapes
-        return self._draw(states), self._draw(actions) if takes_actions else None
+        else:
+            states = self._draw(self._shapes[0])
+            actions = self._draw(self._shapes[1]) if takes_actions else None
+        return states, self.initial_actions if self._update == "exact" else actions
 
     def _draw(self, shape: Shape) -> Tensor:
         with annotate("noise"):

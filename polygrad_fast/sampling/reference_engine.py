@@ -29,7 +29,8 @@ def diffusion_step(
     """
     c = components
     seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
-    prediction = call_denoiser(c.denoiser, trajectory.clone(), seen.clone(), k)
+    timestep = c.schedule.timesteps[k]
+    prediction = call_denoiser(c.denoiser, trajectory.clone(), seen.clone(), timestep)
     return guided_step(
         prediction,
         trajectory,

@@ -16,7 +16,7 @@ from polygrad_fast.diffusion.ddpm import NoiseSchedule
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
-from polygrad_fast.protocols import Denoiser, Policy, check_normalizer
+from polygrad_fast.protocols import Denoiser, Policy, check_normalizer, policy_moments
 from polygrad_fast.sampling.components import SamplerComponents
 from polygrad_fast.sampling.engine import Engine
 from polygrad_fast.sampling.folding import why_foreign
@@ -49,6 +49,11 @@ class TrajectoryBatch:
     terminals: Tensor  # [B, H], 0/1 flags; with normalized=True the values as denoised
     chain_trajectories: Tensor | None = None  # [K or fewer, B, H, D], normalized, after each step
     chain_actions: Tensor | None = None  # [K or fewer, B, H, A]
+    mean_change: Tensor | None = None
+    """With action_update "exact" and more than one step, a scalar: by how much the policy's mean
+    changed between the states of the last step but one, whose actions the denoiser saw last, and
+    those returned; in standard deviations, root mean square over the batch. Actions and states have
+    settled on each other where it is small."""
 
 
 class PolicyGuidedSampler:
@@ -66,7 +71,8 @@ class PolicyGuidedSampler:
     Args:
         denoiser: eps_theta, a `polygrad_fast.Denoiser`.
         policy: a `polygrad_fast.Policy`; it and the denoiser are called once here, to check them.
-        schedule: K diffusion steps.
+        schedule: the K diffusion steps of training; `SamplerConfig.num_inference_steps` samples in
+            fewer of them.
         normalizer: moments of observations, actions, rewards and terminals.
         config: the sampler's options; default `SamplerConfig.official()`.
         engine: "reference" is plain PyTorch and reads like the paper; "torch" the same mathematics,
@@ -161,13 +167,15 @@ class PolicyGuidedSampler:
 
         Without `noise`, normals are drawn from `generator` (default: torch's) in the released
         code's order: initial states, initial actions, then per step states and actions (the latter
-        not in the last step).
+        not in the last step, and only for action_update "score" and "sample"). With "exact" the
+        initial actions are xi: the actions returned are mean + std xi of the policy at the
+        observations returned.
 
         Args:
             initial_observations: s0 [B, S], raw, or normalized with `normalized=True`: a tensor or
                 array of floating point, or a list of observations.
             guidance_scale: delta >= 0, in squared raw actions; a tensor (one element) is not read
-                on the host.
+                on the host. Only action_update "score" uses it.
             generator: source of the normals, on the sampler's device.
             noise: every normal, given by the caller, as tensors or arrays.
             normalized: the input is normalized and all results shall be.
@@ -193,13 +201,19 @@ class PolicyGuidedSampler:
             with self._lock, torch.inference_mode(False), torch.no_grad(), autocast_off:
                 if _structure(self.components) != self._built_for:
                     self._build()
+                compares = c.config.action_update == "exact" and c.num_steps > 1
+                kept = c.chain_length(return_chain)
                 trajectory, actions, chain = self._engine.sample(
-                    s0_norm, guidance_scale, generator, noise, return_chain
+                    s0_norm, guidance_scale, generator, noise, max(kept, 2) if compares else kept
                 )
+                mean_change = None
                 with annotate("results"):
-                    return self._to_batch(s0, trajectory, actions, chain, normalized)
+                    if compares:
+                        mean_change = _mean_change(c, trajectory, *chain[1][-2:])
+                        chain = tuple(part[-kept:] for part in chain) if kept else None
+                    return self._to_batch(s0, trajectory, actions, chain, mean_change, normalized)
 
-    def _to_batch(self, s0, trajectory, actions, chain, normalized) -> TrajectoryBatch:
+    def _to_batch(self, s0, trajectory, actions, chain, mean_change, normalized) -> TrajectoryBatch:
         observations = trajectory[..., : self.components.observation_dim]
         rewards, terminals = trajectory[..., -2], trajectory[..., -1]
         if not normalized:
@@ -209,7 +223,22 @@ class PolicyGuidedSampler:
             rewards = self.components.normalizer.unnormalize(rewards, "rewards")
             flags = self.components.normalizer.unnormalize(terminals, "terminals") > 0.5
             terminals = flags.to(trajectory.dtype)
-        return TrajectoryBatch(observations, actions, rewards, terminals, *(chain or ()))
+        chains = chain or (None, None)
+        return TrajectoryBatch(observations, actions, rewards, terminals, *chains, mean_change)
+
+
+def _mean_change(
+    components: SamplerComponents, states: Tensor, before: Tensor, after: Tensor
+) -> Tensor:
+    """Return by how much actions u = mean + std xi changed, in standard deviations at the final
+    states [B, H, D], root mean square: a scalar. All are normalized; xi is the same in both."""
+    c = components
+    if why_foreign(c.policy) is None:
+        std = c.policy.std
+    else:
+        observations = states[..., : c.observation_dim]
+        _, std = policy_moments(c.policy, c.normalizer, observations, normalized=True)
+    return ((after - before) * c.normalizer.actions_scale / std).square().mean().sqrt()
 
 
 def _structure(components: SamplerComponents) -> tuple:

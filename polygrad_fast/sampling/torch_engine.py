@@ -84,7 +84,7 @@ class TorchEngine:
         self._held = HeldTensors(device, fixed_addresses=self._captures)
         self.denoiser = fold_denoiser(
             components.denoiser,
-            range(components.num_steps),
+            components.schedule.timesteps,
             DTYPES[dtype],
             self._held,
             LinearOps.choose(device, DTYPES[dtype]),
@@ -127,7 +127,9 @@ class TorchEngine:
             normals = tuple(vars(noise).values())
         else:
             states, actions = c.shapes(batch)
-            shapes = (states, actions, (c.num_steps, *states), (c.num_steps, *actions))
+            kept = c.config.action_update == "exact"  # the initial ones serve all steps
+            action_steps = 0 if kept else c.num_steps
+            shapes = (states, actions, (c.num_steps, *states), (action_steps, *actions))
             with annotate("noise"):
                 normals = tuple(
                     torch.randn(shape, generator=generator, device=c.device) for shape in shapes

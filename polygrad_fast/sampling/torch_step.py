@@ -197,8 +197,11 @@ class TorchStep:
         states = {"denoised": denoised, "posterior_mean": ws.mean, "noisy": ws.trajectory}
         policy_states = states[config.policy_input]
 
-        clips = config.clip_std is not None
-        if constants.is_last:
+        clips, exact = config.clip_std is not None, config.action_update == "exact"
+        if exact:
+            if not constants.is_last:
+                self._draw_actions(ws, policy_states, action_noise)
+        elif constants.is_last:
             if config.clip_final_actions and clips:
                 update = self._policy_at(ws, policy_states)
                 self._clip(ws, update)
@@ -217,18 +220,24 @@ class TorchStep:
                 self._posterior_mean(ws, denoised, constants)
             ws.actions.add_(action_noise, alpha=constants.noise_std)
         elif config.action_update == "sample":
-            update = self._policy_at(ws, policy_states)
-            torch.addcmul(ws.policy_mean, update.std, action_noise, out=ws.actions)
+            self._draw_actions(ws, policy_states, action_noise)
 
         if constants.adds_state_noise:
             ws.mean.add_(trajectory_noise, alpha=constants.noise_std)
         inpaint(ws.mean, initial_observations)
+        if exact and constants.is_last:  # the policy's at the states that are returned
+            self._draw_actions(ws, ws.mean, action_noise)
         ws.trajectory, ws.mean = ws.mean, ws.trajectory
 
     @staticmethod
     def _posterior_mean(ws: Workspace, denoised: Tensor, constants: StepConstants) -> None:
         torch.mul(denoised, constants.mean_from_denoised, out=ws.mean)
         ws.mean.add_(ws.trajectory, alpha=constants.mean_from_trajectory)
+
+    def _draw_actions(self, ws: Workspace, states: Tensor, action_noise: Tensor) -> None:
+        """Set `ws.actions` to the policy's at normalized states [B, H, D], by given normals."""
+        update = self._policy_at(ws, states)
+        torch.addcmul(ws.policy_mean, update.std, action_noise, out=ws.actions)
 
     @staticmethod
     def _clip(ws: Workspace, update: ActionUpdate) -> None:

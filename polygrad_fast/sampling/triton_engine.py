@@ -16,7 +16,7 @@ from polygrad_fast.sampling.components import SamplerComponents
 from polygrad_fast.sampling.engine import Sampled
 from polygrad_fast.sampling.folding import why_foreign
 from polygrad_fast.sampling.graphs import GraphCache
-from polygrad_fast.sampling.noise import SampleNoise
+from polygrad_fast.sampling.noise import LoopNormals, SampleNoise
 from polygrad_fast.sampling.triton_operands import DenoiserOperands, PolicyWeights, load_kernels
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
@@ -69,7 +69,7 @@ class TritonEngine:
         steps = self.kernels.step_table
         self.options = steps.step_options(c.config)
         self.table = steps.schedule_table(c.schedule, self.options, c.config)
-        timesteps = range(c.num_steps)
+        timesteps = c.schedule.timesteps
         self.denoiser = DenoiserOperands(c.denoiser, dtype, timesteps, self.device)
         self.policy = PolicyWeights(c.policy, c.normalizer, dtype, self.device)
         bounds = c.action_bounds or (torch.zeros((), device=self.device),) * 2
@@ -204,6 +204,7 @@ class TritonEngine:
         captured."""
         c = self.components
         batch = len(initial_observations)
+        normals = LoopNormals(c, batch, noise=SampleNoise(*given)) if given else None
         kept = max(1, chain_length)
         trajectories, all_actions = (
             torch.empty(kept, *shape, device=self.device) for shape in c.shapes(batch)
@@ -242,7 +243,7 @@ class TritonEngine:
                     k=k,
                     policy=self.policy.operands,
                     guidance_scale=guidance_scale,
-                    noise=(given[2][step], given[3][step]) if given else None,
+                    noise=normals and normals.step(step, k),
                     trajectory_out=trajectories[row],
                     actions_out=all_actions[row],
                     **common,

@@ -173,6 +173,7 @@ def test_official_sampler_is_the_released_code():
         "scale_actions": True,
         "denoiser_actions": "raw",
         "max_guidance": None,
+        "num_inference_steps": None,
     }
 
 
@@ -255,7 +256,7 @@ def test_unknown_options_are_named_with_their_class():
     "cls, name, value, wanted",
     [
         (c.SamplerConfig, "prediction_type", "x0", "'sample', 'epsilon'"),
-        (c.SamplerConfig, "action_update", "grad", "'score', 'sample', 'none'"),
+        (c.SamplerConfig, "action_update", "grad", "'score', 'sample', 'exact', 'none'"),
         (c.SamplerConfig, "policy_input", "recon", "'denoised', 'posterior_mean', 'noisy'"),
         (c.SamplerConfig, "clip_order", "never", "'before', 'after'"),
         (c.SamplerConfig, "variance_type", "learned", "'posterior', 'beta'"),
@@ -315,7 +316,7 @@ def test_transformers_have_their_own_step_conditioning():
         c.DenoiserConfig(kind="transformer", step_conditioning="layer")
 
 
-@pytest.mark.parametrize("action_update", ["sample", "none"])
+@pytest.mark.parametrize("action_update", ["sample", "exact", "none"])
 def test_state_updates_need_the_score(action_update):
     with pytest.raises(
         pg.InputError, match=f"action_update must be 'score' .*got '{action_update}'"

@@ -1,5 +1,4 @@
 import math
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -8,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polygrad_fast as pg
+from polygrad_fast.diffusion.ddpm import TABLES
 
 examples = settings(max_examples=60, deadline=None)
 EPS = 2.0**-24  # half a unit in the last place of float32
-NAMES = [f.name for f in fields(pg.NoiseSchedule)]
+NAMES = TABLES
 num_steps = st.integers(1, 300)
 taus = st.floats(0.05, 3.0)
 
@@ -217,3 +217,79 @@ def test_to_converts_every_table():
         converted = getattr(schedule.to(torch.float64), name)
         assert converted.dtype == torch.float64
         assert torch.equal(converted.float(), getattr(schedule, name))
+
+
+def definition(schedule: pg.NoiseSchedule, kept: list[int]) -> dict[str, torch.Tensor]:
+    """Every table of the kept steps, from the kept alphabar, in float64."""
+    alphabar = (1 - schedule.betas.double()).cumprod(0)
+    now = torch.stack([alphabar[k] for k in kept])
+    previous = torch.tensor([1.0, *now[:-1].tolist()], dtype=torch.float64)
+    beta = 1 - now / previous
+    variance = (1 - previous) / (1 - now) * beta
+    return {
+        "betas": beta,
+        "alphas_cumprod": now,
+        "alphas_cumprod_prev": previous,
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": previous.sqrt() * beta / (1 - now),
+        "posterior_mean_coef2": (now / previous).sqrt() * (1 - previous) / (1 - now),
+        "sqrt_recip_alphas_cumprod": now**-0.5,
+        "sqrt_recipm1_alphas_cumprod": ((1 - now) / now).sqrt(),
+    }
+
+
+@examples
+@given(st.integers(1, 130), taus, st.integers(1, 130), st.sampled_from([torch.float32, None]))
+def test_respaced_tables_are_those_of_the_definition(steps, tau, num_inference_steps, dtype):
+    n = min(num_inference_steps, steps)
+    schedule = pg.NoiseSchedule.cosine(steps, tau) if dtype else float64_schedule(steps, tau)
+    short = schedule.respaced(n)
+    kept = np.linspace(0, steps - 1, n).round().astype(int).tolist() if n > 1 else [steps - 1]
+    assert short.timesteps == tuple(kept) and all(type(k) is int for k in short.timesteps)
+    assert short.num_train_timesteps == n and schedule.timesteps == tuple(range(steps))
+    if n == steps:
+        assert short is schedule
+        return
+    tolerance = 1e-6 if dtype else 1e-9
+    for name, wanted in definition(schedule, kept).items():
+        got = getattr(short, name)
+        assert got.dtype == schedule.betas.dtype, name
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=1e-12, msg=name)
+    assert NAMES == tuple(definition(schedule, kept))
+
+
+@pytest.mark.parametrize(
+    "num_steps, n, kept",
+    [
+        (128, 2, [0, 127]),
+        (128, 5, [0, 32, 64, 95, 127]),
+        (6, 4, [0, 2, 3, 5]),
+        (12, 8, [0, 2, 3, 5, 6, 8, 9, 11]),
+        (10, 1, [9]),
+    ],
+)
+def test_kept_steps(num_steps, n, kept):
+    schedule = pg.NoiseSchedule.cosine(num_steps)
+    short = schedule.respaced(n)
+    assert list(short.timesteps) == kept
+    assert short.respaced(n) is short and schedule.respaced(None) is schedule
+    assert short.to(torch.float64).timesteps == short.timesteps
+    torch.testing.assert_close(
+        short.alphas_cumprod, schedule.alphas_cumprod[kept], rtol=1e-5, atol=0
+    )
+
+
+def test_respacing_twice_keeps_original_steps():
+    schedule = float64_schedule(9, 1.0)
+    twice, once = schedule.respaced(5).respaced(3), schedule.respaced(3)
+    assert twice.timesteps == once.timesteps == (0, 4, 8)
+    for name in NAMES:
+        torch.testing.assert_close(getattr(twice, name), getattr(once, name), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, -1, 9, 2.5, "3", True])
+def test_numbers_of_inference_steps_that_cannot_be(n):
+    match = f"num_inference_steps must be from 1 to num_train_timesteps 8, got {n!r}"
+    with pytest.raises(pg.InputError, match=match):
+        pg.NoiseSchedule.cosine(8).respaced(n)

@@ -190,6 +190,9 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                 actions = torch.empty(batch, horizon, action_dim)
                 stride = -(-horizon * (state_dim + action_dim) // 16) * 16
                 official, paper = SamplerConfig.official(), SamplerConfig.paper()
+                exact = SamplerConfig.official(
+                    action_update="exact", denoiser_actions="clipped", clip_state_change=None
+                )
                 common = dict(
                     table=torch.empty(num_steps, 8),
                     space=space,
@@ -202,7 +205,7 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                 )
                 cases = [(2, 64, official)]
                 if state_dim == 19:
-                    cases += [(1, 64, official), (2, 0, official)]
+                    cases += [(1, 64, official), (2, 0, official), (2, 64, exact), (2, 0, exact)]
                     cases += [(2, 64, paper)] * (blocks == pair[1] and precision == "float16")
                 elif state_dim + 1 == MAX_ONE_LAYER_STATE_DIM:
                     cases += [(1, 64, official)]
@@ -225,7 +228,7 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                     )  # fmt: skip
                     name = f"guided_step {precision} D={state_dim} layers={num_layers} "
                     name += f"rows={blocks.block_rows}" + ("" if k else " last")
-                    name += "" if config is official else " paper"
+                    name += {official: "", paper: " paper", exact: " exact"}[config]
                     yield name, recorder.kernel, recorder.launches.pop()
             if precision == "float16" and state_dim in (19, 511):
                 initial_state.initial_state(options=options, **common)

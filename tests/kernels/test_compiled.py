@@ -16,7 +16,11 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 TARGETS = {
     80: (r"^(?!.*(W=(50|512)|paper))", "mma", 163 * 1024),
     90: ("", "wgmma", 227 * 1024),
-    100: (r"float16 (64x128x64|64x32x64|D=19 layers=2 rows=\d+( last)?)$", "tcgen05", 227 * 1024),
+    100: (
+        r"float16 (64x128x64|64x32x64|D=19 layers=2 rows=\d+( last)?( exact)?)$",
+        "tcgen05",
+        227 * 1024,
+    ),
 }
 GEFORCE_SHARED = 99 * 1024  # sm_86, sm_89, sm_120; their code is that of sm_80
 

@@ -37,6 +37,9 @@ CONFIGS = {
     "epsilon": official(prediction_type="epsilon"),
     "policy sampling": official(action_update="sample"),
     "policy sampling, paper": paper(action_update="sample"),
+    "exact": official(action_update="exact"),
+    "exact, paper": paper(action_update="exact", denoiser_actions="clipped"),
+    "exact, posterior mean": paper(action_update="exact", policy_input="posterior_mean"),
     "random actions": official(action_update="none"),
     "random actions, paper": paper(action_update="none"),
     "no clip": official(clip_std=None),
@@ -236,7 +239,7 @@ def test_every_shipped_tile(device, precision, rows):
     options=st.fixed_dictionaries(
         dict(
             prediction_type=st.sampled_from(["sample", "epsilon"]),
-            action_update=st.sampled_from(["score", "sample", "none"]),
+            action_update=st.sampled_from(["score", "sample", "exact", "none"]),
             clip_std=st.sampled_from([None, 0.5, 3.0]),
             clip_order=st.sampled_from(["before", "after"]),
             clip_final_actions=st.booleans(),
@@ -493,6 +496,29 @@ def test_noise_does_not_depend_on_the_tiling(device):
     got = small.run_kernel(MIDDLE, seed=(1, 2))
     assert torch.allclose(got[0], wanted[0][:7], atol=1e-6)
     assert torch.allclose(got[1], wanted[1][:7], atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [FIRST, MIDDLE, LAST])
+@torch.no_grad()
+def test_exact_draws_the_initial_actions_again(device, k):
+    """Step after step the actions are mean + std xi, xi the normals behind u_K; in the last the
+    mean is that at the states written."""
+    case = Case(
+        device, official(action_update="exact", clip_state_change=None), batch=65, horizon=4
+    )
+    seed = (2**40 + 7, 3)
+    _, xi, _ = initial_draws(device, case, seed)
+    states, actions, _ = case.run_kernel(k, seed=seed)
+    read = states if k == LAST else case.prediction.clone()
+    read = read[..., :5].clone()
+    read[:, 0] = case.s0
+    mean, std = case.policy(case.normalizer.unnormalize(read, "observations"))
+    wanted = case.normalizer.normalize(mean + std * xi, "actions")
+    torch.testing.assert_close(actions, wanted, rtol=1e-5, atol=1e-5)
+    others = case.run_kernel(k, seed=(seed[0], 4))[1]
+    assert not torch.isclose(others, actions).any(), "another call, other normals"
+    without = case.run_kernel(k, seed=seed, blocks=kernel.StepBlocks(64, 16, 4, 2))[1]
+    torch.testing.assert_close(without, actions, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

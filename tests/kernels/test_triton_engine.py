@@ -49,9 +49,9 @@ def build(device, config=None, seed=0, hidden=32, num_layers=2, bounds=False, **
     )
 
 
-def draw_noise(device, batch, seed=1):
+def draw_noise(device, batch, seed=1, steps=K):
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, H, S + 2), (batch, H, A), (K, batch, H, S + 2), (K, batch, H, A))
+    shapes = ((batch, H, S + 2), (batch, H, A), (steps, batch, H, S + 2), (steps, batch, H, A))
     return SampleNoise(*(torch.randn(s, generator=generator).to(device) for s in shapes))
 
 
@@ -62,10 +62,11 @@ def sample(engine, s0, guidance=0.05, generator=None, noise=None, return_chain=F
 
 def assert_same_chain(components, batch=3, guidance=0.05):
     device = components.device
-    s0, noise = torch.randn(batch, S, device=device), draw_noise(device, batch)
+    num_steps = components.num_steps
+    s0, noise = torch.randn(batch, S, device=device), draw_noise(device, batch, steps=num_steps)
     got = sample(TritonEngine(components, "float32"), s0, guidance, None, noise, True)
     wanted = sample(ReferenceEngine(components), s0, guidance, None, noise, True)
-    for step in range(K):
+    for step in range(num_steps):
         for name, mine, theirs in zip(("states", "actions"), got[2], wanted[2], strict=True):
             assert relative_error(mine[step], theirs[step]) < 1e-4, (step, name)
     assert torch.equal(got[0], got[2][0][-1]) and torch.equal(got[1], got[2][1][-1])
@@ -91,6 +92,15 @@ CONFIGS = {
     "paper, epsilon": pg.SamplerConfig.paper(),
     "noisy states": pg.SamplerConfig.official(policy_input="noisy"),
     "policy sampling, beta": pg.SamplerConfig.paper(action_update="sample"),
+    "exact": pg.SamplerConfig.official(action_update="exact"),
+    "exact, few steps, clipped": pg.SamplerConfig.paper(
+        action_update="exact",
+        prediction_type="sample",
+        denoiser_actions="clipped",
+        num_inference_steps=5,
+    ),
+    "few steps": pg.SamplerConfig.official(num_inference_steps=3),
+    "one step": pg.SamplerConfig.official(num_inference_steps=1),
     "quick preset": pg.SamplerConfig.official(
         clip_state_change=None, denoiser_actions="clipped", max_guidance=0.5
     ),
@@ -103,8 +113,11 @@ def test_chain_equals_the_reference(device, name):
     assert_same_chain(build(device, CONFIGS[name], bounds=bounds))
 
 
-def test_chain_of_the_papers_network(device):
-    assert_same_chain(build(device, step_conditioning="layer"))
+@pytest.mark.parametrize("num_inference_steps", [None, 3])
+def test_chain_of_the_papers_network(device, num_inference_steps):
+    """Whose layers have an embedding of their own for every step of training."""
+    config = pg.SamplerConfig.official(num_inference_steps=num_inference_steps)
+    assert_same_chain(build(device, config, step_conditioning="layer"))
 
 
 def test_chain_of_odd_widths(device):
@@ -336,6 +349,39 @@ def test_distribution_equals_the_reference(device, dtype="float16"):
             assert two_sample_ks(z[:, t, i], wanted_z[:, t, i]) > 1e-3
         for i in range(S + 2):
             assert two_sample_ks(x[:, t, i], wanted_x[:, t, i]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("num_inference_steps", [None, 3])
+def test_exact_actions_on_noise_of_the_kernels(device, dtype, num_inference_steps):
+    """z = (a - mean) / std at the states returned is xi: the same for any weights, standard normal;
+    in float16 off by the policy's rounding alone."""
+    config = pg.SamplerConfig.official(
+        action_update="exact", num_inference_steps=num_inference_steps
+    )
+    s0, z = torch.randn(200, S, device=device), []
+    for seed in (0, 1):
+        c = build(device, config, seed=seed)
+        parts = c.denoiser, c.policy, pg.NoiseSchedule.cosine(K), c.normalizer, config
+        sampler = pg.PolicyGuidedSampler(*parts, engine="triton", dtype=dtype)
+        batch = sampler.sample(s0, generator=torch.Generator(device).manual_seed(5))
+        with torch.no_grad():
+            mean, std = c.policy(batch.observations)
+        z.append((batch.actions - mean) / std)
+        assert batch.mean_change.shape == () and 0 < batch.mean_change < 10
+        again = sampler.sample(
+            s0, generator=torch.Generator(device).manual_seed(5), return_chain=True
+        )
+        before, after = c.normalizer.unnormalize(again.chain_actions[-2:], "actions")
+        wanted = ((after - before) / std).square().mean().sqrt()
+        torch.testing.assert_close(batch.mean_change, wanted, rtol=1e-3, atol=1e-4)
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    assert (z[0] - z[1]).abs().max() < tolerance
+    normal = torch.distributions.Normal(0.0, 1.0)
+    wanted = normal.sample((200_000,))
+    for t in (0, H - 1):
+        for i in range(A):
+            assert two_sample_ks(z[0][:, t, i].cpu(), wanted) > 1e-3
 
 
 def test_public_sampler(device):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -19,7 +19,7 @@ from polygrad_fast.sampling import linear
 
 S, A, H, K, B = 3, 2, 4, 6, 5
 D = S + 2
-ACTION_UPDATES = ["score", "sample", "none"]
+ACTION_UPDATES = ["score", "sample", "exact", "none"]
 
 
 def make_normalizer() -> pg.Normalizer:
@@ -121,6 +121,7 @@ def sampler_configs(draw) -> pg.SamplerConfig:
         scale_actions=draw(st.booleans()),
         denoiser_actions=draw(st.sampled_from(["raw", "clipped"])),
         max_guidance=draw(st.sampled_from([None, 0.1, 1.0])),
+        num_inference_steps=draw(st.sampled_from([None, 1, 2, K - 1, K])),
     )
 
 
@@ -180,8 +181,13 @@ def test_paper_preset_is_algorithm_2(num_steps, delta):
 def naive_step(case, config, k, prediction, x, u, s0, delta, z_x, z_u):
     """One step in float64, from the documentation of SamplerConfig; `case` holds the parts."""
     betas = case.schedule.betas
-    beta, alphabar = betas[k], (1 - betas[: k + 1]).prod()
-    previous = (1 - betas[:k]).prod()
+    num_steps = config.num_inference_steps or K
+    kept = [round(j * (K - 1) / max(1, num_steps - 1)) for j in range(num_steps)]
+    if num_steps == 1:
+        kept = [K - 1]
+    alphabar = (1 - betas[: kept[k] + 1]).prod()
+    previous = (1 - betas[: kept[k - 1] + 1]).prod() if k > 0 else torch.ones(())
+    beta = 1 - alphabar / previous
     variance = beta if config.variance_type == "beta" else beta * (1 - previous) / (1 - alphabar)
     noise_std = max(variance, 1e-20) ** 0.5
     n = case.normalizer
@@ -213,7 +219,9 @@ def naive_step(case, config, k, prediction, x, u, s0, delta, z_x, z_u):
         return torch.minimum(torch.maximum(a, low), high)
 
     raw = n.unnormalize(u, "actions")
-    if k == 0:
+    if config.action_update == "exact":
+        pass  # below: the last step's actions are those of the final states
+    elif k == 0:
         u = n.normalize(clip(raw), "actions") if config.clip_final_actions else u
     elif config.action_update == "sample":
         u = n.normalize(pi.mean + pi.stddev * z_u, "actions")
@@ -235,6 +243,9 @@ def naive_step(case, config, k, prediction, x, u, s0, delta, z_x, z_u):
     if k > 0 or config.variance_type == "beta":
         mean = mean + noise_std * z_x
     mean[:, 0, :S] = s0
+    if config.action_update == "exact":
+        pi = distribution(mean[..., :S] if k == 0 else states)
+        u = n.normalize(pi.mean + pi.stddev * z_u, "actions")
     return mean, u
 
 
@@ -262,9 +273,11 @@ class Float64Case:
 
     def run(self, config, k, delta, step=guided_step):
         x, u, prediction = self.x.clone(), self.u.clone(), self.prediction.clone()
-        arguments = (self.s0, k, self.policy, self.normalizer, self.schedule, config, delta)
+        schedule = self.schedule.respaced(config.num_inference_steps)
+        arguments = (self.s0, k, self.policy, self.normalizer, schedule, config, delta)
+        z_u = self.z_u if k or config.action_update == "exact" else None
         with torch.no_grad():
-            result = step(prediction, x, u, *arguments, self.z_x, self.z_u if k else None)
+            result = step(prediction, x, u, *arguments, self.z_x, z_u)
         assert torch.equal(x, self.x) and torch.equal(u, self.u), "the inputs must stay as they are"
         assert torch.equal(prediction, self.prediction)
         return result
@@ -278,8 +291,7 @@ class Float64Case:
     seed=st.integers(0, 2**31),
 )
 def test_one_step_of_every_option_matches_a_naive_float64_step(config, k, delta, seed):
-    # x0_hat moved along the score from noisy states has no meaning in the paper
-    case = Float64Case(seed)
+    case, k = Float64Case(seed), k % (config.num_inference_steps or K)
     x, u = case.run(config, k, delta)
     with torch.no_grad():
         arguments = (case.prediction, case.x, case.u, case.s0, delta, case.z_x, case.z_u)
@@ -329,8 +341,12 @@ def test_every_option_gives_finite_trajectories_from_s0(config, normalized, scal
     out = sampler.sample(s0, scale, generator, normalized=normalized, return_chain=True)
     assert out.observations.shape == (batch, H, S) and out.actions.shape == (batch, H, A)
     assert out.rewards.shape == out.terminals.shape == (batch, H)
-    assert out.chain_trajectories.shape == (K, batch, H, D)
-    assert out.chain_actions.shape == (K, batch, H, A)
+    num_steps = config.num_inference_steps or K
+    assert out.chain_trajectories.shape == (num_steps, batch, H, D)
+    assert out.chain_actions.shape == (num_steps, batch, H, A)
+    compares = config.action_update == "exact" and num_steps > 1
+    assert (out.mean_change is not None) == compares
+    assert not compares or (out.mean_change.shape == () and torch.isfinite(out.mean_change))
     for tensor in (out.observations, out.actions, out.rewards, out.chain_trajectories):
         assert tensor.dtype == torch.float32 and torch.isfinite(tensor).all()
     assert torch.equal(out.observations[:, 0], s0)
@@ -364,6 +380,7 @@ def constant_policy(mean=(0.3, -0.2), std=(0.15, 0.4)) -> pg.GaussianPolicy:
 @settings(max_examples=40, deadline=None)
 @given(config=sampler_configs(), scale=st.sampled_from([0.0, 0.01, 100.0]))
 def test_clipped_actions_stay_within_reach_of_the_policy(config, scale):
+    assume(config.action_update != "exact")
     config = replace(config, clip_std=1.5, clip_final_actions=True, update_states=False)
     sampler = make_sampler(config, policy=constant_policy(), action_bounds=(-1.0, 1.0))
     actions = sampler.sample(make_observations(), scale, torch.Generator().manual_seed(0)).actions
@@ -523,7 +540,7 @@ def test_draw_order_is_the_released_codes(action_update):
     states, actions = [], []
     for step in range(K):
         states.append(torch.randn(B, H, D, generator=g))
-        drawn = step < K - 1 and action_update != "none"
+        drawn = step < K - 1 and action_update in ("score", "sample")
         actions.append(torch.randn(B, H, A, generator=g) if drawn else torch.full((B, H, A), 1e9))
     noise = pg.SampleNoise(*initial, torch.stack(states), torch.stack(actions))
     by_hand = sampler.sample(s0, noise=noise)

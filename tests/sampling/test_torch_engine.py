@@ -1,6 +1,8 @@
 """Engine "torch" computes what the reference computes."""
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
 from polygrad_fast.sampling import linear, torch_engine, torch_step
 from polygrad_fast.sampling.components import SamplerComponents
 from polygrad_fast.sampling.linear import LinearOps
+from polygrad_fast.sampling.noise import LoopNormals
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 
@@ -82,8 +85,16 @@ def single_step(engine: TorchEngine, step: int, x, u, s0, noise, guidance_scale)
     """Run one step of an engine from given states and actions."""
     engine = copy.copy(engine)
     engine.constants = engine.constants[step : step + 1]
-    one = pg.SampleNoise(x, u, noise.trajectories[step : step + 1], noise.actions[step : step + 1])
-    return engine.sample(s0, guidance_scale, None, one, False)[:2]
+    whole = LoopNormals(engine.components, len(s0), noise=noise)
+    normals = SimpleNamespace(
+        initial_trajectories=x, initial_actions=u, step=lambda _, k: whole.step(step, k)
+    )
+    with torch.no_grad():
+        engine.denoiser.refresh()
+        engine.step.refresh(guidance_scale)
+        ws = engine._new_workspace(len(s0))
+        engine._loop(ws, s0, normals, 0)
+    return ws.trajectory, ws.actions
 
 
 def assert_steps_agree(engine, c, s0, noise, guidance_scale, tolerance):
@@ -113,7 +124,7 @@ def test_released_chain(name):
 
 @st.composite
 def configs(draw):
-    action_update = draw(st.sampled_from(["score", "sample", "none"]))
+    action_update = draw(st.sampled_from(["score", "sample", "exact", "none"]))
     policy_input = draw(st.sampled_from(["denoised", "posterior_mean", "noisy"]))
     may_update_states = action_update == "score" and policy_input != "noisy"
     return pg.SamplerConfig(
@@ -130,6 +141,7 @@ def configs(draw):
         scale_actions=draw(st.booleans()),
         denoiser_actions=draw(st.sampled_from(["raw", "clipped"])),
         max_guidance=draw(st.sampled_from([None, 0.3])),
+        num_inference_steps=draw(st.sampled_from([None, None, 1, 2])),
     )
 
 
@@ -156,6 +168,9 @@ def test_every_option(
     guidance_scale,
     as_tensor,
 ):
+    if config.num_inference_steps is not None:
+        fewer = min(config.num_inference_steps, num_steps)
+        config = replace(config, num_inference_steps=fewer)
     c = make_components(
         kind, horizon, num_steps, config, normed_inputs=normed_inputs, num_layers=num_layers
     )
@@ -360,7 +375,7 @@ def test_samplers_side_by_side_and_changing_batch_sizes():
             assert len(engine._workspaces) <= torch_engine.MAX_WORKSPACES
 
 
-@pytest.mark.parametrize("action_update", ["score", "sample", "none"])
+@pytest.mark.parametrize("action_update", ["score", "sample", "exact", "none"])
 def test_same_seed_same_trajectories_as_the_reference(action_update):
     c = make_components(config=pg.SamplerConfig.official(action_update=action_update))
     s0 = torch.randn(20, S)
@@ -421,10 +436,12 @@ class Scaled(pg.GaussianPolicy):
         return 0.5 * mean, std
 
 
-@pytest.mark.parametrize("update_states", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"update_states": True}, {"action_update": "exact", "num_inference_steps": 4}]
+)
 @pytest.mark.parametrize("make", [StateDependentPolicy, lambda: Scaled(S, A, hidden_dim=16)])
-def test_foreign_policy(make, update_states):
-    config = pg.SamplerConfig.official(update_states=update_states, max_guidance=0.4)
+def test_foreign_policy(make, options):
+    config = pg.SamplerConfig.official(max_guidance=0.4, **options)
     c = make_components(config=config)
     c = with_modules(c, policy=make())
     s0, noise = torch.randn(7, S), make_noise(c, 7)
@@ -574,10 +591,16 @@ class TracedGraphs:
 
 
 @pytest.mark.parametrize("kind", DENOISERS)
-@pytest.mark.parametrize("update_states", [False, True])
-def test_what_a_graph_would_capture(kind, update_states):
-    config = pg.SamplerConfig.official(update_states=update_states, denoiser_actions="clipped")
-    c = make_components(kind, num_steps=2, config=config)
+@pytest.mark.parametrize("update", ["score", "states", "exact"])
+def test_what_a_graph_would_capture(kind, update):
+    update_states = update == "states"
+    config = pg.SamplerConfig.official(
+        update_states=update_states,
+        denoiser_actions="clipped",
+        action_update="exact" if update == "exact" else "score",
+        num_inference_steps=2,
+    )
+    c = make_components(kind, num_steps=4, config=config)
     engine = TorchEngine(c)
     engine._captures = engine.step.captures = engine._held.fixed_addresses = True
     engine._graphs, engine.step.policy.exp2 = TracedGraphs(), False  # as on a GPU

@@ -437,7 +437,7 @@ class PolyGRAD:
         if found is not None:
             agent = cls._from_checkpoint(found, given, stored)
         else:
-            agent = cls(**constructor_arguments(stored, given))
+            agent = cls(config=config, **constructor_arguments(stored, given))
         agent._continue_in(checkpoints, tensorboard)
         return agent
 
@@ -454,7 +454,8 @@ class PolyGRAD:
                 raise CheckpointError(
                     f"checkpoint {path} is of another run than its config.json: {differs[1]}"
                 )
-        agent = cls(**constructor_arguments(metadata, given))
+        config = from_dict(metadata["config"], TrainConfig)
+        agent = cls(config=config, **constructor_arguments(metadata, given))
         agent.training.load_weights(weights)
         agent.training.num_timesteps = metadata["num_timesteps"]
         agent._can_learn = state is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import refuse_lost_progress
@@ -59,7 +58,8 @@ def checkpoint_to_resume(run_dir: Path, interval: int) -> tuple[Path | None, Che
 
 
 def constructor_arguments(metadata: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return what builds the agent again that config.json or a checkpoint describes.
+    """Return what builds the agent again that config.json or a checkpoint describes, but for its
+    configuration.
 
     Args:
         metadata: its content.
@@ -100,6 +100,5 @@ def constructor_arguments(metadata: dict[str, Any], given: dict[str, Any]) -> di
     return {
         "preset": metadata["preset"],
         "seed": metadata["seed"],
-        "config": from_dict(metadata["config"], TrainConfig),
         **given,
     }

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.errors import InputError, NonFiniteError
-from polygrad_fast.profiling import annotate
 from polygrad_fast.runs.checkpoint import read_metadata
 from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import locked, refuse_another_run
@@ -112,15 +111,13 @@ class Run:
             NonFiniteError: a weight is not finite; then no good checkpoint is replaced.
         """
         if self._checkpoints is not None:
-            with annotate("checkpoint"):
-                _check_finite(weights)
-                self._checkpoints.save(step, weights, state, self.metadata(step))
+            _check_finite(weights)
+            self._checkpoints.save(step, weights, state, self.metadata(step))
 
     def save_best(self, step: int, weights: dict[str, Tensor]) -> None:
         """Write the best checkpoint in place of the former one."""
         if self._checkpoints is not None:
-            with annotate("checkpoint"):
-                self._checkpoints.save_best(weights, self.metadata(step))
+            self._checkpoints.save_best(weights, self.metadata(step))
 
     def extend(self, step: int, config: dict[str, Any]) -> None:
         """Let config.json say how long the run is to be, at an environment step."""

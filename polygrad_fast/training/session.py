@@ -11,6 +11,7 @@ import torch
 
 from polygrad_fast.errors import NonFiniteError
 from polygrad_fast.evaluation.evaluator import Evaluator
+from polygrad_fast.profiling import annotate
 from polygrad_fast.runs.interrupts import stop_on_signals
 from polygrad_fast.runs.run import Run
 from polygrad_fast.training.estimate import Speed, TimeLeft, remaining_counts, time_left
@@ -131,7 +132,8 @@ class Session:
         with self.training.speed.measured("evaluation"):
             result = self.evaluator.evaluate(self.training.config.eval_episodes)
             if self.evaluator.is_best(result):
-                self.run.save_best(step, self.training.weights())
+                with annotate("checkpoint"):
+                    self.run.save_best(step, self.training.weights())
                 self.evaluator.best_mean_reward = result.mean_reward
             return {
                 "eval/mean_reward": result.mean_reward,
@@ -151,9 +153,11 @@ class Session:
             self._stop()
 
     def _save(self) -> None:
-        training = self.training
-        state = training.state_dict() | self.evaluator.state_dict()
-        self.run.save(training.num_timesteps, training.weights(), state)
+        if self.run.directory is not None:
+            training = self.training
+            with annotate("checkpoint"):
+                state = training.state_dict() | self.evaluator.state_dict()
+                self.run.save(training.num_timesteps, training.weights(), state)
 
     def _save_before(self, error: BaseException) -> None:
         """Save the state before an error ends the training, if it is one to continue from."""

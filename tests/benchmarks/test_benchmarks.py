@@ -387,7 +387,14 @@ def test_what_was_measured_is_left_out_on_resume(tmp_path, monkeypatch):
     )
     words = ["--env-id", "Pendulum-v1", "--seeds", "1", "2", "--rows", str(tmp_path / "rows.jsonl")]
     (row, _) = module.rows_of(
-        SimpleNamespace(env_id=["Pendulum-v1"], preset="quick", seeds=[1, 2], smoke=False), made
+        SimpleNamespace(
+            env_id=["Pendulum-v1"],
+            preset="quick",
+            world_model="trajectory_diffusion",
+            seeds=[1, 2],
+            smoke=False,
+        ),
+        made,
     )
     RowFile(tmp_path / "rows.jsonl").add(row)
     module.main([*words, "--resume"])

@@ -54,8 +54,8 @@ class Train:
     """Gymnasium environment with Box observations and actions, e.g. Hopper-v5."""
     run_dir: str = ""
     """Where metrics, checkpoints and the learning curve go; default runs/ENV_ID-PRESET-SEED."""
-    preset: Literal["default", "quick", "paper"] = "default"
-    """Released code's settings, CPU-sized, or the paper's text."""
+    preset: Literal["default", "laptop", "quick", "paper"] = "default"
+    """Released code's settings, locomotion on a CPU, small tasks on a CPU, or the paper's text."""
     seed: int = 0
     device: str = "auto"
     resume: bool = False

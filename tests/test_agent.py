@@ -781,6 +781,37 @@ def test_the_best_so_far_is_what_was_kept(tmp_path):
     assert (agent.evaluator.best_mean_reward, agent.best_timestep()) == (kept + 1, 20)
 
 
+@pytest.mark.parametrize("preserve", [False, True])
+def test_refreshed_moments_leave_the_policy_as_it_is_where_asked_to(preserve):
+    config = tiny_config(
+        learning_starts=190,  # Pendulum's first episode ends at 200
+        policy__normed_inputs=True,
+        normalizer__refresh="episode",
+        normalizer__preserve_functions=preserve,
+        policy_updates_per_env_step=0.0,
+    )
+    agent = pg.PolyGRAD("Pendulum-v1", config=config)
+    observations = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    agent.learn(195)
+    before, mean = agent.predict(observations, True)[0], agent.normalizer.observations_mean.clone()
+    agent.learn(10)
+    assert not torch.equal(mean, agent.normalizer.observations_mean)
+    change = np.abs(agent.predict(observations, True)[0] - before).max()
+    assert (change < 1e-5) == preserve, change
+
+
+def test_moments_cannot_be_folded_into_any_policy():
+    config = tiny_config(policy__normed_inputs=True, normalizer__preserve_functions=True)
+    normalizer = pg.Normalizer(3, 1)
+    policy = pg.GaussianPolicy(3, 1, 8, normed_inputs=True, normalizer=normalizer)
+    policy.network = torch.nn.Sequential(torch.nn.LayerNorm(3), *policy.network)
+    with pytest.raises(pg.InputError, match="preserve_functions must be False .* got True"):
+        pg.PolyGRAD(
+            "Pendulum-v1", config=replace(config, a2c=replace(config.a2c, saturation_coef=0.0)),
+            policy=policy,
+        )  # fmt: skip
+
+
 def test_a_callback_that_raises_loses_nothing(tmp_path):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
 

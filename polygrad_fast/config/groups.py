@@ -217,6 +217,9 @@ class A2CConfig(Options):
     actor_learning_rate: float = 3e-5
     """Start and upper bound of the learned actor learning rate."""
     critic_learning_rate: float = 3e-4
+    terminal_step_weight: float = 0.0
+    """Weight in the losses of the step that ends a trajectory, whose reward and missing future the
+    policy answers for; 0 in the released code, where only the steps before it count."""
     max_grad_norm: float | None = 0.1
     """Gradient norm limit, for actor and critic each; None: no clipping."""
     normalize_advantages: bool = True
@@ -237,7 +240,7 @@ class A2CConfig(Options):
     they are."""
 
     def _check_ranges(self) -> None:
-        for name in ("gamma", "gae_lambda", "target_critic_decay"):
+        for name in ("gamma", "gae_lambda", "target_critic_decay", "terminal_step_weight"):
             self._check(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
         self._check_positive(
             "actor_learning_rate",
@@ -310,6 +313,9 @@ class NormalizerConfig(Options):
     refresh: Literal["episode", "prefill"] = "episode"
     """After each episode (released code), or only once, after the prefill: networks that read
     normalized observations then keep their meaning while the data change."""
+    preserve_functions: bool = False
+    """Fold every refresh into the first layers of policy and value function, so that they stay the
+    same functions of raw observations; without effect on networks that read raw ones."""
     min_std_observations: float = 1e-3
     min_std_actions: float = 1e-3
     min_std_rewards: float = 1e-3

@@ -39,6 +39,11 @@ class TrainConfig(Options):
     """Environment steps of the command line's run, the prefill included."""
     imagined_batch_size: int = 1024
     """Imagined trajectories per policy update."""
+    newest_start_states: int = 20_000
+    """How many start states count as the newest."""
+    share_of_newest: float = 0.0
+    """Share of the imagined trajectories that start in one of these; the others, and in the
+    released code all, start anywhere in the data."""
     policy_updates_per_env_step: float = 0.25
     learning_starts: int = 5000
     """Environment steps with random actions before any training."""
@@ -83,6 +88,8 @@ class TrainConfig(Options):
             f"at least the horizon, {self.horizon} (training needs a whole window)",
         )
         self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
+        self._check_at_least(1, "newest_start_states")
+        self._check(0 <= self.share_of_newest <= 1, "share_of_newest", "in [0, 1]")
         self._check_positive("cpu_threads")
 
     @property
@@ -227,4 +234,52 @@ def _quick(env_id: str) -> TrainConfig:
     )
 
 
-PRESETS = {"default": _default, "paper": _paper, "quick": _quick}
+def _laptop(env_id: str) -> TrainConfig:
+    """Locomotion on two CPU cores: one configuration for all environments.
+
+    Actions are exactly on-policy (action update "exact"), half of the imagined trajectories start
+    in the newest states, moments are refreshed without a change of policy and values, and the step
+    that ends a trajectory counts.
+    """
+    return TrainConfig(
+        horizon=10,
+        schedule=ScheduleConfig(num_train_timesteps=16, tau=1.0),
+        sampler=SamplerConfig.official(
+            action_update="exact", clip_state_change=None, denoiser_actions="clipped"
+        ),
+        denoiser=DenoiserConfig(
+            hidden_dim=256,
+            num_layers=3,
+            learning_rate=1e-3,
+            ema_decay=0.95,
+            ema_start=0,
+            updates_per_env_step=0.5,
+            pretrain_updates=1000,
+        ),
+        autoregressive=AutoregressiveConfig(batch_size=32, pretrain_updates=1000),
+        policy=PolicyConfig(hidden_dim=64, init_std=0.6, min_std=0.15, normed_inputs=True),
+        a2c=A2CConfig(
+            actor_learning_rate=3e-3,
+            actor_learning_rate_lr=0.03,
+            critic_learning_rate=1e-3,
+            target_critic_decay=0.98,
+            target_update=0.02,
+            line_search_tolerance=0.4,
+            terminal_step_weight=1.0,
+            reward_rms=0.1,
+        ),
+        normalizer=NormalizerConfig(
+            preserve_functions=True, min_std_rewards=0.1, min_std_terminals=0.1
+        ),
+        total_timesteps=100_000,
+        imagined_batch_size=256,
+        share_of_newest=0.5,
+        learning_starts=2000,
+        policy_delay_steps=0,
+        replay_capacity=500_000,
+        eval_interval=5000,
+        cpu_threads=1,
+    )
+
+
+PRESETS = {"default": _default, "laptop": _laptop, "paper": _paper, "quick": _quick}

@@ -193,15 +193,23 @@ class ReplayBuffer:
             return self._gather(self._draw(batch_size, generator))
 
     def sample_initial_observations(
-        self, batch_size: int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        num_newest: int = 1,
+        share_of_newest: float = 0.0,
     ) -> Tensor:
-        """Draw the first observations of uniformly drawn windows, without gathering the rest.
+        """Draw the first observations of windows, without gathering the rest.
 
-        With a generator in the same state these are the first observations of what `sample` gives.
+        Without a share of the newest, and with a generator in the same state, these are the first
+        observations of what `sample` gives.
 
         Args:
             batch_size: B, at least 1.
             generator: source of the draw; the default generator if None.
+            num_newest: how many windows count as the newest, at least 1.
+            share_of_newest: in [0, 1]; so many of the B, rounded down, come first and are drawn
+                from the newest windows, the others from all.
 
         Returns:
             float32 [B, S], raw.
@@ -210,7 +218,11 @@ class ReplayBuffer:
             InputError: batch_size below 1, or no valid window yet.
         """
         with annotate("replay_sample"):
-            picks = self._draw(batch_size, generator)
+            count = int(share_of_newest * as_integer(batch_size, "batch_size", 1))
+            oldest = max(0, self.num_windows - num_newest)
+            parts = [self._draw(count, generator, oldest)] if count else []
+            parts += [self._draw(batch_size - count, generator)] if count < batch_size else []
+            picks = torch.cat(parts)
             starts = self._starts[(picks + self._first_start) % self.capacity, 0]
             return self._steps[starts % self.capacity, : self.observation_dim]
 
@@ -369,8 +381,8 @@ class ReplayBuffer:
         self._starts[ring.to(self.device)] = rows.to(self.device)
         self._end_start += stop - first
 
-    def _draw(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
-        """Draw B numbers in [0, num_windows), int64 [B] on the buffer's device."""
+    def _draw(self, batch_size: int, generator: torch.Generator | None, oldest: int = 0) -> Tensor:
+        """Draw B numbers in [oldest, num_windows), int64 [B] on the buffer's device."""
         batch_size = as_integer(batch_size, "batch_size", 1)
         if self.num_windows == 0:
             raise InputError(
@@ -378,7 +390,8 @@ class ReplayBuffer:
                 f"up to a terminal step, got {self.num_steps} steps and no valid window"
             )
         device = self.device if generator is None else generator.device
-        picks = torch.randint(self.num_windows, (batch_size,), generator=generator, device=device)
+        highest = self.num_windows
+        picks = torch.randint(oldest, highest, (batch_size,), generator=generator, device=device)
         return picks.to(self.device)
 
     def _gather(self, picks: Tensor) -> Windows:

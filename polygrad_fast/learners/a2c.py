@@ -54,6 +54,16 @@ def generalized_advantages(
     return advantages
 
 
+def step_weights(terminals: Tensor, terminal_step_weight: float) -> Tensor:
+    """Return the weights of steps in the losses, [B, H] -> [B, H]: 1 before the first terminal one,
+    `terminal_step_weight` at it, 0 after it."""
+    before = (1.0 - terminals).cumprod(dim=1)
+    if terminal_step_weight == 0:
+        return before
+    reached = torch.cat([torch.ones_like(before[:, :1]), before[:, :-1]], dim=1)
+    return before + terminal_step_weight * (reached - before)
+
+
 def _distinct(tensor: Tensor) -> Tensor:
     """Return each number of an expanded tensor once: PyTorch's mean over axes of stride 0 adds up
     rounding errors, 1e-4 in 50,000 equal float32 numbers."""
@@ -156,10 +166,10 @@ class ActorCritic:
     ) -> dict[str, float]:
         """Take one actor and one critic step on imagined trajectories.
 
-        Advantages come from GAE with the target critic; steps from the first terminal on carry
-        weight 0; the actor's step is scaled until mean |log pi_new - log pi_old| is within
-        tolerance of `target_update` (appendix A). Unlike the released code, the Adam direction is
-        computed once and only scaled, log-std included.
+        Advantages come from GAE with the target critic; steps after the first terminal one carry
+        weight 0, that one `terminal_step_weight`; the actor's step is scaled until mean
+        |log pi_new - log pi_old| is within tolerance of `target_update` (appendix A). Unlike the
+        released code, the Adam direction is computed once and only scaled, log-std included.
 
         Args:
             observations: normalized [B, H, S]. actions: normalized [B, H, A]. rewards: normalized
@@ -209,7 +219,7 @@ class ActorCritic:
             value_targets = advantages + target_values[:, :-1]
             if config.normalize_advantages:
                 advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-            weights = (1.0 - terminals[:, :-1]).cumprod(dim=1)
+            weights = step_weights(terminals[:, :-1], config.terminal_step_weight)
 
         if config.saturation_coef > 0:
             mean, std, policy_outputs = _moments_and_outputs(
@@ -270,6 +280,37 @@ class ActorCritic:
                 policy_inputs, raw_actions, old_log_prob.detach(), target_update
             )
         return metrics
+
+    @torch.no_grad()
+    def keep_functions(self, mean: Tensor, scale: Tensor) -> None:
+        """Keep policy and values the same functions of raw observations, after the normalizer's
+        moments of observations have changed from `mean` and `scale` [S]."""
+        ratio = self.normalizer.observations_scale / scale
+        shift = (self.normalizer.observations_mean - mean) / scale
+        for first in self.first_layers():
+            first.bias += first.weight @ shift
+            first.weight *= ratio
+
+    def first_layers(self) -> list[nn.Linear]:
+        """Return the first layers of the networks that read normalized observations.
+
+        Raises:
+            InputError: such a policy does not begin with a Linear, as `network[0]`.
+        """
+        networks = [self.policy] if reads_normalized(self.policy) else []
+        if self.normed_inputs:
+            networks += [self.value_function, self.target_value_function]
+        firsts = []
+        for owner in networks:
+            network = getattr(owner, "network", None)
+            first = network[0] if isinstance(network, nn.Sequential) and len(network) else None
+            if not isinstance(first, nn.Linear) or first.bias is None:
+                raise InputError(
+                    f"normalizer.preserve_functions must be False for {type(owner).__name__}, "
+                    f"whose network[0] is not a Linear with a bias, got True"
+                )
+            firsts.append(first)
+        return firsts
 
     def _moments(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the policy's mean and std at inputs in the space it reads."""

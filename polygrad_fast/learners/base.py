@@ -40,6 +40,10 @@ class Learner(Protocol):
             NonFiniteError: an update met NaN.
         """
 
+    def keep_functions(self, mean: Tensor, scale: Tensor) -> None:
+        """Keep policy and values the same functions of raw observations, after the normalizer's
+        moments of observations have changed from `mean` and `scale` [S]."""
+
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by name, the policy's among them: their weights are saved."""
 

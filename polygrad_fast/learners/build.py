@@ -45,7 +45,16 @@ def build_policy(
 def build_learner(
     config: TrainConfig, policy: nn.Module, normalizer: Normalizer, device: torch.device
 ) -> ActorCritic:
-    """Return the actor-critic that trains a policy, with a new value function, on a device."""
+    """Return the actor-critic that trains a policy, with a new value function, on a device.
+
+    Raises:
+        InputError: an option does not fit the policy.
+    """
     c = config.policy
     value_function = ValueFunction(normalizer.observation_dim, c.hidden_dim, c.num_layers)
-    return ActorCritic(policy, value_function.to(device), normalizer, config.a2c, c.normed_inputs)
+    learner = ActorCritic(
+        policy, value_function.to(device), normalizer, config.a2c, c.normed_inputs
+    )
+    if config.normalizer.preserve_functions:
+        learner.first_layers()  # refused now or never
+    return learner

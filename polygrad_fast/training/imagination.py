@@ -192,9 +192,11 @@ class ImaginationTraining:
         Raises:
             InputError: no window in the buffer yet.
         """
-        generator = self.streams.generator
+        generator, c = self.streams.generator, self.config
         with annotate("imagine"):
-            observations = self.replay.sample_initial_observations(num_trajectories, generator)
+            observations = self.replay.sample_initial_observations(
+                num_trajectories, generator, c.newest_start_states, c.share_of_newest
+            )
             if normalized:
                 observations = self.normalizer.normalize(observations, "observations")
             policy = self.learner.policy
@@ -293,7 +295,11 @@ class ImaginationTraining:
 
     def _refresh_normalizer(self) -> None:
         with annotate("normalizer_update"):
-            self.normalizer.update(self.replay.moments(), self.config.normalizer.min_std())
+            c, normalizer = self.config.normalizer, self.normalizer
+            before = normalizer.observations_mean.clone(), normalizer.observations_scale.clone()
+            normalizer.update(self.replay.moments(), c.min_std())
+            if c.preserve_functions and self.num_timesteps >= self.config.learning_starts:
+                self.learner.keep_functions(*before)
 
     def _add_metric(self, name: str, value: float) -> None:
         entry = self._sums.setdefault(name, [0.0, 0.0])

@@ -158,6 +158,12 @@ def test_quick_has_only_the_settings_of_inverted_pendulum_for_others(env_id):
     assert quick("quick", "module:Pendulum-v0") == quick("quick", "Pendulum-v1")
 
 
+def test_laptop_is_one_configuration():
+    laptop = pg.TrainConfig.from_preset
+    assert len({repr(laptop("laptop", name)) for name in ("", "Hopper-v5", "Pendulum-v1")}) == 1
+    assert laptop("laptop").sampler.action_update == "exact"
+
+
 def test_official_sampler_is_the_released_code():
     assert dataclasses.asdict(pg.SamplerConfig.official()) == {
         "prediction_type": "sample",

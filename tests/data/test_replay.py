@@ -163,7 +163,31 @@ def test_sample_draws_one_randint(monkeypatch):
     calls, randint = [], torch.randint
     monkeypatch.setattr(torch, "randint", lambda *a, **k: calls.append(a) or randint(*a, **k))
     buffer.sample(16)
-    assert calls == [(30, (16,))]
+    assert calls == [(0, 30, (16,))]
+
+
+@pytest.mark.parametrize("share, newest", [(0.0, 0), (0.25, 100), (0.5, 200), (1.0, 401)])
+def test_a_share_of_the_starts_are_the_newest(share, newest):
+    buffer = fill(ReplayBuffer(60, 5, S, A), flatten([(50, True, False)]))
+    generator = torch.Generator().manual_seed(0)
+    drawn = buffer.sample_initial_observations(401, generator, 10, share)
+    wanted, _, _ = step_values(0)
+    steps = (drawn[:, 0] - wanted[0]).numpy()  # the first entry counts the steps
+    scale = step_values(1)[0][0] - wanted[0]
+    steps = np.rint(steps / scale).astype(int)
+    assert ((steps[:newest] >= 40) & (steps[:newest] < 50)).all()
+    if newest < 401:
+        assert steps[newest:].min() < 40 and len(set(steps[newest:])) > 20
+    assert len(set(steps[:newest])) == min(newest, 10)
+
+
+def test_more_newest_starts_than_there_are_is_all_of_them():
+    buffer = fill(ReplayBuffer(60, 5, S, A), flatten([(30, True, False)]))
+    some, every = (
+        buffer.sample_initial_observations(50, torch.Generator().manual_seed(0), *options)
+        for options in ((1000, 1.0), ())
+    )
+    assert torch.equal(some, every)
 
 
 def test_a_window_does_not_alias_the_ring():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
 import polygrad_fast as pg
-from polygrad_fast.learners.a2c import generalized_advantages
+from polygrad_fast.learners.a2c import generalized_advantages, step_weights
 from polygrad_fast.policy import log_prob
 
 S, A, B, H = 4, 2, 16, 6
@@ -305,6 +305,66 @@ def test_losses_against_a_naive_loop(normed_inputs, normalize_advantages):
     metrics = actor_critic.update(**batch)
     assert metrics["actor_loss"] == pytest.approx(actor_loss / (B * (H - 1)), rel=1e-4, abs=1e-5)
     assert metrics["critic_loss"] == pytest.approx(critic_loss / (B * (H - 1)), rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_step_weights(weight):
+    terminals = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    wanted = [[1, 1, 1], [1, weight, 0], [weight, 0, 0], [1, 1, weight]]
+    assert step_weights(terminals, weight).tolist() == wanted
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_the_terminal_step_weighs_what_is_asked_for(weight):
+    config = pg.A2CConfig(normalize_advantages=False, entropy_coef=0.0, gae_lambda=0.0)
+    batch = make_batch(terminal_rate=0.0)
+    batch["terminals"][:, 2:] = 1.0
+    losses = []
+    for share in (0.0, weight, 1.0):
+        changed = replace(config, terminal_step_weight=share)
+        metrics = make_actor_critic(changed).update(**batch)
+        losses.append((metrics["actor_loss"], metrics["critic_loss"]))
+    actor_critic, normalizer = make_actor_critic(config), make_normalizer()
+    with torch.no_grad():
+        value = actor_critic.value_function(batch["observations"][:, 2])
+        reward = batch["rewards"][:, 2]
+        mean, std = actor_critic.policy.distribution(batch["observations"][:, 2])
+        action = normalizer.unnormalize(batch["actions"][:, 2], "actions")
+        log_pi = torch.distributions.Normal(mean, std).log_prob(action).sum(-1)
+        advantage = reward - value  # nothing follows
+    added = [-(log_pi * advantage).sum() / (B * (H - 1))]
+    added.append(0.5 * advantage.square().sum() / (B * (H - 1)))
+    for without, half, whole, wanted in zip(*losses, added, strict=True):
+        assert whole - without == pytest.approx(wanted.item(), rel=1e-3, abs=1e-4)
+        assert half - without == pytest.approx(weight * wanted.item(), rel=1e-3, abs=1e-4)
+
+
+def moved_moments(normalizer: pg.Normalizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Change the observations' moments and return what they were."""
+    before = normalizer.observations_mean.clone(), normalizer.observations_scale.clone()
+    normalizer.observations_mean += torch.linspace(-1.0, 2.0, S)
+    normalizer.observations_scale *= torch.linspace(0.2, 5.0, S)
+    return before
+
+
+@pytest.mark.parametrize("policy_normed", [False, True])
+@pytest.mark.parametrize("values_normed", [False, True])
+def test_functions_of_raw_observations_survive_other_moments(policy_normed, values_normed):
+    actor_critic = make_actor_critic(normed_inputs=policy_normed)
+    actor_critic.normed_inputs = values_normed
+    normalizer, raw = actor_critic.normalizer, 3.0 * torch.randn(64, S)
+    critics = actor_critic.value_function, actor_critic.target_value_function
+
+    def outputs():
+        normed = normalizer.normalize(raw, "observations")
+        inputs = normed if values_normed else raw
+        with torch.no_grad():
+            return [actor_critic.policy(raw)[0], *(critic(inputs) for critic in critics)]
+
+    before = outputs()
+    actor_critic.keep_functions(*moved_moments(normalizer))
+    for was, now in zip(before, outputs(), strict=True):
+        torch.testing.assert_close(now, was, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import polygrad_fast as pg
@@ -18,6 +19,7 @@ from polygrad_fast.sampling.components import SamplerComponents
 
 RECORDED = Path(__file__).parent / "fixtures" / "official"
 INDEX = json.loads((RECORDED / "index.json").read_text())
+ACTION_UPDATES = ("score", "sample", "exact", "none")
 SAMPLES = [name for name in INDEX if name.startswith("sample_")]
 UPDATE = {"grad": "score", "sample": "sample", "none": "none"}
 """Names of action updates: the released code's to ours."""
@@ -51,6 +53,30 @@ def tiny_config(**overrides) -> pg.TrainConfig:
         "total_timesteps": 150,
     }
     return changed(pg.TrainConfig.from_preset("quick", "Pendulum-v1"), **(options | overrides))
+
+
+@st.composite
+def sampler_configs(draw, num_inference_steps=(None, 1, 2)) -> pg.SamplerConfig:
+    """Draw a sampler's configuration of every combination of options."""
+    action_update = draw(st.sampled_from(ACTION_UPDATES))
+    policy_input = draw(st.sampled_from(["denoised", "posterior_mean", "noisy"]))
+    moves_states = action_update == "score" and policy_input != "noisy"
+    return pg.SamplerConfig(
+        prediction_type=draw(st.sampled_from(["sample", "epsilon"])),
+        action_update=action_update,
+        clip_std=draw(st.sampled_from([None, 0.5, 3.0])),
+        clip_order=draw(st.sampled_from(["before", "after"])),
+        clip_final_actions=draw(st.booleans()),
+        policy_input=policy_input,
+        update_states=moves_states and draw(st.booleans()),
+        clip_state_change=draw(st.sampled_from([None, 0.05, 0.25])),
+        clip_state_change_steps=draw(st.sampled_from([0, 1, 3, 11])),
+        variance_type=draw(st.sampled_from(["posterior", "beta"])),
+        scale_actions=draw(st.booleans()),
+        denoiser_actions=draw(st.sampled_from(["raw", "clipped"])),
+        max_guidance=draw(st.sampled_from([None, 0.1, 1.0])),
+        num_inference_steps=draw(st.sampled_from(num_inference_steps)),
+    )
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

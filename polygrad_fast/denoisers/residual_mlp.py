@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from polygrad_fast.arguments import as_integer
 from polygrad_fast.denoisers.step_embedding import RandomFourierFeatures, check_inputs, step_mlp
 from polygrad_fast.errors import InputError
 from polygrad_fast.structure import structure
@@ -70,8 +71,7 @@ class ResidualMLPDenoiser(nn.Module):
             ("hidden_dim", hidden_dim),
             ("num_layers", num_layers),
         ):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+            as_integer(value, name, 1)
         self.observation_dim, self.action_dim, self.horizon = observation_dim, action_dim, horizon
         self.hidden_dim, self.num_layers = hidden_dim, num_layers
         self.step_conditioning = step_conditioning

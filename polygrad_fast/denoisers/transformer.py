@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polygrad_fast.arguments import as_integer
 from polygrad_fast.denoisers.step_embedding import SinusoidalFeatures, check_inputs, step_mlp
 from polygrad_fast.errors import InputError
 from polygrad_fast.structure import structure
@@ -67,8 +68,7 @@ class TransformerDenoiser(nn.Module):
             ("num_layers", num_layers),
             ("num_heads", num_heads),
         ):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+            as_integer(value, name, 1)
         if hidden_dim < 4 or hidden_dim % 2 or hidden_dim % num_heads:
             raise InputError(
                 f"hidden_dim must be even, at least 4 and a multiple of num_heads, got "

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import polygrad_fast as pg
-from cases import SAMPLES, recorded_sample
+from cases import SAMPLES, recorded_sample, sampler_configs
 from polygrad_fast.errors import InputError
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
 from polygrad_fast.sampling import linear, torch_engine, torch_step
@@ -122,32 +122,9 @@ def test_released_chain(name):
     assert_steps_agree(engine, c, arrays["s0"], noise, guidance_scale, 1e-5)
 
 
-@st.composite
-def configs(draw):
-    action_update = draw(st.sampled_from(["score", "sample", "exact", "none"]))
-    policy_input = draw(st.sampled_from(["denoised", "posterior_mean", "noisy"]))
-    may_update_states = action_update == "score" and policy_input != "noisy"
-    return pg.SamplerConfig(
-        prediction_type=draw(st.sampled_from(["sample", "epsilon"])),
-        action_update=action_update,
-        clip_std=draw(st.sampled_from([None, 0.5, 3.0])),
-        clip_order=draw(st.sampled_from(["before", "after"])),
-        clip_final_actions=draw(st.booleans()),
-        policy_input=policy_input,
-        update_states=may_update_states and draw(st.booleans()),
-        clip_state_change=draw(st.sampled_from([None, 0.25])),
-        clip_state_change_steps=draw(st.integers(0, 4)),
-        variance_type=draw(st.sampled_from(["posterior", "beta"])),
-        scale_actions=draw(st.booleans()),
-        denoiser_actions=draw(st.sampled_from(["raw", "clipped"])),
-        max_guidance=draw(st.sampled_from([None, 0.3])),
-        num_inference_steps=draw(st.sampled_from([None, None, 1, 2])),
-    )
-
-
 @settings(max_examples=80, deadline=None)
 @given(
-    config=configs(),
+    config=sampler_configs(),
     kind=st.sampled_from(list(DENOISERS)),
     horizon=st.sampled_from([1, 3]),
     batch=st.sampled_from([1, 7]),

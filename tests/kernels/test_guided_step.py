@@ -503,9 +503,7 @@ def test_noise_does_not_depend_on_the_tiling(device):
 def test_exact_draws_the_initial_actions_again(device, k):
     """Step after step the actions are mean + std xi, xi the normals behind u_K; in the last the
     mean is that at the states written."""
-    case = Case(
-        device, official(action_update="exact", clip_state_change=None), batch=65, horizon=4
-    )
+    case = Case(device, paper(action_update="exact", prediction_type="sample"), batch=65, horizon=4)
     seed = (2**40 + 7, 3)
     _, xi, _ = initial_draws(device, case, seed)
     states, actions, _ = case.run_kernel(k, seed=seed)

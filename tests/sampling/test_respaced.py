@@ -1,6 +1,9 @@
 """num_inference_steps: sampling in a subset of the steps of training."""
 
+import copy
 import math
+import pickle
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from torch import nn
 
 import polygrad_fast as pg
+from polygrad_fast.diffusion.ddpm import warn_of_amplified_errors
 
 S, A, H, K, B = 3, 2, 4, 24, 5
 ENGINES = ["reference", "torch"]
@@ -111,6 +115,31 @@ def test_more_steps_than_the_schedule_has(engine):
         make_sampler(make_parts(), pg.NoiseSchedule.cosine(K), config, engine)
     with pytest.raises(pg.InputError, match="num_inference_steps must be at least 1, got 0"):
         pg.SamplerConfig.official(num_inference_steps=0)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_asks_the_denoiser_at_the_same_steps(duplicate):
+    config = pg.SamplerConfig.official(num_inference_steps=5)
+    sampler = make_sampler(make_parts(), pg.NoiseSchedule.cosine(K), config, "torch")
+    twin, s0, noise = duplicate(sampler), torch.randn(B, S), make_noise(5)
+    assert twin.components.schedule.timesteps == (0, 6, 12, 17, 23)
+    assert torch.equal(
+        twin.sample(s0, noise=noise).actions, sampler.sample(s0, noise=noise).actions
+    )
+
+
+def test_the_warning_of_amplified_errors_is_that_of_the_steps_taken():
+    schedule = pg.NoiseSchedule.cosine(K)
+    gentle = pg.NoiseSchedule.from_betas(torch.full((8,), 0.3))
+    with pytest.warns(UserWarning, match="error by 32 in one"):
+        warn_of_amplified_errors(schedule, pg.SamplerConfig.paper())
+    gain = schedule.respaced(3).epsilon_error_gain.max().item()
+    assert gain > 100
+    with pytest.warns(UserWarning, match=f"error by {gain:.0f} in one"):
+        warn_of_amplified_errors(schedule, pg.SamplerConfig.paper(num_inference_steps=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_amplified_errors(gentle, pg.SamplerConfig.paper())
 
 
 class Gaussian(nn.Module):

@@ -83,7 +83,7 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
     "arguments, message",
     [
         ("", "train, evaluate, sample"),
-        ("fly", "unknown command 'fly', wanted train, evaluate, sample"),
+        ("fly", "command must be one of ['train', 'evaluate', 'sample'], got 'fly'"),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),
@@ -115,7 +115,10 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("sample {tmp}/none", "none is not a run directory"),
         ("sample {run} --num 0", "--num must be at least 1, got 0"),
         ("sample {run} --out {tmp}/none/x.npz", "--out must be in an existing directory, got"),
-        ("train --resume --run-dir {run} --total-timesteps 60", "at environment step 120 already"),
+        (
+            "train --resume --run-dir {run} --total-timesteps 60",
+            "must be at least 120, the environment step the run is at, got 60",
+        ),
         ("train --env-id Pendulum-v1 --run-dir {run}/config.json", "cannot be written"),
         ("train --env-id HalfCheetah-v3", "HalfCheetah-v3"),
         ("{train}", "already holds a run"),

@@ -186,7 +186,9 @@ def test_wrong_shapes_name_got_and_wanted(kind, conditioning, name):
 @pytest.mark.parametrize("value", [0, -3])
 def test_sizes_below_one_are_refused(kind, conditioning, name, value):
     sizes = {"observation_dim": S, "action_dim": A, "horizon": H, "hidden_dim": 16, "num_layers": 2}
-    with pytest.raises(pg.InputError, match=f"{name} must be an integer of at least 1, got {value}"):
+    with pytest.raises(
+        pg.InputError, match=f"{name} must be an integer of at least 1, got {value}"
+    ):
         kind(**(sizes | {name: value}), step_conditioning=conditioning)
 
 

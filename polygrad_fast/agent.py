@@ -468,8 +468,10 @@ class PolyGRAD:
         if wanted is not None:
             differs = difference(options_of(wanted), options_of(metadata))
             if differs is not None:
+                name, wanted_value, got = differs
                 raise CheckpointError(
-                    f"checkpoint {path} is of another run than its config.json: {differs[1]}"
+                    f"checkpoint {path} is of another run than its config.json: {name} must be "
+                    f"{wanted_value}, got {got}"
                 )
         config = from_dict(metadata["config"], TrainConfig)
         agent = cls(config=config, **constructor_arguments(metadata, given))

@@ -219,10 +219,10 @@ def _check_same_run(command: Train, stored: Train) -> None:
 
     differs = difference(options(command), options(stored))
     if differs is not None:
-        name, words = differs
+        name, got, wanted = differs
         raise CheckpointError(
-            f"{words}: resume {stored.run_dir} without --{name.replace('_', '-')}, or start "
-            "another run"
+            f"{name} must be {wanted}, as the run began, got {got}: resume {stored.run_dir} "
+            f"without --{name.replace('_', '-')}, or start another run"
         )
 
 

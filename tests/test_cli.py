@@ -124,17 +124,17 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("{train}", "already holds a run"),
         (
             "train --resume --run-dir {run} --a2c.gamma 0.5",
-            "a2c.gamma is 0.5, the checkpoint has 0.99: resume {run} without --a2c.gamma,",
+            "a2c.gamma must be 0.99, as the run began, got 0.5: resume {run} without --a2c.gamma,",
         ),
         (
             "train --resume --run-dir {run} --horizon 5 --policy.hidden-dim 9",
-            "horizon is 5, the checkpoint has 4: resume",
+            "horizon must be 4, as the run began, got 5: resume",
         ),
         (
             "train --resume --run-dir {run} --env-id Hopper-v5",
-            "env_id is 'Hopper-v5', the checkpoint has 'Pendulum-v1'",
+            "env_id must be 'Pendulum-v1', as the run began, got 'Hopper-v5': resume",
         ),
-        ("train --resume --run-dir {run} --seed 5", "seed is 5, the checkpoint has 0"),
+        ("train --resume --run-dir {run} --seed 5", "seed must be 0, as the run began, got 5"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -605,3 +605,13 @@ def test_the_papers_denoisers_need_one_option(tmp_path, kind, conditioning):
     assert (stored["kind"], stored["step_conditioning"]) == (kind, conditioning)
     assert (tmp_path / "run" / "checkpoints" / "step_000000060").is_dir()
     assert cli.main(["evaluate", str(tmp_path / "run"), "--episodes", "1"]) == 0
+
+
+def test_speeds_are_those_of_the_training_whatever_learns():
+    rows = [{"time/env_steps_per_s": 1000.0}] * 3
+    rows += [{"time/env_steps_per_s": 2.0, "time/sample_ms": 5.0, "td3/loss": 1.0}]
+    assert cli._speeds(rows) == [
+        "2 environment steps/s",
+        "5 ms per sample (one batch)",
+        "138.9 hours per 1 M steps",
+    ]

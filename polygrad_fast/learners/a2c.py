@@ -179,8 +179,7 @@ class ActorCritic:
         released code, the Adam direction is computed once and only scaled, log-std included.
 
         Args:
-            observations: normalized [B, H, S]. actions: normalized [B, H, A]. rewards: normalized
-                [B, H].
+            observations, actions, rewards: normalized, [B, H, S], [B, H, A] and [B, H].
             terminals: 0/1 [B, H].
             progress: share of training done, for `final_target_update`.
 

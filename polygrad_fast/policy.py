@@ -14,8 +14,10 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def mlp(in_dim: int, hidden_dim: int, num_layers: int, out_dim: int) -> nn.Sequential:
-    """Build num_layers x [Linear, LayerNorm(eps 1e-3), ELU] and a final Linear (Dreamer's trunk,
-    as released)."""
+    """Return num_layers x [Linear, LayerNorm, ELU] and a final Linear, Dreamer's trunk as released.
+
+    It maps [..., in_dim] to [..., out_dim]; LayerNorm's epsilon is 1e-3.
+    """
     layers: list[nn.Module] = []
     for _ in range(num_layers):
         layers += [nn.Linear(in_dim, hidden_dim), nn.LayerNorm(hidden_dim, eps=1e-3), nn.ELU()]
@@ -88,8 +90,8 @@ class GaussianPolicy(nn.Module):
         return self.distribution(observations)
 
     def distribution(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Like `forward`, for observations in the space the network reads (normalized if
-        `normed_inputs`)."""
+        """Return the same as `forward`, [..., A] each, at observations [..., S] in the space that
+        the network reads: normalized with `normed_inputs`, else raw."""
         return self.squash(self.network(inputs))
 
     def squash(self, outputs: Tensor) -> tuple[Tensor, Tensor]:

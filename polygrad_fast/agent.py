@@ -47,7 +47,7 @@ from polygrad_fast.training.actor import Actor
 from polygrad_fast.training.imagination import ImaginationTraining
 from polygrad_fast.training.memory import check_sampling_memory, check_training_memory
 from polygrad_fast.training.session import Session
-from polygrad_fast.world_models import build_world_model
+from polygrad_fast.world_models import TrajectoryDiffusion, WorldModel, build_world_model
 
 Callback = Callable[["PolyGRAD", dict[str, float]], Any]
 
@@ -59,7 +59,8 @@ class PolyGRAD:
         env: environment id, a function that makes the environment, or an environment. Of the latter
             evaluations use copies, which have its wrappers, physics and everything else as they are
             now.
-        preset: "default" (released code), "paper", or "quick" (CPU-sized); see `TrainConfig`.
+        preset: "default" (released code), "paper", "laptop" (locomotion on a CPU), or "quick"
+            (CPU-sized); see `TrainConfig.from_preset`.
         seed: seeds python, numpy, torch, the environment and its action space.
         device: "auto" is CUDA where there is one, else the CPU.
         config: a full configuration instead of a preset.
@@ -175,19 +176,35 @@ class PolyGRAD:
         return self.training.learner.policy
 
     @property
-    def world_model(self):
-        """What imagines; a `polygrad_fast.world_models.WorldModel`."""
+    def world_model(self) -> WorldModel:
+        """What imagines."""
         return self.training.world_model
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        """The averaged denoiser that imagines; of the world model "trajectory_diffusion" only."""
-        return self.world_model.denoiser
+        """The averaged denoiser that imagines; of the world model "trajectory_diffusion" only.
+
+        Raises:
+            InputError: another world model.
+        """
+        return self._trajectory_diffusion("denoiser").denoiser
 
     @property
     def sampler(self) -> PolicyGuidedSampler:
-        """What imagines; of the world model "trajectory_diffusion" only."""
-        return self.world_model.sampler(self.policy)
+        """What imagines; of the world model "trajectory_diffusion" only.
+
+        Raises:
+            InputError: another world model.
+        """
+        return self._trajectory_diffusion("sampler").sampler(self.policy)
+
+    def _trajectory_diffusion(self, asked: str) -> TrajectoryDiffusion:
+        if not isinstance(self.world_model, TrajectoryDiffusion):
+            raise InputError(
+                f"world_model must be 'trajectory_diffusion' for an agent's {asked}, got "
+                f"{self.config.world_model!r}"
+            )
+        return self.world_model
 
     @property
     def normalizer(self) -> Normalizer:
@@ -451,8 +468,10 @@ class PolyGRAD:
         if wanted is not None:
             differs = difference(options_of(wanted), options_of(metadata))
             if differs is not None:
+                name, wanted_value, got = differs
                 raise CheckpointError(
-                    f"checkpoint {path} is of another run than its config.json: {differs[1]}"
+                    f"checkpoint {path} is of another run than its config.json: {name} must be "
+                    f"{wanted_value}, got {got}"
                 )
         config = from_dict(metadata["config"], TrainConfig)
         agent = cls(config=config, **constructor_arguments(metadata, given))

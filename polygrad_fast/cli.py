@@ -150,7 +150,7 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Sample | None:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         close = difflib.get_close_matches(arguments[0], names, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
-        raise InputError(f"unknown command {arguments[0]!r}, wanted {', '.join(names)}{hint}")
+        raise InputError(f"command must be one of {list(names)}, got {arguments[0]!r}{hint}")
     defaults = _train_defaults(arguments)
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
@@ -219,10 +219,10 @@ def _check_same_run(command: Train, stored: Train) -> None:
 
     differs = difference(options(command), options(stored))
     if differs is not None:
-        name, words = differs
+        name, got, wanted = differs
         raise CheckpointError(
-            f"{words}: resume {stored.run_dir} without --{name.replace('_', '-')}, or start "
-            "another run"
+            f"{name} must be {wanted}, as the run began, got {got}: resume {stored.run_dir} "
+            f"without --{name.replace('_', '-')}, or start another run"
         )
 
 
@@ -257,8 +257,8 @@ def _train(command: Train) -> None:
     if command.resume:
         if total < agent.num_timesteps:
             raise InputError(
-                f"--total-timesteps {total} given, but the run is at environment step "
-                f"{agent.num_timesteps} already"
+                f"--total-timesteps must be at least {agent.num_timesteps}, the environment step "
+                f"the run is at, got {total}"
             )
         begin = f"resuming {run_dir} at environment step {agent.num_timesteps:,} of {total:,}"
     else:
@@ -310,7 +310,7 @@ def _summarize(agent: PolyGRAD, run_dir: Path) -> None:
 
 def _speeds(rows: list[dict[str, float]]) -> list[str]:
     """Return the run's median speeds in words, those of the training where there is any."""
-    trained = [row for row in rows if "a2c/actor_loss" in row]
+    trained = [row for row in rows if "time/sample_ms" in row]
     medians = {}
     for name in SPEEDS:
         values = [row[name] for row in trained or rows if name in row]

@@ -6,8 +6,7 @@ class InputError(ValueError):
 
 
 class CheckpointError(InputError):
-    """A run directory or checkpoint is missing, incomplete, damaged, or of another
-    configuration."""
+    """A run directory or checkpoint is missing, incomplete, damaged or of another configuration."""
 
 
 class NonFiniteError(RuntimeError):

@@ -15,7 +15,11 @@ class Normalizer(nn.Module):
     """Standardize each field: normalize(x) = (x - mean) / (std + 1e-6); unnormalize is its inverse.
 
     The moments are buffers that are only ever changed in place, so that samplers and captured
-    graphs that hold them see every refresh. A field built with `None` is left as it is.
+    graphs that hold them see every refresh. At first they are 0 and 1, which leaves values as they
+    are, as does a field of `from_moments` that is `None`.
+
+    Args:
+        observation_dim, action_dim: S and A.
     """
 
     def __init__(self, observation_dim: int, action_dim: int):
@@ -72,13 +76,13 @@ class Normalizer(nn.Module):
         checked = {}
         for field, (mean, std) in moments.items():
             if field not in FIELDS:
-                raise InputError(f"unknown field {field!r}, wanted one of {FIELDS}")
+                raise InputError(f"field must be one of {list(FIELDS)}, got {field!r}")
             target = self.get_buffer(f"{field}_mean")
             mean, std = (torch.as_tensor(m, dtype=torch.float32).reshape(-1) for m in (mean, std))
             if mean.shape != target.shape or std.shape != target.shape:
                 raise InputError(
-                    f"{field}: mean {tuple(mean.shape)} and std {tuple(std.shape)} given, "
-                    f"wanted {tuple(target.shape)} each"
+                    f"{field}: mean and std must be of shape {tuple(target.shape)} each, got "
+                    f"{tuple(mean.shape)} and {tuple(std.shape)}"
                 )
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std >= 0).all()):
                 raise InputError(
@@ -94,7 +98,7 @@ class Normalizer(nn.Module):
 
     def _moments(self, field: str) -> tuple[Tensor, Tensor]:
         if field not in FIELDS:
-            raise InputError(f"unknown field {field!r}, wanted one of {FIELDS}")
+            raise InputError(f"field must be one of {list(FIELDS)}, got {field!r}")
         return getattr(self, f"{field}_mean"), getattr(self, f"{field}_scale")
 
     def normalize(self, x: Tensor, field: str) -> Tensor:
@@ -104,15 +108,14 @@ class Normalizer(nn.Module):
         return (x - mean) / scale
 
     def unnormalize(self, x: Tensor, field: str) -> Tensor:
-        """Map normalized values of a field back to raw ones."""
+        """Map normalized values of a field back to raw ones; shapes as in `normalize`."""
         mean, scale = self._moments(field)
         return x * scale + mean
 
     def normalize_trajectory(
         self, observations: Tensor, rewards: Tensor, terminals: Tensor
     ) -> Tensor:
-        """Join raw [B, H, S], [B, H], [B, H] into the normalized state part [B, H, D], D = S +
-        2."""
+        """Join raw [B, H, S], [B, H] and [B, H] into the normalized states [B, H, D], D = S + 2."""
         return torch.cat(
             [
                 self.normalize(observations, "observations"),

@@ -14,8 +14,10 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def mlp(in_dim: int, hidden_dim: int, num_layers: int, out_dim: int) -> nn.Sequential:
-    """Build num_layers x [Linear, LayerNorm(eps 1e-3), ELU] and a final Linear (Dreamer's trunk,
-    as released)."""
+    """Return num_layers x [Linear, LayerNorm, ELU] and a final Linear, Dreamer's trunk as released.
+
+    It maps [..., in_dim] to [..., out_dim]; LayerNorm's epsilon is 1e-3.
+    """
     layers: list[nn.Module] = []
     for _ in range(num_layers):
         layers += [nn.Linear(in_dim, hidden_dim), nn.LayerNorm(hidden_dim, eps=1e-3), nn.ELU()]
@@ -34,6 +36,9 @@ class GaussianPolicy(nn.Module):
         normed_inputs: whether the network reads normalized observations; `normalizer` must then be
             given for calls with raw ones.
         normalizer: shared, not owned: its buffers are not part of this module's state.
+
+    Raises:
+        InputError: standard deviations in another order, or no normalizer where one is needed.
     """
 
     def __init__(
@@ -50,10 +55,11 @@ class GaussianPolicy(nn.Module):
         super().__init__()
         if not init_std > min_std >= 0:
             raise InputError(
-                f"wanted init_std > min_std >= 0, got init_std {init_std}, min_std {min_std}"
+                f"init_std must be above min_std, and that at least 0, got init_std {init_std} and "
+                f"min_std {min_std}"
             )
         if normed_inputs and normalizer is None:
-            raise InputError("normed_inputs=True needs the normalizer, got None")
+            raise InputError("normalizer must be given with normed_inputs=True, got None")
         self.observation_dim, self.action_dim = observation_dim, action_dim
         self.min_std = min_std
         self.normed_inputs = normed_inputs
@@ -68,20 +74,24 @@ class GaussianPolicy(nn.Module):
         return self.log_std.exp() + self.min_std
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the raw actions at raw observations: [..., S] ->
-        [..., A], [..., A]."""
+        """Return mean and standard deviation of the raw actions, [..., A] each, at raw observations
+        [..., S].
+
+        Raises:
+            InputError: observations of another last axis.
+        """
         if observations.shape[-1:] != (self.observation_dim,):
             raise InputError(
-                f"observations of shape {tuple(observations.shape)} given, wanted [..., "
-                f"{self.observation_dim}]"
+                f"observations must be of shape [..., {self.observation_dim}], got "
+                f"{tuple(observations.shape)}"
             )
         if self.normed_inputs:
             observations = self.normalizer.normalize(observations, "observations")
         return self.distribution(observations)
 
     def distribution(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Like `forward`, for observations in the space the network reads (normalized if
-        `normed_inputs`)."""
+        """Return the same as `forward`, [..., A] each, at observations [..., S] in the space that
+        the network reads: normalized with `normed_inputs`, else raw."""
         return self.squash(self.network(inputs))
 
     def squash(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +101,12 @@ class GaussianPolicy(nn.Module):
 
 
 class ValueFunction(nn.Module):
-    """V(s), the policy's trunk with one output: [..., S] -> [...]."""
+    """V(s), the policy's trunk with one output: [..., S] -> [...].
+
+    Args:
+        observation_dim: S.
+        hidden_dim, num_layers: the trunk's width and depth.
+    """
 
     def __init__(self, observation_dim: int, hidden_dim: int = 256, num_layers: int = 2):
         super().__init__()
@@ -109,8 +124,7 @@ def log_prob(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def score(actions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return grad_a log N(a; mean, std) = (mean - a) / std^2 (closed form; Algorithm 2, line
-    10)."""
+    """Return grad_a log N(a; mean, std) = (mean - a) / std^2, [..., A] (Algorithm 2, line 10)."""
     return (mean - actions) / std.square()
 
 

@@ -1,4 +1,4 @@
-"""What a module computes with its weights, as far as one can see it from outside."""
+"""What can be seen of a module from outside, to notice that it computes something else."""
 
 from __future__ import annotations
 

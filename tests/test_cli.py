@@ -83,7 +83,7 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
     "arguments, message",
     [
         ("", "train, evaluate, sample"),
-        ("fly", "unknown command 'fly', wanted train, evaluate, sample"),
+        ("fly", "command must be one of ['train', 'evaluate', 'sample'], got 'fly'"),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),
@@ -115,23 +115,26 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("sample {tmp}/none", "none is not a run directory"),
         ("sample {run} --num 0", "--num must be at least 1, got 0"),
         ("sample {run} --out {tmp}/none/x.npz", "--out must be in an existing directory, got"),
-        ("train --resume --run-dir {run} --total-timesteps 60", "at environment step 120 already"),
+        (
+            "train --resume --run-dir {run} --total-timesteps 60",
+            "must be at least 120, the environment step the run is at, got 60",
+        ),
         ("train --env-id Pendulum-v1 --run-dir {run}/config.json", "cannot be written"),
         ("train --env-id HalfCheetah-v3", "HalfCheetah-v3"),
         ("{train}", "already holds a run"),
         (
             "train --resume --run-dir {run} --a2c.gamma 0.5",
-            "a2c.gamma is 0.5, the checkpoint has 0.99: resume {run} without --a2c.gamma,",
+            "a2c.gamma must be 0.99, as the run began, got 0.5: resume {run} without --a2c.gamma,",
         ),
         (
             "train --resume --run-dir {run} --horizon 5 --policy.hidden-dim 9",
-            "horizon is 5, the checkpoint has 4: resume",
+            "horizon must be 4, as the run began, got 5: resume",
         ),
         (
             "train --resume --run-dir {run} --env-id Hopper-v5",
-            "env_id is 'Hopper-v5', the checkpoint has 'Pendulum-v1'",
+            "env_id must be 'Pendulum-v1', as the run began, got 'Hopper-v5': resume",
         ),
-        ("train --resume --run-dir {run} --seed 5", "seed is 5, the checkpoint has 0"),
+        ("train --resume --run-dir {run} --seed 5", "seed must be 0, as the run began, got 5"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -602,3 +605,13 @@ def test_the_papers_denoisers_need_one_option(tmp_path, kind, conditioning):
     assert (stored["kind"], stored["step_conditioning"]) == (kind, conditioning)
     assert (tmp_path / "run" / "checkpoints" / "step_000000060").is_dir()
     assert cli.main(["evaluate", str(tmp_path / "run"), "--episodes", "1"]) == 0
+
+
+def test_speeds_are_those_of_the_training_whatever_learns():
+    rows = [{"time/env_steps_per_s": 1000.0}] * 3
+    rows += [{"time/env_steps_per_s": 2.0, "time/sample_ms": 5.0, "td3/loss": 1.0}]
+    assert cli._speeds(rows) == [
+        "2 environment steps/s",
+        "5 ms per sample (one batch)",
+        "138.9 hours per 1 M steps",
+    ]

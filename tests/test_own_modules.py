@@ -178,12 +178,15 @@ class NoCopy(OwnDenoiser):
 @pytest.mark.parametrize(
     "own, message",
     [
-        ({"denoiser": OwnDenoiser(horizon=5)}, "OwnDenoiser has horizon 5, wanted the config's 4"),
+        (
+            {"denoiser": OwnDenoiser(horizon=5)},
+            "OwnDenoiser: horizon must be the config's 4, got 5",
+        ),
         (
             {"denoiser": OwnDenoiser(observation_dim=4)},
-            "has observation_dim 4, wanted the environment's 3",
+            "observation_dim must be the environment's 3, got 4",
         ),
-        ({"denoiser": OwnDenoiser(action_dim=2)}, "has action_dim 2, wanted the environment's 1"),
+        ({"denoiser": OwnDenoiser(action_dim=2)}, "action_dim must be the environment's 1, got 2"),
         ({"denoiser": OwnPolicy()}, "denoiser OwnPolicy must have the attribute observation_dim"),
         ({"denoiser": lambda x, u, k: x}, "denoiser must be a torch.nn.Module .*, got <lambda>"),
         ({"denoiser": NoCopy()}, "NoCopy cannot be copied for its average: holds a socket"),
@@ -210,7 +213,9 @@ def test_modules_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
 
 def test_what_own_policies_lack_is_said():
     config = small_config(a2c=pg.A2CConfig(saturation_coef=0.1))
-    with pytest.raises(pg.InputError, match="saturation_coef 0.1 needs a policy with a module"):
+    with pytest.raises(
+        pg.InputError, match="saturation_coef must be 0 for a policy without a module"
+    ):
         pg.PolyGRAD("Pendulum-v1", config=config, policy=OwnPolicy())
 
 

@@ -152,7 +152,7 @@ def export_checkpoint(
         parts = ReleasedCheckpoint(
             step=source.num_timesteps,
             denoiser=source.denoiser,
-            schedule=source.sampler.components.schedule,
+            schedule=source.world_model.schedule,  # of training, also where fewer steps are sampled
             **source.training.learner.modules(),
         )
     else:
@@ -191,6 +191,7 @@ def _check_agent(agent: PolyGRAD) -> None:
     """Raise InputError where the released code would use the agent's weights in another way."""
     config = agent.config
     for name, got, wanted in (
+        ("config.world_model", config.world_model, "trajectory_diffusion"),
         ("config.sampler.scale_actions", config.sampler.scale_actions, True),
         ("config.sampler.denoiser_actions", config.sampler.denoiser_actions, "raw"),
     ):

@@ -46,7 +46,8 @@ class SamplerConfig(Options):
     """Multiply the denoiser's actions by sqrt(alphabar_i) (released code), in training and
     sampling."""
     denoiser_actions: Literal["raw", "clipped"] = "raw"
-    """Whether the denoiser sees actions as they are or clipped to the environment's bounds."""
+    """Whether the denoiser sees actions as they are or clipped to the environment's bounds; clipped
+    ones are also what the replay buffer keeps, for every world model."""
     max_guidance: float | None = None
     """Upper bound of guidance_scale / sigma^2, the share of the way to the mean in one step; None:
     no bound."""

@@ -74,6 +74,11 @@ class Options:
 
 
 def replace_options(config: Any, overrides: dict[str, Any]) -> Any:
+    """Return a configuration with some options replaced.
+
+    Raises:
+        InputError: an option is unknown or its value is not allowed.
+    """
     known = {f.name for f in dataclasses.fields(config)}
     for name in overrides:
         if name not in known:

@@ -24,8 +24,9 @@ class TrainConfig(Options):
     """Everything a run of Algorithm 3 needs besides the environment, seed and device."""
 
     world_model: Literal["trajectory_diffusion", "autoregressive"] = "trajectory_diffusion"
-    """What imagines: policy-guided trajectory diffusion (options schedule, sampler, denoiser,
-    guidance), or a plain one-step network rolled out (option autoregressive)."""
+    """What imagines: policy-guided trajectory diffusion, or a plain one-step network rolled out
+    (options autoregressive). Options of the other have no effect: schedule, sampler, denoiser,
+    guidance, engine and dtype are those of trajectory diffusion."""
     horizon: int = 10
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -60,9 +61,9 @@ class TrainConfig(Options):
     checkpoint_interval: int = 10_000
     keep_checkpoints: int = 2
     engine: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """Sampling engine."""
+    """Sampling engine of trajectory diffusion."""
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
-    """Arithmetic of the denoiser in sampling."""
+    """Arithmetic of trajectory diffusion's denoiser in sampling."""
     cpu_threads: int | None = None
     """PyTorch's threads while learning on a CPU; None: as they are. Small networks gain nothing
     from more than one, and lose much where other processes need the cores."""
@@ -117,8 +118,9 @@ class TrainConfig(Options):
         """Return a preset.
 
         "default": the released code's settings. "paper": the paper's text, whose predicted noise
-        goes wrong until the denoiser is well trained (`learn` warns of it). "quick": CPU-sized,
-        tuned on two environments: horizon, the policy's init_std and min_std, a2c's
+        goes wrong until the denoiser is well trained (`learn` warns of it). "laptop": locomotion on
+        a CPU, one configuration for all environments. "quick": CPU-sized, tuned on two
+        environments: horizon, the policy's init_std and min_std, a2c's
         saturation_coef, actor_learning_rate, target_critic_decay and final_target_update, and
         eval_episodes differ between Pendulum and all others, which get the settings tuned on
         InvertedPendulum-v5.
@@ -132,7 +134,7 @@ class TrainConfig(Options):
             InputError: unknown preset.
         """
         if not isinstance(name, str) or name not in PRESETS:
-            raise InputError(f"unknown preset {name!r}, wanted one of {list(PRESETS)}")
+            raise InputError(f"preset must be one of {list(PRESETS)}, got {name!r}")
         return PRESETS[name](env_id)
 
 

@@ -15,7 +15,13 @@ def build_denoiser(
     horizon: int,
     num_train_timesteps: int,
 ) -> nn.Module:
-    """Build the configured denoising network with fresh weights."""
+    """Return the configured denoising network with fresh weights.
+
+    Args:
+        config: kind and sizes; what is None gets the paper's value for the horizon.
+        observation_dim, action_dim, horizon: S, A and H.
+        num_train_timesteps: K.
+    """
     config = config.resolved(horizon)
     arguments = {
         "observation_dim": observation_dim,

@@ -24,8 +24,7 @@ class ResidualBlock(nn.Module):
 
 
 class StepConditionedBlock(nn.Module):
-    """x -> Linear(ReLU(x)) + x + embed(i), the paper's layer (appendix A): [B, W], [B] -> [B,
-    W]."""
+    """x -> Linear(ReLU(x)) + x + embed(i) (paper, appendix A): [B, W], [B] -> [B, W]."""
 
     def __init__(self, dim: int, num_train_timesteps: int):
         super().__init__()
@@ -50,6 +49,9 @@ class ResidualMLPDenoiser(nn.Module):
             in the blocks (released code); "layer" adds a learned embedding of the step in every
             block, without LayerNorm (paper, appendix A).
         num_train_timesteps: K; only "layer" needs it, one embedding row per step.
+
+    Raises:
+        InputError: a size that is no integer of at least 1, or another step_conditioning.
     """
 
     def __init__(
@@ -98,8 +100,11 @@ class ResidualMLPDenoiser(nn.Module):
         self.built = structure(self)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
-        """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D];
-        all normalized."""
+        """Predict noise or clean states [B, H, D], normalized; see `polygrad_fast.Denoiser`.
+
+        Raises:
+            InputError: another shape or dtype than [B, H, D], [B, H, A] and 0-based steps [B].
+        """
         check_inputs(self, trajectory, actions, timesteps)
         x = torch.cat([trajectory, actions], dim=-1).flatten(1)
         if self.step_conditioning == "input":

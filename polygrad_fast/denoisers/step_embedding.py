@@ -24,20 +24,19 @@ def check_inputs(
     ):
         if tuple(tensor.shape) != wanted:
             raise InputError(
-                f"{name} of shape {tuple(tensor.shape)} given, the denoiser wants {wanted} "
-                f"(batch from trajectory)"
+                f"{name} must be of shape {wanted} (the batch is the trajectory's), got "
+                f"{tuple(tensor.shape)}"
             )
         if (
             name != "timesteps"
             and tensor.dtype != dtype
             and not torch.is_autocast_enabled(tensor.device.type)
         ):
-            raise InputError(f"{name} of {tensor.dtype} given, the denoiser's weights are {dtype}")
+            raise InputError(f"{name} must be of {dtype}, as the weights, got {tensor.dtype}")
 
 
 class RandomFourierFeatures(nn.Module):
-    """t -> [t, sin(2 pi w t), cos(2 pi w t)] with fixed random frequencies w: [B] -> [B, dim +
-    1]."""
+    """t -> [t, sin(2 pi w t), cos(2 pi w t)], fixed random frequencies w: [B] -> [B, dim + 1]."""
 
     def __init__(self, dim: int = 16):
         super().__init__()

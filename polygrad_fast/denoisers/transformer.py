@@ -15,8 +15,7 @@ from polygrad_fast.structure import structure
 
 
 class TransformerBlock(nn.Module):
-    """Pre-LayerNorm causal attention and a GELU MLP of four times the width: [B, H, E] -> [B, H,
-    E]."""
+    """Pre-LayerNorm causal attention, GELU MLP of four times the width: [B, H, E] -> [B, H, E]."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -47,6 +46,9 @@ class TransformerDenoiser(nn.Module):
         step_conditioning: "input" embeds the diffusion step by sinusoidal features and an MLP
             (released code); "learned" by a table with one row per step (paper).
         num_train_timesteps: K; only "learned" needs it.
+
+    Raises:
+        InputError: a size that cannot be, or another step_conditioning.
     """
 
     def __init__(
@@ -107,8 +109,11 @@ class TransformerDenoiser(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
-        """Predict noise or clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D];
-        all normalized."""
+        """Predict noise or clean states [B, H, D], normalized; see `polygrad_fast.Denoiser`.
+
+        Raises:
+            InputError: another shape or dtype than [B, H, D], [B, H, A] and 0-based steps [B].
+        """
         check_inputs(self, trajectory, actions, timesteps)
         x = self.input(torch.cat([trajectory, actions], dim=-1))
         x = x + self.position_embedding.weight + self.step_mlp(timesteps).unsqueeze(1)

@@ -26,7 +26,8 @@ class AveragedTrainer:
         InputError: the network cannot be copied.
 
     Attributes:
-        model: the network being trained. ema_model: its averaged copy.
+        model: the network being trained.
+        ema_model: its averaged copy.
         num_updates: how often `minimize` has been called.
     """
 

@@ -262,16 +262,21 @@ def denoising_loss(
     schedule: NoiseSchedule,
     config: SamplerConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the inpainted denoising loss (Algorithm 1, line 6) and its parts.
+    """Return the denoising loss with the first observation given (Algorithm 1, line 6).
 
-    x_i = sqrt(alphabar_i) x + sqrt(1 - alphabar_i) eps with the clean first observation put back;
-    the prediction's first observation is replaced by the clean one too; mean squared error against
-    eps or x.
+    x_i = sqrt(alphabar_i) x + sqrt(1 - alphabar_i) eps
+
+    The clean first observation is put back into x_i and into the prediction; the loss is the
+    prediction's mean squared error against eps or x.
 
     Args:
-        trajectory: clean, normalized [B, H, D]. actions: normalized [B, H, A], already clipped if
-            the model is to see clipped actions.
-        timesteps: 0-based steps [B]. noise: standard normals [B, H, D].
+        denoiser: called once, in the mode it is in.
+        trajectory: clean, normalized [B, H, D].
+        actions: normalized [B, H, A], already clipped if the model is to see clipped actions.
+        timesteps: 0-based steps [B].
+        noise: standard normals [B, H, D].
+        schedule: of K steps.
+        config: what is predicted, and whether actions are scaled.
 
     Returns:
         The scalar loss, and detached scalars for observations, rewards and terminals.

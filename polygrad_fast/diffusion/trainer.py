@@ -11,7 +11,14 @@ from polygrad_fast.diffusion.ddpm import NoiseSchedule, denoising_loss
 
 
 class DenoiserTrainer(AveragedTrainer):
-    """Adam on the denoising loss, and the averaged copy that is used for sampling."""
+    """Adam on the denoising loss, and the averaged copy that is used for sampling.
+
+    Args:
+        model: a `polygrad_fast.Denoiser`; its weights change in place.
+        schedule: of K steps.
+        config: learning rate and averaging.
+        sampler_config: what the denoiser predicts, and how it sees actions.
+    """
 
     def __init__(
         self,
@@ -27,8 +34,15 @@ class DenoiserTrainer(AveragedTrainer):
     def update(
         self, trajectory: Tensor, actions: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Take one gradient step on normalized windows [B, H, D], [B, H, A]; return detached
-        scalar losses."""
+        """Take one gradient step of Algorithm 1 on normalized windows.
+
+        Args:
+            trajectory, actions: [B, H, D] and [B, H, A].
+            generator: source of diffusion steps and noise; default torch's.
+
+        Returns:
+            Detached scalars: the loss, and its parts by name.
+        """
         device = trajectory.device
         timesteps = torch.randint(
             self.schedule.num_train_timesteps,

@@ -46,8 +46,8 @@ class Evaluator:
             )
 
     def is_best(self, result: EpisodeStatistics) -> bool:
-        """Whether no evaluation before was better; of two equal ones the policy of the later one
-        is trained longer."""
+        """Whether no evaluation before was better: of equal ones the last counts, whose policy has
+        trained longest."""
         # "not <": older checkpoints may hold a NaN
         best = self.best_mean_reward
         return best is None or not result.mean_reward < best

@@ -27,6 +27,9 @@ def spread(standardized_actions: Tensor, statistic: str) -> Tensor:
 
     "std": mean over action dimensions of the standard deviation (equation 9, as released);
     "mean_abs": E|z| / sqrt(2 / pi).
+
+    Raises:
+        InputError: another statistic.
     """
     if statistic == "mean_abs":
         return standardized_actions.abs().mean() / math.sqrt(2 / math.pi)
@@ -38,11 +41,16 @@ def spread(standardized_actions: Tensor, statistic: str) -> Tensor:
 def generalized_advantages(
     rewards: Tensor, values: Tensor, terminals: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
-    """Return generalized advantage estimates (Schulman et al. 2016): three times [B, H] -> [B, H -
-    1].
+    """Return generalized advantage estimates [B, H - 1] (Schulman et al. 2016, arXiv 1506.02438).
 
-    delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t); A_t = delta_t + gamma lambda (1 - d_t)
-    A_{t+1}. The last step only serves as the next value.
+    delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t)
+    A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}
+
+    The last step only serves as the next value.
+
+    Args:
+        rewards, values, terminals: r, V and d, [B, H] each.
+        gamma, gae_lambda: discount and decay, 0 to 1.
     """
     continues = 1.0 - terminals[:, :-1]
     deltas = rewards[:, :-1] + gamma * continues * values[:, 1:] - values[:, :-1]
@@ -83,8 +91,8 @@ def _moments_and_outputs(
         hook.remove()
     if not (len(outputs) == 1 and torch.is_tensor(outputs[0])):
         raise InputError(
-            f"a2c.saturation_coef above 0 penalizes the tensor that policy.network returns, wanted "
-            f"one in a call of the policy {type(policy).__name__}, got "
+            f"with a2c.saturation_coef above 0, policy.network must return one tensor in a call of "
+            f"the policy {type(policy).__name__}, got "
             f"{[type(output).__name__ for output in outputs]}"
         )
     return mean, std, outputs[0]
@@ -97,9 +105,8 @@ def _check_policy(policy: nn.Module, normalizer: Normalizer, config: A2CConfig) 
         return
     if not isinstance(getattr(policy, "network", None), nn.Module):
         raise InputError(
-            f"a2c.saturation_coef {config.saturation_coef} needs a policy with a module `network`, "
-            f"whose outputs it penalizes, got {type(policy).__name__}; wanted a2c.saturation_coef "
-            f"0 for such a policy"
+            f"a2c.saturation_coef must be 0 for a policy without a module `network`, whose outputs "
+            f"it penalizes, got {config.saturation_coef} and a {type(policy).__name__}"
         )
     inputs = normalizer.observations_mean.expand(2, 2, -1)
     call = f"policy {type(policy).__name__}, called with observations {list(inputs.shape)}"
@@ -172,8 +179,7 @@ class ActorCritic:
         released code, the Adam direction is computed once and only scaled, log-std included.
 
         Args:
-            observations: normalized [B, H, S]. actions: normalized [B, H, A]. rewards: normalized
-                [B, H].
+            observations, actions, rewards: normalized, [B, H, S], [B, H, A] and [B, H].
             terminals: 0/1 [B, H].
             progress: share of training done, for `final_target_update`.
 
@@ -384,8 +390,8 @@ class ActorCritic:
         weights = next(self.policy.parameters())
         if observations.ndim != 3 or observations.shape[1] < 2:
             raise InputError(
-                f"observations of shape {tuple(observations.shape)} given, wanted "
-                f"[B, H, {observation_dim}] with H >= 2"
+                f"observations must be of shape [B, H, {observation_dim}] with H at least 2, got "
+                f"shape {tuple(observations.shape)}"
             )
         batch, horizon = observations.shape[:2]
         for name, tensor, wanted in (
@@ -395,16 +401,16 @@ class ActorCritic:
             ("terminals", terminals, (batch, horizon)),
         ):
             if tuple(tensor.shape) != wanted:
-                raise InputError(f"{name} of shape {tuple(tensor.shape)} given, wanted {wanted}")
+                raise InputError(f"{name} must be of shape {wanted}, got {tuple(tensor.shape)}")
             if (tensor.dtype, tensor.device) != (weights.dtype, weights.device):
                 raise InputError(
-                    f"{name} of {tensor.dtype} on {tensor.device} given, the policy's weights are "
-                    f"{weights.dtype} on {weights.device}"
+                    f"{name} must be of {weights.dtype} on {weights.device}, as the policy's "
+                    f"weights, got {tensor.dtype} on {tensor.device}"
                 )
         if batch * (horizon - 1) < 2:
             raise InputError(
-                f"{batch} trajectories of {horizon} steps given, wanted at least two steps with a "
-                f"next value (their advantages are standardized)"
+                f"at least two steps must have a next value, as their advantages are "
+                f"standardized, got {batch} trajectories of {horizon} steps"
             )
 
     def modules(self) -> dict[str, nn.Module]:

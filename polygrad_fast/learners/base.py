@@ -34,7 +34,8 @@ class Learner(Protocol):
             progress: share of the training that is over, 0 to 1, for what is annealed.
 
         Returns:
-            What was measured, by name.
+            What was measured, by name: "action_std" and "action_mean_abs" among it (see
+            `a2c.spread`), from which trajectory diffusion tunes its guidance scale.
 
         Raises:
             NonFiniteError: an update met NaN.

@@ -41,21 +41,21 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     return stored
 
 
-def difference(given: dict[str, Any], kept: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the first option in which a run differs from its checkpoint, and that in words.
+def difference(given: dict[str, Any], kept: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Return the first option in which two descriptions of a run differ.
 
     Args:
-        given, kept: nested options by name, `kept` the checkpoint's; only `given`'s are compared,
-            and not `total_timesteps`, which may change between the parts of one run.
+        given, kept: nested options by name; only `given`'s are compared, and not
+            `total_timesteps`, which may change between the parts of one run.
 
     Returns:
-        The option's name and "a2c.gamma is 0.5, the checkpoint has 0.99"; None: no difference.
+        The option's name, its value in `given` and that in `kept`, as words, for instance
+        ("a2c.gamma", "0.5", "0.99"); None: no difference.
     """
     given, kept = _flatten(given), _flatten(kept)
     for name, value in given.items():
         if name != "total_timesteps" and (name not in kept or value != kept[name]):
-            has = repr(kept[name]) if name in kept else "no such option"
-            return name, f"{name} is {value!r}, the checkpoint has {has}"
+            return name, repr(value), repr(kept[name]) if name in kept else "no such option"
     return None
 
 

@@ -66,8 +66,9 @@ class LinearOps:
         """Return activation(x W^T + b), a new tensor: [rows, in_dim] -> [rows, out_dim].
 
         Args:
-            x: [rows, in_dim]. weight: of `pack`, [out_dim, in_dim]. bias: [out_dim]. All of one
-                dtype.
+            x: [rows, in_dim].
+            weight: of `pack`, [out_dim, in_dim], of x's dtype.
+            bias: [out_dim], of x's dtype.
             activation: "none", "relu", "tanh" or "gelu" (the erf form).
         """
         packed = self._onednn_weight(x, weight)

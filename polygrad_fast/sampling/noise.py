@@ -35,7 +35,9 @@ class SampleNoise:
         (zeros).
 
         Args:
-            states, actions: shapes [B, H, D] and [B, H, A]. num_steps: K.
+            states, actions: shapes [B, H, D] and [B, H, A].
+            num_steps: K.
+            device: of the normals.
             generator: default torch's.
         """
 
@@ -86,7 +88,8 @@ class LoopNormals:
         With action update "exact" those of the actions are the initial ones in every step.
 
         Args:
-            step: its number in the loop, from 0. k: its diffusion step, 0 in the last.
+            step: its number in the loop, from 0.
+            k: its diffusion step, 0 in the last.
         """
         takes_actions = k > 0 and self._update in ("score", "sample")
         if self._noise is not None:

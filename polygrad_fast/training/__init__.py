@@ -1,1 +1,1 @@
-"""Training: the denoiser, A2C in imagination, the loop of Algorithm 3, checkpoints."""
+"""Algorithm 3: its loop, what acts in it, and what a user sees of it."""

@@ -89,8 +89,7 @@ class Actor:
         return as_finite_float32(array, array.shape, "observation")
 
     def _moments(self, observations: Tensor) -> Tensor:
-        """Return the policy's mean and std at raw observations, on the CPU: [..., S] -> [2, ...,
-        A]."""
+        """Return the policy's mean and std [2, ..., A] at raw observations [..., S], on the CPU."""
         moments = policy_moments(self.policy, self.normalizer, observations, normalized=False)
         return torch.stack(moments).cpu()
 
@@ -99,6 +98,6 @@ class Actor:
         if all(torch.isfinite(weight).all() for weight in self.policy.parameters()):
             largest = np.unravel_index(np.abs(observation).argmax(), observation.shape)
             raise InputError(
-                f"observation{[int(i) for i in largest]} is {observation[largest]:g}, so large "
-                f"that the policy's mean is not finite, wanted less"
+                f"observation{[int(i) for i in largest]} must be small enough for the policy's "
+                f"mean to be finite, got {observation[largest]:g}"
             )

@@ -20,14 +20,10 @@ import torch
 
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
-from polygrad_fast.sampling.folded_networks import ROWS_PER_THREAD
-from polygrad_fast.sampling.torch_step import POLICY_ROWS_PER_THREAD
+from polygrad_fast.training.model_memory import FLOAT, MODEL_MEMORY
 
-FLOAT = 4
 OVERHEAD = 250 * 2**20
 """Code that PyTorch loads on first use, and the slack of the allocator."""
-SCHEDULE_BYTES = 1500
-"""Per diffusion step: tables and the engine's constants, as Python numbers."""
 
 
 @dataclass(frozen=True)
@@ -41,36 +37,6 @@ class Memory:
         return Memory(self.host + other.host, self.device + other.device)
 
 
-def denoiser_parameters(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
-    """Return the number of parameters of the configured denoiser, as Python integers of any
-    size."""
-    c = config.denoiser.resolved(config.horizon)
-    width, layers, horizon = c.hidden_dim, c.num_layers, config.horizon
-    num_steps = config.schedule.num_train_timesteps
-    state_dim = observation_dim + 2
-    if c.kind == "transformer":
-        embedded = (
-            num_steps * width if c.step_conditioning == "learned" else 2 * width * (width + 1)
-        )
-        blocks = layers * (12 * width + 13) * width
-        ends = (state_dim + action_dim + 1) * width + (width + 1) * state_dim
-        return ends + blocks + embedded + horizon * width
-    in_dim, out_dim = horizon * (state_dim + action_dim), horizon * state_dim
-    output = (width + 1) * out_dim
-    if c.step_conditioning == "layer":
-        return (in_dim + 1) * width + layers * (width + 1 + num_steps) * width + output
-    embed = max(in_dim, 128)
-    inputs = (in_dim + 1) * embed + (18 + embed + 1) * embed + (embed + 1) * width
-    return inputs + layers * (width + 3) * width + 2 * width + output
-
-
-def autoregressive_parameters(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
-    """Return the number of parameters of the configured one-step network."""
-    width, layers = config.autoregressive.hidden_dim, config.autoregressive.num_layers
-    ends = (observation_dim + action_dim + 1) * width + (width + 1) * (observation_dim + 2)
-    return ends + (layers - 1) * (width + 1) * width
-
-
 def sampling_memory(
     config: TrainConfig,
     observation_dim: int,
@@ -81,31 +47,9 @@ def sampling_memory(
 ) -> Memory:
     """Estimate what the world model needs besides weights, to imagine `num_trajectories` at
     once."""
-    if config.world_model == "autoregressive":
-        state_dim, batch = observation_dim + 2, num_trajectories
-        # each step's results and the stacked ones, unnormalized too, and one step's activations
-        floats = batch * config.horizon * 3 * (state_dim + action_dim)
-        width = max(config.autoregressive.hidden_dim, config.policy.hidden_dim)
-        return _on(device_type, FLOAT * (floats + 4 * batch * width) + 40 * batch)
-    c = config.denoiser.resolved(config.horizon)
-    state_dim, horizon, batch = observation_dim + 2, config.horizon, num_trajectories
-    pair = state_dim + action_dim
-    on_gpu = device_type == "cuda"
-    # workspace, result and its unnormalized copy, or the copies a file is written from
-    floats = batch * horizon * (4 * state_dim + 3 * action_dim + 4 * pair)
-    if on_gpu:  # all normals of a sample, and the graph's own copy of them
-        floats += 2 * (config.schedule.num_train_timesteps + 1) * batch * horizon * pair
-    whole = on_gpu or config.engine == "reference"
-    rows = horizon if c.kind == "transformer" else 1  # of activations per trajectory
-    if c.kind == "transformer":
-        per_row = 12 * c.hidden_dim
-    else:
-        per_row = 4 * c.hidden_dim + (4 * max(horizon * pair, 128) if whole else 0)
-    part = batch if whole else min(batch, max(1, ROWS_PER_THREAD // rows) * threads)
-    floats += part * rows * per_row
-    part = batch * horizon if whole else min(batch * horizon, POLICY_ROWS_PER_THREAD * threads)
-    floats += part * 4 * config.policy.hidden_dim
-    picks = 40 * batch  # of the replay buffer's windows, 64-bit
+    count = MODEL_MEMORY[config.world_model].sampling
+    floats = count(config, observation_dim, action_dim, num_trajectories, device_type, threads)
+    picks = 40 * num_trajectories  # of the replay buffer's windows, 64-bit
     return _on(device_type, FLOAT * floats + picks)
 
 
@@ -149,8 +93,9 @@ def training_memory(
     # line search's copies, a value function and its target
     networks = _on(device_type, FLOAT * (6 * weights + 14 * policy))
 
-    update = _update_floats(config, observation_dim, action_dim)
-    model_update = _on(device_type, FLOAT * update)
+    windows = config.world_model_training.batch_size * horizon * pair * 10
+    update = MODEL_MEMORY[config.world_model].update(config, observation_dim, action_dim)
+    model_update = _on(device_type, FLOAT * (windows + update))
     sampling = sampling_memory(
         config, observation_dim, action_dim, config.imagined_batch_size, device_type, threads
     )
@@ -163,21 +108,6 @@ def training_memory(
     return replay + networks + steps + sampling + passing + Memory(OVERHEAD)
 
 
-def _update_floats(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
-    """Return the numbers that one update of the world model holds besides weights."""
-    horizon, pair = config.horizon, observation_dim + 2 + action_dim
-    windows = config.world_model_training.batch_size * horizon * pair * 10
-    if config.world_model == "autoregressive":
-        a = config.autoregressive
-        return windows + a.batch_size * horizon * 3 * a.num_layers * a.hidden_dim
-    d = config.denoiser.resolved(horizon)
-    if d.kind == "transformer":
-        return windows + d.batch_size * horizon * (17 * d.num_layers + 12) * d.hidden_dim
-    kept = 2 if d.step_conditioning == "input" else 1
-    embed = max(horizon * pair, 128) if d.step_conditioning == "input" else 0
-    return windows + d.batch_size * ((kept * d.num_layers + 6) * d.hidden_dim + 6 * embed)
-
-
 def _on(device_type: str, size: int) -> Memory:
     return Memory(device=size) if device_type == "cuda" else Memory(size)
 
@@ -187,18 +117,13 @@ def _lasting(
 ) -> tuple[Memory, int, int, Memory]:
     """Return the replay buffer's memory, the parameters of world model and policy, and the memory
     of what there is per diffusion step."""
-    d, p = config.denoiser.resolved(config.horizon), config.policy
+    p, model = config.policy, MODEL_MEMORY[config.world_model]
     row = FLOAT * (observation_dim + 2 + action_dim) + 16
     replay = _on(device_type, config.replay_capacity * row) + Memory(config.replay_capacity)
     trunk = (observation_dim + (p.num_layers - 1) * p.hidden_dim + 4 * p.num_layers) * p.hidden_dim
     policy = trunk + (action_dim + 1) * p.hidden_dim
-    if config.world_model == "autoregressive":
-        weights = autoregressive_parameters(config, observation_dim, action_dim)
-        return replay, weights, policy, Memory()
-    table = d.hidden_dim * (2 if d.step_conditioning == "input" else 1 + d.num_layers)
-    per_step = SCHEDULE_BYTES + 2 * FLOAT * table
-    steps = _on(device_type, config.schedule.num_train_timesteps * per_step)
-    return replay, denoiser_parameters(config, observation_dim, action_dim), policy, steps
+    weights = model.parameters(config, observation_dim, action_dim)
+    return replay, weights, policy, _on(device_type, model.steps(config))
 
 
 def check_training_memory(
@@ -310,7 +235,7 @@ def _left_in_group(group: Path, limit: str, usage: str, droppable: str) -> list[
 def _dominant(config: TrainConfig, size: Callable[[TrainConfig], int]) -> tuple[str, Any]:
     """Return the option, and its value, that takes most memory beyond its default; where none does,
     the one that saves most when halved."""
-    model = "autoregressive" if config.world_model == "autoregressive" else "denoiser"
+    model = MODEL_MEMORY[config.world_model].options
     names = (*_OPTIONS, *(f"{model}.{option}" for option in _MODEL_OPTIONS))
     options = {name: _get(config, name) for name in names}
     sizes = {

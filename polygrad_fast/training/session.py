@@ -18,6 +18,7 @@ from polygrad_fast.training.estimate import Speed, TimeLeft, remaining_counts, t
 from polygrad_fast.training.imagination import ImaginationTraining
 
 DAY = 86400
+CPU_PRESETS = ("quick", "laptop")
 
 
 class Session:
@@ -189,8 +190,8 @@ class Session:
         if is_long:
             self._bar.clear()  # the warning gets a line of its own
             advice = "fewer environment steps or a smaller imagined_batch_size shorten the run"
-            if device.type == "cpu" and self.run.identity["preset"] != "quick":
-                advice = "the preset 'quick' is made for a CPU"
+            if device.type == "cpu" and self.run.identity["preset"] not in CPU_PRESETS:
+                advice = f"the presets {' and '.join(map(repr, CPU_PRESETS))} are made for a CPU"
             warnings.warn(
                 f"at the speed measured so far, the remaining "
                 f"{training.target_timesteps - training.num_timesteps:,} environment steps take "

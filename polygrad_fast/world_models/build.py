@@ -31,13 +31,13 @@ def build_world_model(
         denoiser: a network of the user's own, moved to the device.
 
     Raises:
-        InputError: the denoiser cannot be used.
+        InputError: the denoiser cannot be used, or this world model has none.
     """
     if config.world_model == "autoregressive":
         if denoiser is not None:
             raise InputError(
-                f"denoiser={type(denoiser).__name__} needs the world model "
-                f"'trajectory_diffusion', got {config.world_model!r}"
+                f"world_model must be 'trajectory_diffusion' with a denoiser of your own, got "
+                f"{config.world_model!r}"
             )
         return Autoregressive(
             config.autoregressive, config.horizon, normalizer, action_bounds, device
@@ -62,6 +62,6 @@ def _check_own_denoiser(
         got = getattr(denoiser, name)
         if got != wanted:
             raise InputError(
-                f"denoiser {type(denoiser).__name__} has {name} {got}, wanted the {source}'s "
-                f"{wanted}"
+                f"denoiser {type(denoiser).__name__}: {name} must be the {source}'s {wanted}, got "
+                f"{got}"
             )

@@ -256,11 +256,25 @@ def test_an_agent_is_exported(tmp_path):
     assert same(vars(loaded.schedule), vars(agent.sampler.components.schedule))
 
 
+def test_the_schedule_exported_is_that_of_training(tmp_path):
+    """Also of an agent that imagines in fewer steps, whose denoiser knows all of them."""
+    agent = make_agent(sampler=pg.SamplerConfig.official(num_inference_steps=5))
+    assert agent.sampler.components.schedule.num_train_timesteps == 5
+    official.export_checkpoint(agent, tmp_path)
+    wanted = pg.NoiseSchedule.cosine(128, 1.0)
+    assert same(vars(official.load_checkpoint(tmp_path).schedule), vars(wanted))
+
+
 @pytest.mark.parametrize(
     "preset, changes, message",
     [
         ("paper", {}, "scale_actions must be True .*, got False"),
         ("quick", {}, "denoiser_actions must be 'raw' .*, got 'clipped'"),
+        (
+            "default",
+            {"world_model": "autoregressive"},
+            "world_model must be 'trajectory_diffusion' .*, got 'autoregressive'",
+        ),
         ("default", {"rescale_actions": True}, "rescale_actions must be False .*, got True"),
         (
             "paper",

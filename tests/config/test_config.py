@@ -247,7 +247,9 @@ def test_missing_options_take_their_defaults():
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(pg.InputError, match="unknown preset 'fast'.*default.*paper.*quick"):
+    with pytest.raises(
+        pg.InputError, match="preset must be one of .*default.*paper.*quick.*got 'fast'"
+    ):
         pg.TrainConfig.from_preset("fast")
 
 

@@ -289,7 +289,7 @@ def test_evaluation_arguments():
             [[0, 0, 0], [0, -1e39, 0]],
             r"observation\[1, 1\] must be a finite float32 value, got -1e\+39",
         ),
-        ([0, 0, 3e38], r"observation\[2\] is 3e\+38, so large that the policy's mean"),
+        ([0, 0, 3e38], r"observation\[2\] must be small enough .* policy's mean .* got 3e\+38"),
         ([[0, 0, 0], [0, 0]], "observation cannot be read as an array"),
         ([1j, 0, 0], "must be of real numbers, got dtype complex128"),
     ],
@@ -313,7 +313,9 @@ def test_an_overflowing_observation_in_training_is_named():
         return (np.array([0, 3e38]), *result[1:]) if len(taken) == 55 else result
 
     agent = agent_on(lambda: Counter(returned), eval_env=Counter)
-    with pytest.raises(pg.InputError, match=r"step 55: observation\[1\] is 3e\+38, so large"):
+    with pytest.raises(
+        pg.InputError, match=r"step 55: observation\[1\] must be small enough .* got 3e\+38"
+    ):
         agent.learn(100)
 
 

@@ -14,7 +14,7 @@ import polygrad_fast as pg
 from cases import changed, tiny_config
 from polygrad_fast import cli
 from polygrad_fast.denoisers.build import build_denoiser
-from polygrad_fast.training import memory
+from polygrad_fast.training import memory, model_memory
 from polygrad_fast.world_models.autoregressive import OneStepNetwork
 
 GB = 10**9
@@ -28,7 +28,7 @@ def test_parameters_of_the_one_step_network_are_counted_as_they_are_built(hidden
     wanted = sum(weight.numel() for weight in network.parameters())
     sizes = {"autoregressive__hidden_dim": hidden_dim, "autoregressive__num_layers": num_layers}
     config = changed(pg.TrainConfig(), **sizes)
-    assert memory.autoregressive_parameters(config, *WALKER) == wanted
+    assert model_memory.autoregressive_parameters(config, *WALKER) == wanted
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_parameters_are_counted_as_they_are_built(options, horizon):
     config = pg.TrainConfig(horizon=horizon, denoiser=pg.config.DenoiserConfig(**options))
     denoiser = build_denoiser(config.denoiser, *WALKER, horizon, 128)
     wanted = sum(weight.numel() for weight in denoiser.parameters())
-    assert memory.denoiser_parameters(config, *WALKER) == wanted
+    assert model_memory.denoiser_parameters(config, *WALKER) == wanted
 
 
 @pytest.mark.parametrize("preset", ["default", "paper", "quick"])

@@ -1,0 +1,136 @@
+"""Memory that the networks of each world model need, as numbers that follow from their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from polygrad_fast.config import TrainConfig
+from polygrad_fast.sampling.folded_networks import ROWS_PER_THREAD
+from polygrad_fast.sampling.torch_step import POLICY_ROWS_PER_THREAD
+
+FLOAT = 4
+SCHEDULE_BYTES = 1500
+"""Per diffusion step: tables and the engine's constants, as Python numbers."""
+
+
+def denoiser_parameters(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    """Return the number of parameters of the configured denoiser, as Python integers of any
+    size."""
+    c = config.denoiser.resolved(config.horizon)
+    width, layers, horizon = c.hidden_dim, c.num_layers, config.horizon
+    num_steps = config.schedule.num_train_timesteps
+    state_dim = observation_dim + 2
+    if c.kind == "transformer":
+        embedded = (
+            num_steps * width if c.step_conditioning == "learned" else 2 * width * (width + 1)
+        )
+        blocks = layers * (12 * width + 13) * width
+        ends = (state_dim + action_dim + 1) * width + (width + 1) * state_dim
+        return ends + blocks + embedded + horizon * width
+    in_dim, out_dim = horizon * (state_dim + action_dim), horizon * state_dim
+    output = (width + 1) * out_dim
+    if c.step_conditioning == "layer":
+        return (in_dim + 1) * width + layers * (width + 1 + num_steps) * width + output
+    embed = max(in_dim, 128)
+    inputs = (in_dim + 1) * embed + (18 + embed + 1) * embed + (embed + 1) * width
+    return inputs + layers * (width + 3) * width + 2 * width + output
+
+
+def autoregressive_parameters(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    """Return the number of parameters of the configured one-step network."""
+    width, layers = config.autoregressive.hidden_dim, config.autoregressive.num_layers
+    ends = (observation_dim + action_dim + 1) * width + (width + 1) * (observation_dim + 2)
+    return ends + (layers - 1) * (width + 1) * width
+
+
+def _autoregressive_sampling(
+    config: TrainConfig,
+    observation_dim: int,
+    action_dim: int,
+    batch: int,
+    device_type: str,
+    threads: int,
+) -> int:
+    # each step's results and the stacked ones, unnormalized too, and one step's activations
+    results = batch * config.horizon * 3 * (observation_dim + 2 + action_dim)
+    return results + 4 * batch * max(config.autoregressive.hidden_dim, config.policy.hidden_dim)
+
+
+def _diffusion_sampling(
+    config: TrainConfig,
+    observation_dim: int,
+    action_dim: int,
+    batch: int,
+    device_type: str,
+    threads: int,
+) -> int:
+    c = config.denoiser.resolved(config.horizon)
+    state_dim, horizon = observation_dim + 2, config.horizon
+    pair = state_dim + action_dim
+    on_gpu = device_type == "cuda"
+    # workspace, result and its unnormalized copy, or the copies a file is written from
+    floats = batch * horizon * (4 * state_dim + 3 * action_dim + 4 * pair)
+    if on_gpu:  # all normals of a sample, and the graph's own copy of them
+        floats += 2 * (config.schedule.num_train_timesteps + 1) * batch * horizon * pair
+    whole = on_gpu or config.engine == "reference"
+    rows = horizon if c.kind == "transformer" else 1  # of activations per trajectory
+    if c.kind == "transformer":
+        per_row = 12 * c.hidden_dim
+    else:
+        per_row = 4 * c.hidden_dim + (4 * max(horizon * pair, 128) if whole else 0)
+    part = batch if whole else min(batch, max(1, ROWS_PER_THREAD // rows) * threads)
+    floats += part * rows * per_row
+    part = batch * horizon if whole else min(batch * horizon, POLICY_ROWS_PER_THREAD * threads)
+    return floats + part * 4 * config.policy.hidden_dim
+
+
+def _autoregressive_update(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    a = config.autoregressive
+    return a.batch_size * config.horizon * 3 * a.num_layers * a.hidden_dim
+
+
+def _diffusion_update(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    horizon, pair = config.horizon, observation_dim + 2 + action_dim
+    d = config.denoiser.resolved(horizon)
+    if d.kind == "transformer":
+        return d.batch_size * horizon * (17 * d.num_layers + 12) * d.hidden_dim
+    kept = 2 if d.step_conditioning == "input" else 1
+    embed = max(horizon * pair, 128) if d.step_conditioning == "input" else 0
+    return d.batch_size * ((kept * d.num_layers + 6) * d.hidden_dim + 6 * embed)
+
+
+def _diffusion_steps(config: TrainConfig) -> int:
+    d = config.denoiser.resolved(config.horizon)
+    table = d.hidden_dim * (2 if d.step_conditioning == "input" else 1 + d.num_layers)
+    return config.schedule.num_train_timesteps * (SCHEDULE_BYTES + 2 * FLOAT * table)
+
+
+class ModelMemory(NamedTuple):
+    """What one world model needs, counted of a configuration and of S and A."""
+
+    options: str
+    """Its group of options."""
+    parameters: Callable[[TrainConfig, int, int], int]
+    """Of its network."""
+    update: Callable[[TrainConfig, int, int], int]
+    """Numbers that one update holds besides weights and windows."""
+    sampling: Callable[[TrainConfig, int, int, int, str, int], int]
+    """Numbers besides weights, also of trajectories, type of device and threads."""
+    steps: Callable[[TrainConfig], int]
+    """Bytes of what there is per diffusion step."""
+
+
+MODEL_MEMORY = {
+    "trajectory_diffusion": ModelMemory(
+        "denoiser", denoiser_parameters, _diffusion_update, _diffusion_sampling, _diffusion_steps
+    ),
+    "autoregressive": ModelMemory(
+        "autoregressive",
+        autoregressive_parameters,
+        _autoregressive_update,
+        _autoregressive_sampling,
+        lambda config: 0,
+    ),
+}
+"""By the name of the world model."""

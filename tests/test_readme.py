@@ -47,10 +47,10 @@ def test_rows_name_machine_and_versions():
 
 
 def test_seeds_have_episodes_of_their_own():
-    """No two rows share an evaluation seed, and none is that of a training run."""
+    """No two rows of a world model share an evaluation seed, and none is that of a training run."""
     seeds = [row for row in ROWS if row.benchmark == "quick_seeds"]
-    for machine in {row.machine for row in seeds}:
-        own = [row for row in seeds if row.machine == machine]
+    for machine, model in {(row.machine, row.case["world_model"]) for row in seeds}:
+        own = [row for row in seeds if (row.machine, row.case["world_model"]) == (machine, model)]
         assert len({row.values["evaluation_seed"] for row in own}) == len(own)
         assert {row.values["evaluation_seed"] for row in own}.isdisjoint(
             row.case["seed"] for row in own

@@ -3,10 +3,11 @@
     python benchmarks/quick_seeds.py --env-id Pendulum-v1 Hopper-v5 --seeds 100 101 102 --jobs 2
 
 Of each seed the untrained policy, the best checkpoint and the last one play the same fresh
-episodes, whose seed follows from environment, preset and training seed: two rows
-share episodes only where they differ in the world model alone, and none are those of the
-evaluations that chose the best checkpoint. Every seed is a process with one thread. A row is written to benchmarks/results/quick_seeds.jsonl as soon as its seed is done, in
-place of one of the same case and machine; after an interruption `--resume` measures the rest.
+episodes, whose seed follows from environment, preset and training seed: two rows share episodes
+only where they differ in the world model alone, and none are those of the evaluations that chose
+the best checkpoint. Every seed is a process with one thread. A row is written to
+benchmarks/results/quick_seeds.jsonl as soon as its seed is done, in place of one of the same case
+and machine; after an interruption `--resume` measures the rest.
 `python benchmarks/report.py` makes the tables.
 """
 

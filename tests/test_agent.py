@@ -946,7 +946,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
     config = tiny_config()
     with pytest.raises(pg.InputError, match=r"config must be a TrainConfig .* got \{\}"):
         pg.PolyGRAD("Pendulum-v1", config={})
-    with pytest.raises(pg.InputError, match="preset 5"):
+    with pytest.raises(pg.InputError, match="preset must be one of .*, got 5"):
         pg.PolyGRAD("Pendulum-v1", preset=5)
     with pytest.raises(pg.InputError, match=r"preset \['quick'\]"):
         pg.PolyGRAD("Pendulum-v1", preset=["quick"])

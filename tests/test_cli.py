@@ -89,7 +89,10 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
         ("train --env-id Nope-v1", "Nope-v1"),
         ("train --env-id CartPole-v1", "Discrete"),
         ("train --env-id Pendulum-v1 --horizon 0", "horizon must be at least 1, got 0"),
-        ("train --env-id Pendulum-v1 --preset fast", "preset 'fast'"),
+        (
+            "train --env-id Pendulum-v1 --preset fast",
+            "preset must be one of ['default', 'laptop', 'paper', 'quick'], got 'fast'",
+        ),
         ("train --env-id Pendulum-v1 --a2c.gamma x", "--a2c.gamma"),
         ("train --env-id Pendulum-v1 --a2c.gamma 2", "gamma must be in [0, 1], got 2"),
         ("train --env-id Pendulum-v1 --wings 2", "--wings"),

@@ -278,7 +278,8 @@ class PolicyConfig(Options):
 
 @dataclass(frozen=True)
 class GuidanceConfig(Options):
-    """Tuning of the guidance scale delta towards standardized actions of unit spread."""
+    """The guidance scale delta of action update "score", tuned towards standardized actions of unit
+    spread; without effect on other action updates."""
 
     initial: float = 0.005
     rule: Literal["log", "linear", "none"] = "log"

@@ -133,7 +133,9 @@ def test_an_actor_critic_continues_with_the_stored_target(tmp_path):
     assert metrics["critic_loss"] > 0
     with pytest.raises(pg.InputError, match="normalizer must be for 5 observations, .*, got 4"):
         loaded.actor_critic(pg.Normalizer(4, A))
-    with pytest.raises(pg.InputError, match="needs the normalizer"):
+    with pytest.raises(
+        pg.InputError, match="normalizer must be given with normed_inputs=True, got None"
+    ):
         official.load_checkpoint(tmp_path, normed_inputs=True)
 
 
@@ -273,7 +275,7 @@ def test_the_schedule_exported_is_that_of_training(tmp_path):
         (
             "default",
             {"world_model": "autoregressive"},
-            "world_model must be 'trajectory_diffusion' .*, got 'autoregressive'",
+            "config.world_model must be 'trajectory_diffusion' for the released code .* got 'autoreg",
         ),
         ("default", {"rescale_actions": True}, "rescale_actions must be False .*, got True"),
         (

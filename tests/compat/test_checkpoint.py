@@ -275,7 +275,7 @@ def test_the_schedule_exported_is_that_of_training(tmp_path):
         (
             "default",
             {"world_model": "autoregressive"},
-            "config.world_model must be 'trajectory_diffusion' for the released code .* got 'autoreg",
+            "config.world_model must be 'trajectory_diffusion' .* released code .* got 'autoreg",
         ),
         ("default", {"rescale_actions": True}, "rescale_actions must be False .*, got True"),
         (

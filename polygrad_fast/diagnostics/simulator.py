@@ -144,8 +144,8 @@ class Simulator:
             observations.
 
     Raises:
-        InputError: observations do not determine the state, or not by any layout known here, or
-            all steps given have a clipped velocity.
+        InputError: observations are of another size, do not determine the state or not by any
+            layout known here, or all steps given have a clipped velocity.
     """
 
     def __init__(
@@ -161,6 +161,11 @@ class Simulator:
         self.environment = environment
         observation_dim, _ = check_spaces(environment)
         self.name = environment_name(environment)
+        if observations.shape[1] != observation_dim:
+            raise InputError(
+                f"{self.name} must have observations of {observations.shape[1]} entries as the "
+                f"steps have, got {observation_dim}"
+            )
         environment.reset(seed=0)
         best = 0.0
         for layout in _layouts(environment.unwrapped, observation_dim):

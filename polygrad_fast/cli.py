@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, sample.
+"""Command line: train, evaluate, sample, gradient.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from polygrad_fast._version import __version__
-from polygrad_fast.arguments import as_output_file
+from polygrad_fast.arguments import as_integer, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.runs.directory import difference, read_run_config
@@ -95,6 +95,22 @@ class Sample:
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """Compare the imagined policy gradient with the simulator's, from the same observations in the
+    replay buffer; the last line printed is JSON."""
+
+    run_dir: tyro.conf.Positional[Path]
+    num: int = 4096
+    """Trajectories per gradient."""
+    newest: int = 4000
+    """Compare from the newest so many start observations, and from all."""
+    seed: int = 0
+    checkpoint: str = "last"
+    """The last checkpoint, or the name of one in RUN_DIR/checkpoints, e.g. step_000006000."""
+    device: str = "auto"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (training met NaN), 2 (bad input)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -106,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
         _find_modules_here()
         command = _parse(arguments)
         if command is not None:
-            run = {Train: _train, Evaluate: _evaluate, Sample: _sample}
+            run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Gradient: _gradient}
             run[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
@@ -144,9 +160,9 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Sample | None:
+def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | None:
     """Parse with tyro, whose boxed messages become one line; return None where it printed help."""
-    names = ("train", "evaluate", "sample")
+    names = ("train", "evaluate", "sample", "gradient")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
         close = difflib.get_close_matches(arguments[0], names, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
@@ -156,6 +172,7 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Sample | None:
         Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Gradient, tyro.conf.subcommand("gradient")]
     )
     complaint = io.StringIO()
     try:
@@ -409,3 +426,36 @@ def _sample(command: Sample) -> None:
     write_bytes_atomic(command.out, data.getvalue())
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     print(f"{command.num} imagined trajectories in {command.out}: {shapes}")
+
+
+def _gradient(command: Gradient) -> None:
+    as_integer(command.num, "--num", 8)
+    as_integer(command.newest, "--newest", 1)
+    as_integer(command.seed, "--seed", 0, below=2**32)
+    read_run_config(command.run_dir)
+    with end_on_interrupt():
+        from polygrad_fast.agent import PolyGRAD
+        from polygrad_fast.diagnostics.gradient import policy_gradient_report
+        from polygrad_fast.diagnostics.table import table
+
+        last = command.checkpoint == "last"
+        path = command.run_dir if last else command.run_dir / "checkpoints" / command.checkpoint
+        agent = PolyGRAD.load(path, device=command.device)
+    report = policy_gradient_report(
+        agent.make_evaluation_environment(),
+        agent.world_model,
+        agent.training.learner,
+        agent.replay,
+        agent.action_scaler,
+        command.num,
+        command.newest,
+        command.seed,
+        agent.config.imagined_batch_size,
+    )
+    print(
+        f"{agent.env_id}, {agent.config.world_model}, {command.checkpoint} checkpoint (environment "
+        f"step {agent.num_timesteps:,}), horizon {agent.config.horizon}, {command.num:,} "
+        f"trajectories per gradient"
+    )
+    print(table(report))
+    print(json.dumps(report.summary()))

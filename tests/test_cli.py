@@ -79,6 +79,29 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
     }
 
 
+def test_gradient_prints_a_table_and_json_last(run_dir, capsys):
+    arguments = ["gradient", str(run_dir), "--num", "32", "--newest", "20"]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr().out
+    *lines, last = first.splitlines()
+    result = json.loads(last)
+    assert {"cosine", "cosine_ceiling", "r2"} <= set(result)
+    assert np.isfinite(list(result.values())).all()
+    assert -1 <= result["cosine"] <= 1 and 0 <= result["cosine_ceiling"] <= 1
+    assert result["num_newest"] == 20 and result["share_repeated"] == 1.0
+    assert lines[0].startswith(
+        "Pendulum-v1, trajectory_diffusion, last checkpoint (environment step 120), horizon 4,"
+    )
+    assert any(line.startswith("standardized actions: R2") for line in lines)
+    assert cli.main([*arguments, "--seed", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["cosine"] != result["cosine"]
+    kept = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+    assert cli.main([*arguments, "--checkpoint", kept[-1]]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert cli.main([*arguments, "--checkpoint", kept[0]]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) != result
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -122,6 +145,13 @@ def test_sample_writes_trajectories(run_dir, tmp_path, capsys):
             "train --resume --run-dir {run} --total-timesteps 60",
             "must be at least 120, the environment step the run is at, got 60",
         ),
+        ("gradient {tmp}/none", "none is not a run directory"),
+        ("gradient {run} --num 7", "--num must be an integer of at least 8, got 7"),
+        ("gradient {run} --newest 0", "--newest must be an integer of at least 1, got 0"),
+        ("gradient {run} --seed -1", "--seed must be an integer in [0, 4294967296), got -1"),
+        ("gradient {run} --checkpoint first", "first does not exist, wanted a run or checkpoint"),
+        ("gradient {run} --checkpoint best", "got none; the best checkpoint has no replay buffer"),
+        ("gradient {run} --device cuda:99", "cuda:99"),
         ("train --env-id Pendulum-v1 --run-dir {run}/config.json", "cannot be written"),
         ("train --env-id HalfCheetah-v3", "HalfCheetah-v3"),
         ("{train}", "already holds a run"),

@@ -18,7 +18,8 @@ ARROWS = {
     "cli": "agent",
     "compat": "agent",
     "agent": "training",
-    "training": "world_models learners data evaluation runs",
+    "training": "diagnostics world_models learners data evaluation runs",
+    "diagnostics": "world_models learners data",
     "world_models": "sampling data",  # data for the windows it learns from
     "sampling": "reference kernels",
     "reference": "diffusion denoisers protocols",

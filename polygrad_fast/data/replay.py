@@ -226,6 +226,12 @@ class ReplayBuffer:
             starts = self._starts[(picks + self._first_start) % self.capacity, 0]
             return self._steps[starts % self.capacity, : self.observation_dim]
 
+    def initial_observations(self) -> Tensor:
+        """Return the first observations of all windows, oldest first: float32 [N, S], raw."""
+        ring = torch.arange(self._first_start, self._end_start, device=self.device)
+        starts = self._starts[ring % self.capacity, 0]
+        return self._steps[starts % self.capacity, : self.observation_dim]
+
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return mean and population standard deviation of every field over all steps ever added.
 

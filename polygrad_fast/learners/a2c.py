@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,23 @@ def _check_policy(policy: nn.Module, normalizer: Normalizer, config: A2CConfig) 
     dry_call(policy, call, inputs.device, lambda: _moments_and_outputs(policy, normalizer, inputs))
 
 
+@dataclass(frozen=True)
+class _Losses:
+    """The losses of one batch, and what they were computed from; T = H - 1 steps."""
+
+    actor_loss: Tensor
+    critic_loss: Tensor
+    target_weights: dict[str, Tensor]  # of the target critic, moved already
+    policy_inputs: Tensor  # [B, T, S], in the space that the policy reads
+    raw_actions: Tensor  # [B, T, A]
+    mean: Tensor  # [B, T, A]
+    std: Tensor  # [B, T, A]
+    old_log_prob: Tensor  # [B, T]
+    policy_entropy: Tensor  # [B, T]
+    values: Tensor  # [B, T]
+    rewards: Tensor  # [B, H], as the critic learns from them
+
+
 class ActorCritic:
     """Policy, value function, its slow target, their optimizers, and one `update`.
 
@@ -195,6 +213,94 @@ class ActorCritic:
         target_update = config.target_update
         if config.final_target_update is not None:
             target_update += progress * (config.final_target_update - target_update)
+        losses = self._losses(observations, actions, rewards, terminals, config)
+        mean, std, raw_actions = losses.mean, losses.std, losses.raw_actions
+
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        (losses.actor_loss + losses.critic_loss).backward()
+        max_norm = config.max_grad_norm if config.max_grad_norm is not None else math.inf
+        # log-std is not clipped, as in the released code
+        log_std = dict(self.policy.named_parameters()).get("log_std")
+        clipped = [p for p in self.policy.parameters() if p is not log_std]
+        actor_grad_norm = nn.utils.clip_grad_norm_(clipped, max_norm)
+        critic_grad_norm = nn.utils.clip_grad_norm_(self.value_function.parameters(), max_norm)
+
+        with torch.no_grad():
+            standardized = (raw_actions - mean) / std
+            log_std_metrics = {}
+            if log_std is not None and log_std.grad is not None:
+                log_std_metrics["log_std_grad_norm"] = log_std.grad.norm()
+            results = {
+                "actor_loss": losses.actor_loss,
+                "critic_loss": losses.critic_loss,
+                "actor_grad_norm": actor_grad_norm,
+                "critic_grad_norm": critic_grad_norm,
+                **log_std_metrics,
+                "entropy": losses.policy_entropy.mean(),
+                "policy_std": _distinct(std).mean(),
+                "action_mean": standardized.mean(),
+                "action_std": spread(standardized, "std"),
+                "action_mean_abs": spread(standardized, "mean_abs"),
+                "value": losses.values[:, 0].mean(),
+                "reward": losses.rewards.mean(),
+                "terminal_rate": terminals.mean(),
+            }
+            values_on_host = torch.stack(list(results.values())).tolist()  # one synchronization
+            metrics = dict(zip(results, values_on_host, strict=True))
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{name} is {value}")
+
+        for name, weight in self.target_value_function.named_parameters():
+            weight.data.copy_(losses.target_weights[name])
+        self.critic_optimizer.step()
+        with annotate("line_search"):
+            metrics |= self._step_actor(
+                losses.policy_inputs, raw_actions, losses.old_log_prob.detach(), target_update
+            )
+        return metrics
+
+    def actor_gradient(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminals: Tensor,
+        config: A2CConfig | None = None,
+    ) -> Tensor:
+        """Return the gradient of the actor's loss that `update` would follow, before its clip, all
+        of the policy's parameters in one vector [P]; nothing changes.
+
+        Args:
+            observations, actions, rewards, terminals: as `update` gets them.
+            config: options of the loss other than this learner's, as another `gae_lambda`.
+
+        Raises:
+            InputError: shapes differ or H < 2.
+            NonFiniteError: the gradient is not finite.
+        """
+        self._check(observations, actions, rewards, terminals)
+        config = self.config if config is None else config
+        losses = self._losses(observations, actions, rewards, terminals, config)
+        parameters = list(self.policy.parameters())
+        gradients = torch.autograd.grad(
+            losses.actor_loss, parameters, allow_unused=True, materialize_grads=True
+        )
+        gradient = torch.cat([part.flatten() for part in gradients])
+        if not torch.isfinite(gradient).all():
+            raise NonFiniteError("the gradient of the actor's loss is not finite")
+        return gradient
+
+    def _losses(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminals: Tensor,
+        config: A2CConfig,
+    ) -> _Losses:
+        """Return both losses on imagined trajectories, as `update` gets them; nothing changes."""
         raw_actions = self.normalizer.unnormalize(actions, "actions")[:, :-1]
         raw_observations = observations
         if not (self.normed_inputs and reads_normalized(self.policy)):
@@ -241,51 +347,19 @@ class ActorCritic:
             actor_loss = actor_loss + config.saturation_coef * policy_outputs.square().mean()
         values = self.value_function(observations)[:, :-1]
         critic_loss = (0.5 * (value_targets - values).square() * weights).mean()
-
-        self.actor_optimizer.zero_grad(set_to_none=True)
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        (actor_loss + critic_loss).backward()
-        max_norm = config.max_grad_norm if config.max_grad_norm is not None else math.inf
-        # log-std is not clipped, as in the released code
-        log_std = dict(self.policy.named_parameters()).get("log_std")
-        clipped = [p for p in self.policy.parameters() if p is not log_std]
-        actor_grad_norm = nn.utils.clip_grad_norm_(clipped, max_norm)
-        critic_grad_norm = nn.utils.clip_grad_norm_(self.value_function.parameters(), max_norm)
-
-        with torch.no_grad():
-            standardized = (raw_actions - mean) / std
-            log_std_metrics = {}
-            if log_std is not None and log_std.grad is not None:
-                log_std_metrics["log_std_grad_norm"] = log_std.grad.norm()
-            results = {
-                "actor_loss": actor_loss,
-                "critic_loss": critic_loss,
-                "actor_grad_norm": actor_grad_norm,
-                "critic_grad_norm": critic_grad_norm,
-                **log_std_metrics,
-                "entropy": policy_entropy.mean(),
-                "policy_std": _distinct(std).mean(),
-                "action_mean": standardized.mean(),
-                "action_std": spread(standardized, "std"),
-                "action_mean_abs": spread(standardized, "mean_abs"),
-                "value": values[:, 0].mean(),
-                "reward": rewards.mean(),
-                "terminal_rate": terminals.mean(),
-            }
-            values_on_host = torch.stack(list(results.values())).tolist()  # one synchronization
-            metrics = dict(zip(results, values_on_host, strict=True))
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(f"{name} is {value}")
-
-        for name, weight in self.target_value_function.named_parameters():
-            weight.data.copy_(target_weights[name])
-        self.critic_optimizer.step()
-        with annotate("line_search"):
-            metrics |= self._step_actor(
-                policy_inputs, raw_actions, old_log_prob.detach(), target_update
-            )
-        return metrics
+        return _Losses(
+            actor_loss,
+            critic_loss,
+            target_weights,
+            policy_inputs,
+            raw_actions,
+            mean,
+            std,
+            old_log_prob,
+            policy_entropy,
+            values,
+            rewards,
+        )
 
     @torch.no_grad()
     def keep_functions(self, mean: Tensor, scale: Tensor) -> None:

@@ -69,6 +69,7 @@ def all_windows(buffer: ReplayBuffer) -> list[list[tuple[int, float, float]]]:
         assert field.dtype == torch.float32 and field.is_contiguous()
     expected = steps[..., None] + torch.arange(S) / 8
     assert torch.equal(windows.observations, expected)
+    assert torch.equal(buffer.initial_observations(), expected[:, 0])
     assert torch.equal(windows.actions, -(steps[..., None] + torch.arange(A) / 8))
     return [
         list(zip(n, r, t, strict=True))

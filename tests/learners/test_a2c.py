@@ -73,6 +73,45 @@ class Wrapped(torch.nn.Module):
 
 
 @pytest.mark.parametrize("normed_inputs", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"reward_rms": 0.1}, {"saturation_coef": 0.3}, {"normalize_advantages": False}]
+)
+def test_the_actors_gradient_is_what_an_update_follows(monkeypatch, normed_inputs, options):
+    """Without a limit of its norm; nothing is changed by asking for it."""
+    config = pg.A2CConfig(max_grad_norm=None, target_critic_decay=0.5, **options)
+    actor_critic = make_actor_critic(config, normed_inputs)
+    actor_critic.update(**make_batch(1))  # the target critic is another network than the critic
+    before = copy.deepcopy([m.state_dict() for m in actor_critic.modules().values()])
+    for p in actor_critic.policy.parameters():
+        p.grad = None
+    gradient = actor_critic.actor_gradient(**make_batch())
+    assert all(p.grad is None for p in actor_critic.policy.parameters())
+    for module, state in zip(actor_critic.modules().values(), before, strict=True):
+        assert all(torch.equal(state[name], t) for name, t in module.state_dict().items())
+    followed = []
+
+    def step():
+        parameters = actor_critic.policy.parameters()
+        followed.append(torch.cat([p.grad.flatten() for p in parameters]))
+
+    monkeypatch.setattr(actor_critic.actor_optimizer, "step", step)
+    actor_critic.update(**make_batch())
+    assert gradient.abs().max() > 0
+    assert torch.allclose(gradient, followed[0], rtol=1e-5, atol=1e-8)
+    other = actor_critic.actor_gradient(**make_batch(), config=replace(config, gae_lambda=0.0))
+    assert not torch.allclose(gradient, other, rtol=0.1)
+
+
+def test_an_actors_gradient_that_is_not_finite_is_refused():
+    batch = make_batch()
+    batch["rewards"][0, 0] = math.nan
+    with pytest.raises(pg.NonFiniteError, match="gradient of the actor's loss is not finite"):
+        make_actor_critic().actor_gradient(**batch)
+    with pytest.raises(pg.InputError, match="rewards of shape"):
+        make_actor_critic().actor_gradient(**{**make_batch(), "rewards": torch.zeros(B, H, 1)})
+
+
+@pytest.mark.parametrize("normed_inputs", [False, True])
 def test_a_policy_behind_the_protocol_learns_the_same(normed_inputs):
     """But for the clip, which then includes log-std."""
     config = pg.A2CConfig(max_grad_norm=None, actor_learning_rate=1e-2)

@@ -1,0 +1,41 @@
+"""A gradient report for reading."""
+
+from __future__ import annotations
+
+from polygrad_fast.diagnostics.agreement import Agreement
+from polygrad_fast.diagnostics.gradient import GradientReport
+
+
+def table(report: GradientReport) -> str:
+    """Return a report as lines of text."""
+    own = f"lambda {report.gae_lambda:g}"
+    newest, every = f"newest {report.num_newest:,} starts", f"all {report.num_all:,} starts"
+    rows: list[tuple[str, Agreement | float]] = [
+        (f"imagined with simulated, {newest}, {own}", report.newest),
+        ("the same, lambda 0, steps up to the first terminal only", report.newest_lambda_0),
+        (f"imagined with simulated, {every}, {own}", report.all),
+        ("the same, lambda 0, steps up to the first terminal only", report.all_lambda_0),
+        ("actions: simulator's outcomes of imagined steps, with simulated", report.actions),
+        ("model: imagined with simulator's outcomes of imagined steps", report.model),
+        (f"starts: simulated from all with simulated from newest, {own}", report.starts),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'policy gradient':{width}}  cosine  ceiling  length ratio"]
+    for name, found in rows:
+        if isinstance(found, Agreement):
+            numbers = f"{found.cosine:6.2f}  {found.ceiling:7.2f}  {found.length_ratio:12.2f}"
+        else:
+            numbers = f"{found:6.2f}"
+        lines.append(f"{name:{width}}  {numbers}")
+    z, error = report.on_policy, report.error
+    lines += [
+        f"standardized actions: R2 {z.r2:.3f}, standard deviation {z.std:.3f}, KS {z.ks:.4f} "
+        f"(noise floor {z.ks_floor:.4f}), autocorrelation {z.autocorrelation:.3f}",
+        f"one imagined step: error {error.rms:.3f} (median {error.median:.3f}) in standard "
+        f"deviations, reward {error.reward_rms:.3f}; {error.missed_terminals:.2%} missed and "
+        f"{error.false_terminals:.2%} false terminals, {error.unsimulated:.2%} from states in "
+        f"which the simulation blows up",
+        f"simulator: repeats {report.share_repeated:.1%} of the run's own steps; "
+        f"{report.share_determined:.1%} of the starts show their state (no clipped velocity)",
+    ]
+    return "\n".join(lines)

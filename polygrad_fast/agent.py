@@ -24,7 +24,6 @@ from polygrad_fast.evaluation.environments import (
 )
 from polygrad_fast.evaluation.evaluator import Evaluator
 from polygrad_fast.evaluation.returns import EpisodeStatistics
-from polygrad_fast.learners import build_learner, build_policy
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
 from polygrad_fast.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -35,7 +34,6 @@ from polygrad_fast.runs.directory import (
     read_run_config,
     refuse_another_run,
 )
-from polygrad_fast.runs.random_streams import RandomStreams
 from polygrad_fast.runs.restore import (
     checkpoint_to_load,
     checkpoint_to_resume,
@@ -43,11 +41,10 @@ from polygrad_fast.runs.restore import (
 )
 from polygrad_fast.runs.run import Run
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
-from polygrad_fast.training.actor import Actor
-from polygrad_fast.training.imagination import ImaginationTraining
+from polygrad_fast.training.build import build_training
 from polygrad_fast.training.memory import check_sampling_memory, check_training_memory
 from polygrad_fast.training.session import Session
-from polygrad_fast.world_models import TrajectoryDiffusion, WorldModel, build_world_model
+from polygrad_fast.world_models import TrajectoryDiffusion, WorldModel
 
 Callback = Callable[["PolyGRAD", dict[str, float]], Any]
 
@@ -122,21 +119,8 @@ class PolyGRAD:
         self._memory_checked = run_dir is not None  # else `learn` checks: a loaded one may only act
         check_training_memory(c, *dims, self.device, self._memory_checked)
 
-        streams = RandomStreams(self.seed, self.device)
-        scaler = ActionScaler(environment.action_space, c.rescale_actions)
-        resumable = ResumableEnvironment(environment, streams.environment_seed)
-        replay = ReplayBuffer(c.replay_capacity, c.horizon, *dims, self.device)
-        normalizer = Normalizer(*dims).to(self.device)
-        bounds = scaler.low, scaler.high
-        world_model = build_world_model(c, normalizer, bounds, self.device, denoiser)
         own = {"denoiser": denoiser, "policy": policy}
-        policy = build_policy(c, normalizer, self.device, policy)
-        learner = build_learner(c, policy, normalizer, self.device)
-        world_model.prepare(policy)
-        actor = Actor(policy, normalizer, scaler, self.device)
-        self.training = ImaginationTraining(
-            c, resumable, scaler, actor, replay, normalizer, world_model, learner, streams
-        )
+        self.training = build_training(c, environment, self.seed, self.device, denoiser, policy)
 
         warn_of_statistics(environment)
         environments = EvaluationEnvironments(environment, env, eval_env)

@@ -11,107 +11,25 @@ from torch import Tensor, nn
 
 from polygrad_fast.config import A2CConfig
 from polygrad_fast.errors import InputError, NonFiniteError
+from polygrad_fast.learners.advantages import generalized_advantages, spread, step_weights
+from polygrad_fast.learners.checks import (
+    check_learning_policy,
+    check_trajectories,
+    moments_and_outputs,
+)
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import ValueFunction, entropy, log_prob
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import (
-    check_trainable,
-    dry_call,
     policy_moments,
     reads_normalized,
 )
-
-
-def spread(standardized_actions: Tensor, statistic: str) -> Tensor:
-    """Return the spread of standardized actions (a - mu) / sigma, [..., A], which is 1 for
-    on-policy actions.
-
-    "std": mean over action dimensions of the standard deviation (equation 9, as released);
-    "mean_abs": E|z| / sqrt(2 / pi).
-
-    Raises:
-        InputError: another statistic.
-    """
-    if statistic == "mean_abs":
-        return standardized_actions.abs().mean() / math.sqrt(2 / math.pi)
-    if statistic != "std":
-        raise InputError(f"statistic must be 'std' or 'mean_abs', got {statistic!r}")
-    return standardized_actions.flatten(0, -2).std(dim=0).mean()
-
-
-def generalized_advantages(
-    rewards: Tensor, values: Tensor, terminals: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
-    """Return generalized advantage estimates [B, H - 1] (Schulman et al. 2016, arXiv 1506.02438).
-
-    delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t)
-    A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}
-
-    The last step only serves as the next value.
-
-    Args:
-        rewards, values, terminals: r, V and d, [B, H] each.
-        gamma, gae_lambda: discount and decay, 0 to 1.
-    """
-    continues = 1.0 - terminals[:, :-1]
-    deltas = rewards[:, :-1] + gamma * continues * values[:, 1:] - values[:, :-1]
-    advantages = torch.empty_like(deltas)
-    running = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(deltas.shape[1])):
-        running = deltas[:, t] + gamma * gae_lambda * continues[:, t] * running
-        advantages[:, t] = running
-    return advantages
-
-
-def step_weights(terminals: Tensor, terminal_step_weight: float) -> Tensor:
-    """Return the weights of steps in the losses, [B, H] -> [B, H]: 1 before the first terminal one,
-    `terminal_step_weight` at it, 0 after it."""
-    before = (1.0 - terminals).cumprod(dim=1)
-    if terminal_step_weight == 0:
-        return before
-    reached = torch.cat([torch.ones_like(before[:, :1]), before[:, :-1]], dim=1)
-    return before + terminal_step_weight * (reached - before)
 
 
 def _distinct(tensor: Tensor) -> Tensor:
     """Return each number of an expanded tensor once: PyTorch's mean over axes of stride 0 adds up
     rounding errors, 1e-4 in 50,000 equal float32 numbers."""
     return tensor[tuple(0 if stride == 0 else slice(None) for stride in tensor.stride())]
-
-
-def _moments_and_outputs(
-    policy: nn.Module, normalizer: Normalizer, inputs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a policy's mean and std at inputs in the space it reads, and what its `network` gave
-    on the way."""
-    outputs = []
-    hook = policy.network.register_forward_hook(lambda network, given, out: outputs.append(out))
-    try:
-        mean, std = policy_moments(policy, normalizer, inputs, reads_normalized(policy))
-    finally:
-        hook.remove()
-    if not (len(outputs) == 1 and torch.is_tensor(outputs[0])):
-        raise InputError(
-            f"with a2c.saturation_coef above 0, policy.network must return one tensor in a call of "
-            f"the policy {type(policy).__name__}, got "
-            f"{[type(output).__name__ for output in outputs]}"
-        )
-    return mean, std, outputs[0]
-
-
-def _check_policy(policy: nn.Module, normalizer: Normalizer, config: A2CConfig) -> None:
-    """Raise InputError unless this policy can be trained with these options."""
-    check_trainable("policy", policy)
-    if config.saturation_coef == 0:
-        return
-    if not isinstance(getattr(policy, "network", None), nn.Module):
-        raise InputError(
-            f"a2c.saturation_coef must be 0 for a policy without a module `network`, whose outputs "
-            f"it penalizes, got {config.saturation_coef} and a {type(policy).__name__}"
-        )
-    inputs = normalizer.observations_mean.expand(2, 2, -1)
-    call = f"policy {type(policy).__name__}, called with observations {list(inputs.shape)}"
-    dry_call(policy, call, inputs.device, lambda: _moments_and_outputs(policy, normalizer, inputs))
 
 
 @dataclass(frozen=True)
@@ -166,7 +84,7 @@ class ActorCritic:
         self.policy, self.value_function, self.normalizer = policy, value_function, normalizer
         self.config = config if config is not None else A2CConfig()
         self.normed_inputs = reads_normalized(policy) if normed_inputs is None else normed_inputs
-        _check_policy(policy, normalizer, self.config)
+        check_learning_policy(policy, normalizer, self.config)
         self.target_value_function = copy.deepcopy(value_function).requires_grad_(False)
         self.actor_optimizer = torch.optim.AdamW(
             policy.parameters(), lr=self.config.actor_learning_rate
@@ -209,7 +127,7 @@ class ActorCritic:
             NonFiniteError: an input, loss or gradient is not finite; nothing was changed.
         """
         config = self.config
-        self._check(observations, actions, rewards, terminals)
+        check_trajectories(self.policy, self.normalizer, observations, actions, rewards, terminals)
         target_update = config.target_update
         if config.final_target_update is not None:
             target_update += progress * (config.final_target_update - target_update)
@@ -280,7 +198,7 @@ class ActorCritic:
             InputError: shapes differ or H < 2.
             NonFiniteError: the gradient is not finite.
         """
-        self._check(observations, actions, rewards, terminals)
+        check_trajectories(self.policy, self.normalizer, observations, actions, rewards, terminals)
         config = self.config if config is None else config
         losses = self._losses(observations, actions, rewards, terminals, config)
         parameters = list(self.policy.parameters())
@@ -334,7 +252,7 @@ class ActorCritic:
             weights = step_weights(terminals[:, :-1], config.terminal_step_weight)
 
         if config.saturation_coef > 0:
-            mean, std, policy_outputs = _moments_and_outputs(
+            mean, std, policy_outputs = moments_and_outputs(
                 self.policy, self.normalizer, policy_inputs
             )
         else:
@@ -458,34 +376,6 @@ class ActorCritic:
         self.actor_optimizer.param_groups[0]["lr"] = min(
             learning_rate, self.config.actor_learning_rate
         )
-
-    def _check(self, observations, actions, rewards, terminals) -> None:
-        observation_dim = self.normalizer.observation_dim
-        weights = next(self.policy.parameters())
-        if observations.ndim != 3 or observations.shape[1] < 2:
-            raise InputError(
-                f"observations must be of shape [B, H, {observation_dim}] with H at least 2, got "
-                f"shape {tuple(observations.shape)}"
-            )
-        batch, horizon = observations.shape[:2]
-        for name, tensor, wanted in (
-            ("observations", observations, (batch, horizon, observation_dim)),
-            ("actions", actions, (batch, horizon, self.normalizer.action_dim)),
-            ("rewards", rewards, (batch, horizon)),
-            ("terminals", terminals, (batch, horizon)),
-        ):
-            if tuple(tensor.shape) != wanted:
-                raise InputError(f"{name} must be of shape {wanted}, got {tuple(tensor.shape)}")
-            if (tensor.dtype, tensor.device) != (weights.dtype, weights.device):
-                raise InputError(
-                    f"{name} must be of {weights.dtype} on {weights.device}, as the policy's "
-                    f"weights, got {tensor.dtype} on {tensor.device}"
-                )
-        if batch * (horizon - 1) < 2:
-            raise InputError(
-                f"at least two steps must have a next value, as their advantages are "
-                f"standardized, got {batch} trajectories of {horizon} steps"
-            )
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by name."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
 import polygrad_fast as pg
-from polygrad_fast.learners.a2c import generalized_advantages, step_weights
+from polygrad_fast.learners.advantages import generalized_advantages, step_weights
 from polygrad_fast.policy import log_prob
 
 S, A, B, H = 4, 2, 16, 6
@@ -107,7 +107,7 @@ def test_an_actors_gradient_that_is_not_finite_is_refused():
     batch["rewards"][0, 0] = math.nan
     with pytest.raises(pg.NonFiniteError, match="gradient of the actor's loss is not finite"):
         make_actor_critic().actor_gradient(**batch)
-    with pytest.raises(pg.InputError, match="rewards of shape"):
+    with pytest.raises(pg.InputError, match="rewards must be of shape"):
         make_actor_critic().actor_gradient(**{**make_batch(), "rewards": torch.zeros(B, H, 1)})
 
 

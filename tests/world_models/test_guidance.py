@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from polygrad_fast.config import GuidanceConfig
 from polygrad_fast.errors import InputError
-from polygrad_fast.learners.a2c import spread
+from polygrad_fast.learners.advantages import spread
 from polygrad_fast.world_models.guidance import GuidanceTuner
 
 examples = settings(max_examples=40, deadline=None)

@@ -247,8 +247,8 @@ print(status("VmHWM") - before[0])
         {"denoiser__kind": "transformer", "horizon": 32, "denoiser__batch_size": 256,
          "denoiser__hidden_dim": 128},
         {"engine": "reference", "imagined_batch_size": 30_000, "denoiser__hidden_dim": 512},
-        {"world_model": "autoregressive", "autoregressive__hidden_dim": 2048, "horizon": 20,
-         "autoregressive__batch_size": 1024},
+        {"world_model": "autoregressive", "autoregressive__hidden_dim": 512, "horizon": 20,
+         "autoregressive__num_layers": 3, "autoregressive__batch_size": 1024},
     ],
     ids=lambda options: "-".join(map(str, options)) or "tiny",
 )  # fmt: skip

@@ -60,6 +60,9 @@ class TrainConfig(Options):
     """Environment steps between two rows of metrics.csv."""
     checkpoint_interval: int = 10_000
     keep_checkpoints: int = 2
+    diagnostics_interval: int = 0
+    """Policy updates between two measurements of whether imagined actions are drawn from the policy
+    (columns on_policy/ of metrics.csv); 0: never."""
     engine: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Sampling engine of trajectory diffusion."""
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
@@ -88,10 +91,17 @@ class TrainConfig(Options):
             "learning_starts",
             f"at least the horizon, {self.horizon} (training needs a whole window)",
         )
-        self._check_at_least(0, "policy_delay_steps", "policy_updates_per_env_step")
+        self._check_at_least(
+            0, "policy_delay_steps", "policy_updates_per_env_step", "diagnostics_interval"
+        )
         self._check_at_least(1, "newest_start_states")
         self._check(0 <= self.share_of_newest <= 1, "share_of_newest", "in [0, 1]")
         self._check_positive("cpu_threads")
+        self._check(
+            self.diagnostics_interval == 0 or self.imagined_batch_size >= 4,
+            "imagined_batch_size",
+            "at least 4 with diagnostics_interval (R2 is measured on every fourth trajectory)",
+        )
 
     @property
     def world_model_training(self) -> DenoiserConfig | AutoregressiveConfig:

@@ -42,7 +42,7 @@ def on_policy_statistics(
     actions: Tensor,
     terminals: Tensor,
 ) -> OnPolicyStatistics:
-    """Measure the actions of trajectories of at least 4 starts under the policy.
+    """Measure the actions of at least 4 trajectories against the policy.
 
     The actions up to the first terminal step count; of the last step of the horizon, which the
     policy does not learn from, too.
@@ -109,7 +109,7 @@ def _ridge_r2(features: Tensor, z: Tensor, new_features: Tensor, new_z: Tensor) 
     penalty = torch.eye(x.shape[1], dtype=x.dtype, device=x.device) * (x.shape[1] / PRIOR_R2)
     weights = torch.linalg.solve(x.T @ x + penalty, x.T @ z)
     errors = new_z - design(new_features) @ weights
-    return 1.0 - (errors.square().mean() / new_z.square().mean()).item()
+    return 1.0 - (errors.square().mean() / new_z.square().mean().clamp(min=1e-12)).item()
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from polygrad_fast.diagnostics.agreement import Agreement
 from polygrad_fast.diagnostics.gradient import GradientReport
 
+NOISY = 0.5
+"""A ceiling below which a cosine says little."""
+
 
 def table(report: GradientReport) -> str:
     """Return a report as lines of text."""
@@ -27,6 +30,11 @@ def table(report: GradientReport) -> str:
         else:
             numbers = f"{found:6.2f}"
         lines.append(f"{name:{width}}  {numbers}")
+    if report.newest.ceiling < NOISY:
+        lines.append(
+            f"a ceiling below {NOISY}: so many trajectories show mostly noise, more (--num) are "
+            f"needed to tell; an update follows even fewer"
+        )
     z, error = report.on_policy, report.error
     lines += [
         f"standardized actions: R2 {z.r2:.3f}, standard deviation {z.std:.3f}, KS {z.ks:.4f} "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.data import ActionScaler, ReplayBuffer, ResumableEnvironment
+from polygrad_fast.diagnostics.on_policy import on_policy_statistics
 from polygrad_fast.errors import CheckpointError, NonFiniteError
 from polygrad_fast.learners import Learner
 from polygrad_fast.normalizer import Normalizer
@@ -70,6 +71,7 @@ class ImaginationTraining:
         self.consistent, self.stop_requested = True, False
         self.speed = Speed(0)
         self._sums: dict[str, list[float]] = {}  # of metrics since the last row
+        self._policy_updates = 0
         self._action: np.ndarray | None = None  # drawn, but not taken yet
         self._environment_state: dict[str, Any] | None = None  # to restore before the next step
 
@@ -172,12 +174,17 @@ class ImaginationTraining:
                 batch = self.imagine(self.config.imagined_batch_size, normalized=True)
                 _check_finite(batch)
             terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
+            flags = (terminals > 0.5).to(batch.rewards.dtype)
+            interval = self.config.diagnostics_interval
+            if interval > 0 and self._policy_updates % interval == 0:
+                self._measure_actions(batch, flags)
+            self._policy_updates += 1
             with annotate("a2c_update"):
                 metrics = self.learner.update(
                     batch.observations,
                     batch.actions,
                     batch.rewards,
-                    (terminals > 0.5).to(batch.rewards.dtype),
+                    flags,
                     progress=min(1.0, (self.num_timesteps + 1) / self.target_timesteps),
                 )
             tuned = self.world_model.feedback(metrics)
@@ -185,6 +192,14 @@ class ImaginationTraining:
                 self._add_metric(f"{self.learner.name}/{name}", value)
             for name, value in tuned.items():
                 self._add_metric(name, value)
+
+    def _measure_actions(self, batch: TrajectoryBatch, terminals: Tensor) -> None:
+        """Measure whether the actions of a normalized batch are the policy's."""
+        found = on_policy_statistics(
+            self.learner.policy, self.normalizer, batch.observations, batch.actions, terminals
+        )
+        for name, value in vars(found).items():
+            self._add_metric(f"on_policy/{name}", value)
 
     def imagine(self, num_trajectories: int, normalized: bool = False) -> TrajectoryBatch:
         """Imagine trajectories under the current policy, from observations in the replay buffer.
@@ -255,6 +270,7 @@ class ImaginationTraining:
             "sums": self._sums,
             "action": None if self._action is None else torch.from_numpy(self._action),
             "begun_step": self.updates_left,
+            "policy_updates": self._policy_updates,
             **self.world_model.state_dict(),
             "actor_critic": self.learner.state_dict(),
             "replay": self.replay.state_dict(),
@@ -276,6 +292,7 @@ class ImaginationTraining:
         if left is not None:
             left = {_FORMER_NAMES.get(name, name): count for name, count in left.items()}
         self.updates_left = left
+        self._policy_updates = state.get("policy_updates", 0)  # older checkpoints have none
         self._environment_state = state["environment"]
 
     @contextlib.contextmanager

@@ -157,6 +157,9 @@ def test_all_numbers_are_in_summary_and_table(of_truth):
     assert all(math.isfinite(value) for value in summary.values())
     lines = table(of_truth).splitlines()
     assert len(lines) == 11 and all(len(line) < 220 for line in lines)
+    noisy = dataclasses.replace(of_truth.newest, ceiling=0.3)
+    noisy = table(dataclasses.replace(of_truth, newest=noisy)).splitlines()
+    assert len(noisy) == 12 and "mostly noise" in noisy[8]
     row = next(line for line in lines if line.startswith("model"))
     assert row.split()[-1] == f"{of_truth.model:.2f}"
 

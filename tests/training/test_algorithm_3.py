@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import polygrad_fast as pg
+from polygrad_fast.diagnostics.on_policy import on_policy_statistics
 from polygrad_fast.diffusion.ddpm import denoising_loss
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 
@@ -606,6 +607,55 @@ def test_rows_of_metrics_are_means_since_the_last_row(monkeypatch):
         np.mean([rewards[7:12].sum(), *wanted]), rel=1e-5
     )
     assert rows[20]["train/episode_length"] == pytest.approx((5 + 6 + 2) / 3)
+
+
+@pytest.mark.parametrize("world_model", ["trajectory_diffusion", "autoregressive"])
+def test_imagined_actions_are_measured_every_so_many_policy_updates(
+    world_model, monkeypatch, tmp_path
+):
+    options = dict(world_model=world_model, log_interval=1, imagined_batch_size=64)
+    plain, measured = [], []
+    agent, _ = make_agent(**options)
+    agent.learn(20, callback=lambda _, row: plain.append(row))
+    agent, _ = make_agent(**options, diagnostics_interval=4)
+    wanted = []
+
+    def measure(self, observations, actions, terminals):
+        found = on_policy_statistics(self.policy, self.normalizer, observations, actions, terminals)
+        wanted.append({f"on_policy/{name}": value for name, value in vars(found).items()})
+
+    real = pg.ActorCritic.update
+
+    def update(self, observations, actions, rewards, terminals, progress):
+        measure(self, observations, actions, terminals)
+        return real(self, observations, actions, rewards, terminals, progress)
+
+    monkeypatch.setattr(pg.ActorCritic, "update", update)
+    agent.learn(13, callback=lambda _, row: measured.append(row))
+    agent.save(tmp_path / "saved")
+    names = [f"on_policy/{name}" for name in ("r2", "std", "ks", "ks_floor", "autocorrelation")]
+    found = [{n: v for n, v in row.items() if n.startswith("on_policy/")} for row in measured]
+    assert found == [{}] * 11 + [wanted[0], {}, {}]
+    assert set(wanted[0]) == set(names) and all(np.isfinite(list(wanted[0].values())))
+    untouched = [
+        {n: v for n, v in row.items() if not n.startswith(("on_policy/", "time/", "eval/"))}
+        for row in measured
+    ]
+    assert untouched[:13] == [
+        {n: v for n, v in row.items() if not n.startswith(("time/", "eval/"))} for row in plain[:13]
+    ]
+
+    with pytest.warns(UserWarning, match="not deterministic"):  # the count of its episodes
+        loaded = pg.PolyGRAD.load(tmp_path / "saved", env=Line, device="cpu")
+        rows = []
+        loaded.learn(6, callback=lambda _, row: rows.append(row))
+    assert ["on_policy/r2" in row for row in rows] == [False, True, False, False, False, True]
+    assert rows[1]["on_policy/r2"] == wanted[4]["on_policy/r2"]
+
+
+def test_a_batch_too_small_to_be_measured_is_refused():
+    with pytest.raises(pg.InputError, match="imagined_batch_size must be at least 4 with diagnost"):
+        make_config(imagined_batch_size=3, diagnostics_interval=1)
 
 
 # Evaluation

@@ -948,7 +948,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path):
         pg.PolyGRAD("Pendulum-v1", config={})
     with pytest.raises(pg.InputError, match="preset must be one of .*, got 5"):
         pg.PolyGRAD("Pendulum-v1", preset=5)
-    with pytest.raises(pg.InputError, match=r"preset \['quick'\]"):
+    with pytest.raises(pg.InputError, match=r"preset must be one of .*, got \['quick'\]"):
         pg.PolyGRAD("Pendulum-v1", preset=["quick"])
     with pytest.raises(pg.InputError, match="run_dir must be a path .* got 5"):
         pg.PolyGRAD("Pendulum-v1", config=config, run_dir=5)

@@ -40,6 +40,7 @@ FOUNDATION = {
     "errors": "",
     "_version": "",
     "structure": "",
+    "terminals": "",
     "arguments": "errors",
     "profiling": "arguments errors runs",
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.protocols import policy_moments, reads_normalized
+from polygrad_fast.terminals import alive_steps
 
 PRIOR_R2 = 0.1
 """What the ridge expects of all features together: its penalty is their number over this, so that
@@ -68,11 +69,6 @@ def on_policy_statistics(
         ks_floor=math.sqrt(math.pi / 2) * math.log(2) / math.sqrt(z_alive.numel()),
         autocorrelation=_correlation(now, following),
     )
-
-
-def alive_steps(terminals: Tensor) -> Tensor:
-    """Return which steps are taken, the first terminal one included: 0/1 [B, H] -> bool [B, H]."""
-    return terminals.cumsum(dim=1) - terminals == 0
 
 
 def kolmogorov_smirnov(values: Tensor) -> float:

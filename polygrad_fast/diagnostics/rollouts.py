@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.data import ActionScaler
-from polygrad_fast.diagnostics.on_policy import alive_steps
 from polygrad_fast.diagnostics.simulator import Simulator
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.protocols import policy_moments
 from polygrad_fast.sampling import TrajectoryBatch
+from polygrad_fast.terminals import alive_steps
 
 
 @torch.no_grad()

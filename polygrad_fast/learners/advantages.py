@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.errors import InputError
+from polygrad_fast.terminals import alive_steps
 
 
 def spread(standardized_actions: Tensor, statistic: str) -> Tensor:
@@ -54,8 +55,5 @@ def generalized_advantages(
 def step_weights(terminals: Tensor, terminal_step_weight: float) -> Tensor:
     """Return the weights of steps in the losses, [B, H] -> [B, H]: 1 before the first terminal one,
     `terminal_step_weight` at it, 0 after it."""
-    before = (1.0 - terminals).cumprod(dim=1)
-    if terminal_step_weight == 0:
-        return before
-    reached = torch.cat([torch.ones_like(before[:, :1]), before[:, :-1]], dim=1)
-    return before + terminal_step_weight * (reached - before)
+    alive = alive_steps(terminals).to(terminals.dtype)
+    return alive * (1.0 - terminals + terminal_step_weight * terminals)

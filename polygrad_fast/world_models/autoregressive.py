@@ -14,6 +14,7 @@ from polygrad_fast.data.replay import Windows
 from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.sampling import TrajectoryBatch
+from polygrad_fast.terminals import alive_steps
 
 MIN_DIFFERENCE_SCALE = 1e-2
 """Smallest unit of a predicted difference, in normalized observations: entries that hardly move."""
@@ -96,9 +97,8 @@ class Autoregressive:
         )
         observations, rewards = trajectory[..., :-2], trajectory[..., -2]
         wanted = observations[:, 1:] - observations[:, :-1]
-        ended = windows.terminals.cumsum(dim=1)
-        is_real = ((ended - windows.terminals) == 0).float()  # no terminal step before this one
-        goes_on = (ended[:, :-1] == 0).float().unsqueeze(-1)
+        is_real = alive_steps(windows.terminals).float()
+        goes_on = (is_real * (1.0 - windows.terminals))[:, :-1].unsqueeze(-1)
         if self.trainer.num_updates == 0:
             self._measure_scale(wanted, goes_on)
         network = self.trainer.model

@@ -224,6 +224,11 @@ class A2CConfig(Options):
     max_grad_norm: float | None = 0.1
     """Gradient norm limit, for actor and critic each; None: no clipping."""
     normalize_advantages: bool = True
+    """Divide advantages, less their mean, by their standard deviation."""
+    advantage_moments: Literal["all", "counted"] = "all"
+    """Steps whose advantages give that mean and deviation: all, those after a terminal step
+    included (released code), or each by its weight in the loss. After a terminal step a return is
+    wanted that is not there, so a few of them move both far."""
     target_critic_decay: float = 0.995
     target_update: float = 0.01
     """Wanted mean |log pi_new - log pi_old| of one update."""

@@ -278,6 +278,7 @@ def _laptop(env_id: str) -> TrainConfig:
             target_update=0.02,
             line_search_tolerance=0.4,
             terminal_step_weight=1.0,
+            advantage_moments="counted",
             reward_rms=0.1,
         ),
         normalizer=NormalizerConfig(

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from polygrad_fast.config import A2CConfig
 from polygrad_fast.errors import InputError, NonFiniteError
-from polygrad_fast.learners.advantages import generalized_advantages, spread, step_weights
+from polygrad_fast.learners.advantages import (
+    generalized_advantages,
+    spread,
+    standardized,
+    step_weights,
+)
 from polygrad_fast.learners.checks import (
     check_learning_policy,
     check_trajectories,
@@ -145,7 +150,7 @@ class ActorCritic:
         critic_grad_norm = nn.utils.clip_grad_norm_(self.value_function.parameters(), max_norm)
 
         with torch.no_grad():
-            standardized = (raw_actions - mean) / std
+            z = (raw_actions - mean) / std
             log_std_metrics = {}
             if log_std is not None and log_std.grad is not None:
                 log_std_metrics["log_std_grad_norm"] = log_std.grad.norm()
@@ -157,9 +162,9 @@ class ActorCritic:
                 **log_std_metrics,
                 "entropy": losses.policy_entropy.mean(),
                 "policy_std": _distinct(std).mean(),
-                "action_mean": standardized.mean(),
-                "action_std": spread(standardized, "std"),
-                "action_mean_abs": spread(standardized, "mean_abs"),
+                "action_mean": z.mean(),
+                "action_std": spread(z, "std"),
+                "action_mean_abs": spread(z, "mean_abs"),
                 "value": losses.values[:, 0].mean(),
                 "reward": losses.rewards.mean(),
                 "terminal_rate": terminals.mean(),
@@ -247,9 +252,10 @@ class ActorCritic:
                 rewards, target_values, terminals, config.gamma, config.gae_lambda
             )
             value_targets = advantages + target_values[:, :-1]
-            if config.normalize_advantages:
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
             weights = step_weights(terminals[:, :-1], config.terminal_step_weight)
+            if config.normalize_advantages:
+                counted = weights if config.advantage_moments == "counted" else None
+                advantages = standardized(advantages, counted)
 
         if config.saturation_coef > 0:
             mean, std, policy_outputs = moments_and_outputs(

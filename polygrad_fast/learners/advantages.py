@@ -57,3 +57,14 @@ def step_weights(terminals: Tensor, terminal_step_weight: float) -> Tensor:
     `terminal_step_weight` at it, 0 after it."""
     alive = alive_steps(terminals).to(terminals.dtype)
     return alive * (1.0 - terminals + terminal_step_weight * terminals)
+
+
+def standardized(advantages: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return advantages [B, T] less their mean, over their standard deviation (unbiased); moments
+    with weights [B, T] each step counts as often as it weighs; None: once."""
+    if weights is None:
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    total = weights.sum()
+    centered = advantages - (advantages * weights).sum() / total.clamp(min=1.0)
+    variance = (centered.square() * weights).sum() / (total - 1.0).clamp(min=1.0)
+    return centered / (variance.sqrt() + 1e-8)

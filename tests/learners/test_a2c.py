@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import parametrize
 
 import polygrad_fast as pg
-from polygrad_fast.learners.advantages import generalized_advantages, step_weights
+from polygrad_fast.learners.advantages import generalized_advantages, standardized, step_weights
 from polygrad_fast.policy import log_prob
 
 S, A, B, H = 4, 2, 16, 6
@@ -315,9 +315,10 @@ def test_gae_against_the_sum_of_its_definition(batch, horizon, gamma, gae_lambda
 
 
 @pytest.mark.parametrize("normed_inputs", [False, True])
-@pytest.mark.parametrize("normalize_advantages", [False, True])
-def test_losses_against_a_naive_loop(normed_inputs, normalize_advantages):
-    config = pg.A2CConfig(entropy_coef=0.1, normalize_advantages=normalize_advantages)
+@pytest.mark.parametrize("moments", [None, "all", "counted"])
+def test_losses_against_a_naive_loop(normed_inputs, moments):
+    config = pg.A2CConfig(entropy_coef=0.1, normalize_advantages=moments is not None)
+    config = config if moments is None else replace(config, advantage_moments=moments)
     actor_critic = make_actor_critic(config, normed_inputs)
     batch, normalizer = make_batch(terminal_rate=0.2), actor_critic.normalizer
     observations, rewards = batch["observations"], batch["rewards"]
@@ -330,14 +331,19 @@ def test_losses_against_a_naive_loop(normed_inputs, normalize_advantages):
         values = actor_critic.value_function(observations)
     terminals = batch["terminals"]
     advantages = generalized_advantages(rewards, values, terminals, config.gamma, config.gae_lambda)
-    standard = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    counted = advantages
+    if moments == "counted":
+        ended = [[terminals[b, : t + 1].any() for t in range(H - 1)] for b in range(B)]
+        counted = advantages[~torch.tensor(ended)]
+        assert 0 < len(counted) < advantages.numel()
+    standard = (advantages - counted.mean()) / (counted.std() + 1e-8)
     actor_loss = critic_loss = 0.0
     for b in range(B):
         for t in range(H - 1):
             if terminals[b, : t + 1].any():
                 break
             pi = torch.distributions.Normal(mean[b, t], std[b, t])
-            advantage = (standard if normalize_advantages else advantages)[b, t]
+            advantage = (advantages if moments is None else standard)[b, t]
             actor_loss -= (pi.log_prob(actions[b, t]).sum() * advantage).item()
             actor_loss -= 0.1 * pi.entropy().sum().item()
             critic_loss += 0.5 * advantages[b, t].item() ** 2  # target - value, before any step
@@ -351,6 +357,18 @@ def test_step_weights(weight):
     terminals = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     wanted = [[1, 1, 1], [1, weight, 0], [weight, 0, 0], [1, 1, weight]]
     assert step_weights(terminals, weight).tolist() == wanted
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_moments_count_steps_by_their_weight(weight):
+    steps = torch.tensor([[3.0, -1.0, 2.0, 7.0]])
+    weights = torch.tensor([[1.0, 1.0, 1.0, weight]])
+    mean = (4.0 + 7.0 * weight) / (3.0 + weight)
+    squares = sum(
+        w * (x - mean) ** 2 for x, w in zip(*steps.tolist(), *weights.tolist(), strict=True)
+    )
+    wanted = (steps - mean) / (squares / (2.0 + weight)) ** 0.5
+    assert torch.allclose(standardized(steps, weights), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0])
@@ -407,9 +425,13 @@ def test_functions_of_raw_observations_survive_other_moments(policy_normed, valu
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), terminal=st.integers(0, H - 1))
-def test_what_follows_a_terminal_carries_no_weight(seed, terminal):
-    config = pg.A2CConfig(normalize_advantages=False, line_search=False)
+@given(
+    seed=st.integers(0, 2**31),
+    terminal=st.integers(0, H - 1),
+    options=st.sampled_from([{"normalize_advantages": False}, {"advantage_moments": "counted"}]),
+)
+def test_what_follows_a_terminal_carries_no_weight(seed, terminal, options):
+    config = pg.A2CConfig(line_search=False, **options)
     batch = make_batch(seed, terminal_rate=0.0)
     batch["terminals"][:, terminal:] = 1.0
     other, noise = copy.deepcopy(batch), make_batch(seed + 1)

@@ -9,7 +9,11 @@ from polygrad_fast._version import __version__
 if TYPE_CHECKING:
     from polygrad_fast.agent import PolyGRAD
     from polygrad_fast.config import A2CConfig, SamplerConfig, TrainConfig
-    from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+    from polygrad_fast.denoisers import (
+        ResidualMLPDenoiser,
+        RolloutDenoiser,
+        TransformerDenoiser,
+    )
     from polygrad_fast.diffusion.ddpm import NoiseSchedule
     from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
     from polygrad_fast.learners.a2c import ActorCritic
@@ -32,6 +36,7 @@ __all__ = [
     "PolicyGuidedSampler",
     "PolyGRAD",
     "ResidualMLPDenoiser",
+    "RolloutDenoiser",
     "SampleNoise",
     "SamplerConfig",
     "TrainConfig",
@@ -45,7 +50,7 @@ __all__ = [
 _MODULES = {
     "agent": ("PolyGRAD",),
     "config": ("A2CConfig", "SamplerConfig", "TrainConfig"),
-    "denoisers": ("ResidualMLPDenoiser", "TransformerDenoiser"),
+    "denoisers": ("ResidualMLPDenoiser", "RolloutDenoiser", "TransformerDenoiser"),
     "errors": ("CheckpointError", "InputError", "NonFiniteError"),
     "normalizer": ("Normalizer",),
     "policy": ("GaussianPolicy", "ValueFunction"),

@@ -133,18 +133,21 @@ class ScheduleConfig(Options):
 class DenoiserConfig(Options):
     """Denoising network and its training (tables 2 and 3)."""
 
-    kind: Literal["residual_mlp", "transformer"] = "residual_mlp"
+    kind: Literal["residual_mlp", "transformer", "rollout"] = "residual_mlp"
+    """The paper's two, or one step's network rolled out over the horizon, which diffusion corrects:
+    it predicts clean states ("sample") from actions as they are (`sampler.scale_actions` False)."""
     hidden_dim: int | None = None
     """None: the paper's 1024 (horizon up to 10) or 2048 for the residual MLP, 312 for the
-    transformer."""
+    transformer; 256 for the rollout."""
     num_layers: int = 6
     num_heads: int = 4
     """Attention heads; the transformer only."""
     step_conditioning: Literal["input", "layer", "learned", None] = "input"
     """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the paper's;
-    None: that of the two that the kind has."""
+    None: that of the two that the kind has. The rollout has "input" only."""
     learning_rate: float | None = None
-    """None: the paper's 3e-4 for the residual MLP, 1e-4 for the transformer."""
+    """None: the paper's 3e-4 for the residual MLP, 1e-4 for the transformer; 3e-4 for the
+    rollout."""
     batch_size: int = 256
     ema_decay: float = 0.99
     ema_interval: int = 10
@@ -168,12 +171,12 @@ class DenoiserConfig(Options):
         self._check(0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]")
 
     def _paper_step_conditioning(self) -> str:
-        return {"residual_mlp": "layer", "transformer": "learned"}[self.kind]
+        return {"residual_mlp": "layer", "transformer": "learned", "rollout": "input"}[self.kind]
 
     def resolved(self, horizon: int) -> DenoiserConfig:
         """Return the configuration with the paper's values in place of None."""
         transformer = self.kind == "transformer"
-        width = 312 if transformer else (1024 if horizon <= 10 else 2048)
+        width = {"transformer": 312, "rollout": 256}.get(self.kind, 1024 if horizon <= 10 else 2048)
         rate = 1e-4 if transformer else 3e-4
         return replace(
             self,

@@ -95,6 +95,14 @@ class TrainConfig(Options):
             0, "policy_delay_steps", "policy_updates_per_env_step", "diagnostics_interval"
         )
         self._check_at_least(1, "newest_start_states")
+        if self.world_model == "trajectory_diffusion" and self.denoiser.kind == "rollout":
+            for option, wanted in (("prediction_type", "sample"), ("scale_actions", False)):
+                got = getattr(self.sampler, option)
+                if got != wanted:
+                    raise InputError(
+                        f"sampler.{option} must be {wanted!r} for a denoiser of kind 'rollout', "
+                        f"got {got!r}"
+                    )
         self._check(0 <= self.share_of_newest <= 1, "share_of_newest", "in [0, 1]")
         self._check_positive("cpu_threads")
         self._check(
@@ -249,19 +257,26 @@ def _quick(env_id: str) -> TrainConfig:
 def _laptop(env_id: str) -> TrainConfig:
     """Locomotion on two CPU cores: one configuration for all environments.
 
-    Actions are exactly on-policy (action update "exact"), half of the imagined trajectories start
-    in the newest states, moments are refreshed without a change of policy and values, and the step
-    that ends a trajectory counts.
+    Actions are exactly on-policy (action update "exact"), the denoiser corrects a rollout of one
+    step's network, half of the imagined trajectories start in the newest states, moments are
+    refreshed without a change of policy and values, the step that ends a trajectory counts and what
+    follows it does not, and updates become smaller towards the end of the run.
     """
     return TrainConfig(
         horizon=10,
         schedule=ScheduleConfig(num_train_timesteps=16, tau=1.0),
         sampler=SamplerConfig.official(
-            action_update="exact", clip_state_change=None, denoiser_actions="clipped"
+            action_update="exact",
+            clip_state_change=None,
+            denoiser_actions="clipped",
+            scale_actions=False,
+            num_inference_steps=8,
         ),
         denoiser=DenoiserConfig(
+            kind="rollout",
             hidden_dim=256,
             num_layers=3,
+            batch_size=32,
             learning_rate=1e-3,
             ema_decay=0.95,
             ema_start=0,
@@ -276,6 +291,7 @@ def _laptop(env_id: str) -> TrainConfig:
             critic_learning_rate=1e-3,
             target_critic_decay=0.98,
             target_update=0.02,
+            final_target_update=0.002,
             line_search_tolerance=0.4,
             terminal_step_weight=1.0,
             advantage_moments="counted",

@@ -1,6 +1,7 @@
 """Denoising networks eps_theta(x | i, u)."""
 
 from polygrad_fast.denoisers.residual_mlp import ResidualMLPDenoiser
+from polygrad_fast.denoisers.rollout import RolloutDenoiser
 from polygrad_fast.denoisers.transformer import TransformerDenoiser
 
-__all__ = ["ResidualMLPDenoiser", "TransformerDenoiser"]
+__all__ = ["ResidualMLPDenoiser", "RolloutDenoiser", "TransformerDenoiser"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from polygrad_fast.config import DenoiserConfig
-from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+from polygrad_fast.denoisers import ResidualMLPDenoiser, RolloutDenoiser, TransformerDenoiser
 
 
 def build_denoiser(
@@ -29,6 +29,10 @@ def build_denoiser(
         "horizon": horizon,
         "hidden_dim": config.hidden_dim,
         "num_layers": config.num_layers,
+    }
+    if config.kind == "rollout":
+        return RolloutDenoiser(**arguments)
+    arguments |= {
         "step_conditioning": config.step_conditioning,
         "num_train_timesteps": num_train_timesteps,
     }

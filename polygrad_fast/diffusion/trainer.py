@@ -60,5 +60,9 @@ class DenoiserTrainer(AveragedTrainer):
             self.schedule,
             self.sampler_config,
         )
+        if hasattr(self.model, "auxiliary_losses"):
+            own = self.model.auxiliary_losses(trajectory, actions)
+            loss = loss + sum(own.values())
+            parts |= {f"auxiliary_{name}": value.detach() for name, value in own.items()}
         self.minimize(loss)
         return {"loss": loss.detach(), **parts}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from polygrad_fast.config import TrainConfig
+from polygrad_fast.denoisers.rollout import CORRECTION_DIM
 from polygrad_fast.sampling.folded_networks import ROWS_PER_THREAD
 from polygrad_fast.sampling.torch_step import POLICY_ROWS_PER_THREAD
 
@@ -28,6 +29,12 @@ def denoiser_parameters(config: TrainConfig, observation_dim: int, action_dim: i
         blocks = layers * (12 * width + 13) * width
         ends = (state_dim + action_dim + 1) * width + (width + 1) * state_dim
         return ends + blocks + embedded + horizon * width
+    if c.kind == "rollout":
+        in_dim, out_dim = horizon * (2 * state_dim + action_dim), horizon * state_dim
+        step = (observation_dim + action_dim + 1) * width + (layers - 1) * (width + 1) * width
+        step += (width + 1) * state_dim
+        corrected = CORRECTION_DIM * (in_dim + 1 + 18 + 2 * (CORRECTION_DIM + 1) + out_dim)
+        return step + corrected + out_dim
     in_dim, out_dim = horizon * (state_dim + action_dim), horizon * state_dim
     output = (width + 1) * out_dim
     if c.step_conditioning == "layer":
@@ -77,6 +84,8 @@ def _diffusion_sampling(
     rows = horizon if c.kind == "transformer" else 1  # of activations per trajectory
     if c.kind == "transformer":
         per_row = 12 * c.hidden_dim
+    elif c.kind == "rollout":
+        per_row = 4 * c.hidden_dim + horizon * (5 * state_dim + action_dim)
     else:
         per_row = 4 * c.hidden_dim + (4 * max(horizon * pair, 128) if whole else 0)
     part = batch if whole else min(batch, max(1, ROWS_PER_THREAD // rows) * threads)
@@ -95,6 +104,9 @@ def _diffusion_update(config: TrainConfig, observation_dim: int, action_dim: int
     d = config.denoiser.resolved(horizon)
     if d.kind == "transformer":
         return d.batch_size * horizon * (17 * d.num_layers + 12) * d.hidden_dim
+    if d.kind == "rollout":
+        per_step = 3 * d.num_layers * d.hidden_dim + 6 * pair
+        return d.batch_size * (horizon * per_step + 8 * CORRECTION_DIM)
     kept = 2 if d.step_conditioning == "input" else 1
     embed = max(horizon * pair, 128) if d.step_conditioning == "input" else 0
     return d.batch_size * ((kept * d.num_layers + 6) * d.hidden_dim + 6 * embed)

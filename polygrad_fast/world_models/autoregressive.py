@@ -6,43 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polygrad_fast.config import AutoregressiveConfig
 from polygrad_fast.data.replay import Windows
+from polygrad_fast.denoisers.one_step import OneStepNetwork, one_step_losses
 from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.sampling import TrajectoryBatch
-from polygrad_fast.terminals import alive_steps
-
-MIN_DIFFERENCE_SCALE = 1e-2
-"""Smallest unit of a predicted difference, in normalized observations: entries that hardly move."""
-
-
-class OneStepNetwork(nn.Module):
-    """Predict o' - o, reward and the logit of the terminal flag from one observation and action.
-
-    Everything is normalized. Differences are predicted in units of `difference_scale` [S], their
-    standard deviation in the data.
-    """
-
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int, num_layers: int):
-        super().__init__()
-        self.observation_dim, self.action_dim = observation_dim, action_dim
-        layers: list[nn.Module] = []
-        width = observation_dim + action_dim
-        for _ in range(num_layers):
-            layers += [nn.Linear(width, hidden_dim), nn.SiLU()]
-            width = hidden_dim
-        self.network = nn.Sequential(*layers, nn.Linear(width, observation_dim + 2))
-        self.register_buffer("difference_scale", torch.ones(observation_dim))
-
-    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map [..., S] and [..., A] to differences in their own units [..., S], rewards [...] and
-        terminal logits [...]."""
-        output = self.network(torch.cat([observations, actions], dim=-1))
-        return output[..., :-2], output[..., -2], output[..., -1]
 
 
 class Autoregressive:
@@ -88,42 +59,22 @@ class Autoregressive:
     ) -> dict[str, Tensor]:
         """Take one gradient step on every transition of the windows; see `WorldModel.update`.
 
-        Squared error of differences (in units of their deviation) and of the reward, and binary
-        cross-entropy of the terminal flag; a window's padding carries no weight, and a terminal
-        step none for its difference, which is not in the data.
+        The losses are those of `one_step_losses`.
         """
         trajectory = self.normalizer.normalize_trajectory(
             windows.observations, windows.rewards, windows.terminals
         )
-        observations, rewards = trajectory[..., :-2], trajectory[..., -2]
-        wanted = observations[:, 1:] - observations[:, :-1]
-        is_real = alive_steps(windows.terminals).float()
-        goes_on = (is_real * (1.0 - windows.terminals))[:, :-1].unsqueeze(-1)
-        if self.trainer.num_updates == 0:
-            self._measure_scale(wanted, goes_on)
-        network = self.trainer.model
-        differences, predicted, logits = network(observations, self._seen(windows.actions))
-        error = differences[:, :-1] - wanted / network.difference_scale
-        losses = {
-            "observation_loss": _weighted_mean(error.square().mean(-1), goes_on.squeeze(-1)),
-            "reward_loss": _weighted_mean((predicted - rewards).square(), is_real),
-            "terminal_loss": _weighted_mean(
-                F.binary_cross_entropy_with_logits(logits, windows.terminals, reduction="none"),
-                is_real,
-            ),
-        }
+        losses = one_step_losses(
+            self.trainer.model,
+            trajectory[..., :-2],
+            self._seen(windows.actions),
+            trajectory[..., -2],
+            windows.terminals,
+        )
         loss = sum(losses.values())
         self.trainer.minimize(loss)
         losses = {"loss": loss, **losses}
         return {f"dynamics/{name}": value.detach() for name, value in losses.items()}
-
-    @torch.no_grad()
-    def _measure_scale(self, differences: Tensor, weights: Tensor) -> None:
-        """Set the unit of differences once, from the first batch: it may not move later."""
-        mean = (differences * weights).sum((0, 1)) / weights.sum().clamp(min=1.0)
-        variance = ((differences - mean).square() * weights).sum((0, 1)) / weights.sum().clamp(1.0)
-        for network in (self.trainer.model, self.trainer.ema_model):
-            network.difference_scale.copy_(variance.sqrt().clamp(min=MIN_DIFFERENCE_SCALE))
 
     def _seen(self, actions: Tensor) -> Tensor:
         """Return raw actions as the network sees them: clipped and normalized."""
@@ -181,7 +132,3 @@ class Autoregressive:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.trainer.load_state_dict(state["dynamics_trainer"])
-
-
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum() / weights.sum().clamp(min=1.0)

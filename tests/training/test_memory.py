@@ -14,8 +14,8 @@ import polygrad_fast as pg
 from cases import changed, tiny_config
 from polygrad_fast import cli
 from polygrad_fast.denoisers.build import build_denoiser
+from polygrad_fast.denoisers.one_step import OneStepNetwork
 from polygrad_fast.training import memory, model_memory
-from polygrad_fast.world_models.autoregressive import OneStepNetwork
 
 GB = 10**9
 WALKER = (17, 6)
@@ -50,10 +50,15 @@ def host(monkeypatch):
         {"kind": "residual_mlp", "hidden_dim": 40, "num_layers": 3, "step_conditioning": "layer"},
         {"kind": "transformer", "hidden_dim": 16, "num_layers": 2, "num_heads": 4},
         {"kind": "transformer", "hidden_dim": 8, "num_layers": 1, "step_conditioning": "learned"},
+        {"kind": "rollout", "hidden_dim": 24, "num_layers": 3},
     ],
 )
 def test_parameters_are_counted_as_they_are_built(options, horizon):
-    config = pg.TrainConfig(horizon=horizon, denoiser=pg.config.DenoiserConfig(**options))
+    config = pg.TrainConfig(
+        horizon=horizon,
+        denoiser=pg.config.DenoiserConfig(**options),
+        sampler=pg.SamplerConfig.official(scale_actions=False),
+    )
     denoiser = build_denoiser(config.denoiser, *WALKER, horizon, 128)
     wanted = sum(weight.numel() for weight in denoiser.parameters())
     assert model_memory.denoiser_parameters(config, *WALKER) == wanted

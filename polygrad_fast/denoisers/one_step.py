@@ -1,0 +1,83 @@
+"""One network for the step of an environment: what follows from an observation and an action."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polygrad_fast.terminals import alive_steps
+
+MIN_DIFFERENCE_SCALE = 1e-2
+"""Smallest unit of a predicted difference, in normalized observations: entries that hardly move."""
+
+
+class OneStepNetwork(nn.Module):
+    """Predict o' - o, reward and the logit of the terminal flag from one observation and action.
+
+    Everything is normalized. Differences are predicted in units of `difference_scale` [S], their
+    standard deviation in the first batch that `one_step_losses` gets; until then it is 0, so that
+    nothing moves.
+
+    Args:
+        observation_dim, action_dim: S and A.
+        hidden_dim, num_layers: width and number of hidden layers.
+    """
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int, num_layers: int):
+        super().__init__()
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        layers: list[nn.Module] = []
+        width = observation_dim + action_dim
+        for _ in range(num_layers):
+            layers += [nn.Linear(width, hidden_dim), nn.SiLU()]
+            width = hidden_dim
+        self.network = nn.Sequential(*layers, nn.Linear(width, observation_dim + 2))
+        self.register_buffer("difference_scale", torch.zeros(observation_dim))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map [..., S] and [..., A] to differences in their own units [..., S], rewards [...] and
+        terminal logits [...]."""
+        output = self.network(torch.cat([observations, actions], dim=-1))
+        return output[..., :-2], output[..., -2], output[..., -1]
+
+
+def one_step_losses(
+    network: OneStepNetwork, observations: Tensor, actions: Tensor, rewards: Tensor, flags: Tensor
+) -> dict[str, Tensor]:
+    """Return the losses of every step of windows, three scalars by name.
+
+    Squared error of differences (in units of their deviation) and of the reward, and binary
+    cross-entropy of the terminal flag; a window's padding carries no weight, and a terminal step
+    none for its difference, which is not in the data.
+
+    Args:
+        network: what it predicts is compared; its unit of differences is set if it has none.
+        observations, actions, rewards: normalized [B, H, S], [B, H, A] and [B, H].
+        flags: terminals [B, H], 0 or 1.
+    """
+    wanted = observations[:, 1:] - observations[:, :-1]
+    is_real = alive_steps(flags).float()
+    goes_on = (is_real * (1.0 - flags))[:, :-1]
+    _measure_scale(network.difference_scale, wanted, goes_on.unsqueeze(-1))
+    differences, predicted, logits = network(observations, actions)
+    error = differences[:, :-1] - wanted / network.difference_scale
+    entropy = F.binary_cross_entropy_with_logits(logits, flags, reduction="none")
+    return {
+        "observation_loss": _weighted_mean(error.square().mean(-1), goes_on),
+        "reward_loss": _weighted_mean((predicted - rewards).square(), is_real),
+        "terminal_loss": _weighted_mean(entropy, is_real),
+    }
+
+
+@torch.no_grad()
+def _measure_scale(scale: Tensor, differences: Tensor, weights: Tensor) -> None:
+    """Set the unit of differences once, from the first batch: it may not move later."""
+    mean = (differences * weights).sum((0, 1)) / weights.sum().clamp(min=1.0)
+    variance = ((differences - mean).square() * weights).sum((0, 1)) / weights.sum().clamp(1.0)
+    measured = variance.sqrt().clamp(min=MIN_DIFFERENCE_SCALE)
+    scale.copy_(torch.where(scale > 0, scale, measured))
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp(min=1.0)

@@ -1,0 +1,118 @@
+"""A denoiser that knows dynamics: one step's prediction rolled out, corrected by diffusion."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polygrad_fast.arguments import as_integer
+from polygrad_fast.denoisers.one_step import OneStepNetwork, one_step_losses
+from polygrad_fast.denoisers.step_embedding import RandomFourierFeatures, check_inputs, step_mlp
+from polygrad_fast.structure import structure
+
+CORRECTION_DIM = 128
+
+
+class RolloutDenoiser(nn.Module):
+    """Predict clean states as a rollout from the first observation under the given actions, plus a
+    correction.
+
+    The rollout is that of one network for all steps (`OneStepNetwork`), so its states depend on
+    earlier actions only. It learns from every transition of the windows, by losses of its own
+    (`auxiliary_losses`); the denoising loss does not reach it. What no rollout can know, as what
+    chance adds to the dynamics, the correction reads from the noisy trajectory's deviation from the
+    rollout; it learns from the denoising loss and starts as zero.
+
+    Args:
+        observation_dim, action_dim, horizon: S, A and H.
+        hidden_dim, num_layers: width and depth of the step's network.
+
+    Raises:
+        InputError: a size that is no positive integer.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        horizon: int,
+        hidden_dim: int = 256,
+        num_layers: int = 3,
+    ):
+        super().__init__()
+        for name, value in (
+            ("observation_dim", observation_dim),
+            ("action_dim", action_dim),
+            ("horizon", horizon),
+            ("hidden_dim", hidden_dim),
+            ("num_layers", num_layers),
+        ):
+            as_integer(value, name, 1)
+        self.observation_dim, self.action_dim, self.horizon = observation_dim, action_dim, horizon
+        self.hidden_dim, self.num_layers = hidden_dim, num_layers
+        self.state_dim = observation_dim + 2
+        self.step = OneStepNetwork(observation_dim, action_dim, hidden_dim, num_layers)
+        # The normalized terminal flags 0 and 1, as far as windows have shown them.
+        self.register_buffer("flags", torch.zeros(2))
+        in_dim = horizon * (2 * self.state_dim + action_dim)
+        self.correct_input = nn.Linear(in_dim, CORRECTION_DIM)
+        self.step_mlp = step_mlp(RandomFourierFeatures(16), 17, CORRECTION_DIM)
+        self.hidden = nn.Linear(CORRECTION_DIM, CORRECTION_DIM)
+        self.output = nn.Linear(CORRECTION_DIM, horizon * self.state_dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.built = structure(self)
+
+    def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
+        """Predict clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D]; all
+        normalized, the first observation of `trajectory` clean.
+
+        Raises:
+            InputError: shapes or dtypes do not fit.
+        """
+        check_inputs(self, trajectory, actions, timesteps)
+        rollout = self.rollout(trajectory[:, 0, : self.observation_dim], actions)
+        x = torch.cat([trajectory - rollout, rollout, actions], dim=-1).flatten(1)
+        x = F.silu(self.correct_input(x) + self.step_mlp(timesteps))
+        x = F.silu(self.hidden(x))
+        return rollout + self.output(x).view(trajectory.shape)
+
+    @torch.no_grad()
+    def rollout(self, initial_observations: Tensor, actions: Tensor) -> Tensor:
+        """Return the states [B, H, D] from o_0 [B, S] under actions [B, H, A], all normalized.
+
+        What follows an end counts by how probable it is: observations move less, rewards go on.
+        """
+        observation, scale = initial_observations, self.step.difference_scale
+        goes_on = torch.ones_like(observation[:, :1])
+        states = []
+        for action in actions.unbind(1):
+            difference, reward, logit = self.step(observation, action)
+            goes_on = goes_on * torch.sigmoid(-logit).unsqueeze(-1)
+            flag = self.flags[1] + (self.flags[0] - self.flags[1]) * goes_on
+            states.append(torch.cat([observation, reward.unsqueeze(-1), flag], dim=-1))
+            observation = observation + goes_on * scale * difference
+        return torch.stack(states, dim=1)
+
+    def auxiliary_losses(self, trajectory: Tensor, actions: Tensor) -> dict[str, Tensor]:
+        """Return the losses of the step's network on clean windows [B, H, D], [B, H, A], three
+        scalars by name (see `one_step_losses`); what the flags look like is noted.
+
+        A normalized flag above 0 is a terminal: the mean of flags is from 0 to below 1.
+        """
+        states, rewards, flags = trajectory.split([self.observation_dim, 1, 1], dim=-1)
+        flags = flags.squeeze(-1)
+        ended = flags > 0
+        low, high = flags.detach().aminmax()
+        self.flags.copy_(
+            torch.stack(
+                [
+                    torch.where(low > 0, self.flags[0], low),
+                    torch.where(high > 0, high, self.flags[1]),
+                ]
+            )
+        )
+        return one_step_losses(
+            self.step, states, actions, rewards.squeeze(-1), ended.to(flags.dtype)
+        )

@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+from polygrad_fast.denoisers import (
+    ResidualMLPDenoiser,
+    RolloutDenoiser,
+    TransformerDenoiser,
+)
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
@@ -62,7 +66,7 @@ class FoldedDenoiser:
 
     def __init__(
         self,
-        denoiser: ResidualMLPDenoiser | TransformerDenoiser,
+        denoiser: ResidualMLPDenoiser | RolloutDenoiser | TransformerDenoiser,
         timesteps: Sequence[int],
         dtype: torch.dtype,
         held: HeldTensors,
@@ -84,6 +88,21 @@ class FoldedDenoiser:
         return norm and self.held.put_norm(name, norm, self.norm_dtype)
 
 
+def _flat_inputs(
+    d: ResidualMLPDenoiser | RolloutDenoiser, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a new buffer [B, H (D + A)] of all states before all actions, and its views of states
+    [B, H, D] and actions [B, H, A]."""
+    states_size, actions_size = d.horizon * d.state_dim, d.horizon * d.action_dim
+    buffer = torch.zeros(batch, states_size + actions_size, dtype=dtype, device=device)
+    states, actions = buffer.split([states_size, actions_size], dim=1)
+    return (
+        buffer,
+        states.unflatten(1, (d.horizon, d.state_dim)),
+        actions.unflatten(1, (d.horizon, d.action_dim)),
+    )
+
+
 class FoldedResidualMLP(FoldedDenoiser):
     """The residual MLP with its input Linears and step embedding folded into one Linear and one
     bias row per diffusion step.
@@ -98,17 +117,7 @@ class FoldedResidualMLP(FoldedDenoiser):
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a new input buffer [B, H (D + A)] and its views of states [B, H, D] and actions
         [B, H, A]."""
-        d = self.denoiser
-        states_size, actions_size = d.horizon * d.state_dim, d.horizon * d.action_dim
-        buffer = torch.zeros(
-            batch, states_size + actions_size, dtype=self.dtype, device=self.held.device
-        )
-        states, actions = buffer.split([states_size, actions_size], dim=1)
-        return (
-            buffer,
-            states.unflatten(1, (d.horizon, d.state_dim)),
-            actions.unflatten(1, (d.horizon, d.action_dim)),
-        )
+        return _flat_inputs(self.denoiser, batch, self.dtype, self.held.device)
 
     def refresh(self) -> None:
         """Read the module's current weights."""
@@ -211,6 +220,79 @@ class FoldedTransformer(FoldedDenoiser):
         return x.view(batch, horizon, -1)
 
 
+class FoldedRollout(FoldedDenoiser):
+    """The rollout denoiser with units, flags and the step's embedding folded into its layers.
+
+    The input is flat as the residual MLP's, but in float32: the rollout adds its differences to the
+    first observation in float32, the products are in the engine's dtype.
+    """
+
+    rows_per_part = ROWS_PER_THREAD
+
+    def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a new input buffer [B, H (D + A)] and its views of states [B, H, D] and actions
+        [B, H, A]."""
+        return _flat_inputs(self.denoiser, batch, torch.float32, self.held.device)
+
+    def refresh(self) -> None:
+        """Read the module's current weights."""
+        d, put, dtype = self.denoiser, self.held.put, self.dtype
+        *hidden, last = (m for m in d.step.network if isinstance(m, nn.Linear))
+        self.hidden = [
+            (self._put_weight(f"{i}", layer.weight), put(f"{i}.bias", layer.bias, dtype))
+            for i, layer in enumerate(hidden)
+        ]
+        unit = torch.cat([d.step.difference_scale, torch.ones_like(last.bias[:2])])
+        self.last = (
+            self._put_weight("last", last.weight * unit.unsqueeze(1)),
+            put("last.bias", last.bias * unit, dtype),
+        )
+        self.flags = put("flags", d.flags, torch.float32)
+        tokens = d.correct_input.weight.unflatten(1, (d.horizon, -1))
+        deviation, rollout, actions = tokens.split([d.state_dim, d.state_dim, d.action_dim], dim=2)
+        parts = (deviation, rollout - deviation, actions)  # of states, rollout and actions
+        weight = torch.cat([part.flatten(1) for part in parts], dim=1)
+        self.correct_input = self._put_weight("correct_input", weight)
+        rows = d.step_mlp(self.timesteps) + d.correct_input.bias
+        self.correct_rows = put("correct.rows", rows, dtype).unbind()
+        self.correct_hidden = (
+            self._put_weight("correct_hidden", d.hidden.weight),
+            put("correct_hidden.bias", d.hidden.bias, dtype),
+        )
+        self.output_weight = self._put_weight("output", d.output.weight)
+        self.output_bias = put("output.bias", d.output.bias, dtype)
+
+    def __call__(self, buffer: Tensor, k: int) -> Tensor:
+        """Predict at step k: an input buffer -> [B, H, D], a new tensor."""
+        d, ops = self.denoiser, self.ops
+        sizes = [d.horizon * d.state_dim, d.horizon * d.action_dim]
+        states, actions = buffer.split(sizes, dim=1)
+        rollout = self._rollout(states[:, : d.observation_dim], actions)
+        x = torch.cat([states, rollout.flatten(1), actions], dim=1).to(self.dtype)
+        x = ops.linear(x, self.correct_input, self.correct_rows[k], activation="silu")
+        x = ops.linear(x, *self.correct_hidden, activation="silu")
+        x = ops.linear(x, self.output_weight, self.output_bias)
+        return rollout.add_(x.view(rollout.shape))
+
+    def _rollout(self, observation: Tensor, actions: Tensor) -> Tensor:
+        """Return the states [B, H, D] from o_0 [B, S] under flat actions [B, H A]."""
+        d, ops = self.denoiser, self.ops
+        rollout = observation.new_empty(len(observation), d.horizon, d.state_dim)
+        low, high = self.flags
+        goes_on = torch.ones_like(observation[:, :1])
+        for t, action in enumerate(actions.unflatten(1, (d.horizon, -1)).unbind(1)):
+            x = torch.cat([observation, action], dim=1).to(self.dtype)
+            for weight, bias in self.hidden:
+                x = ops.linear(x, weight, bias, activation="silu")
+            out = ops.linear(x, *self.last).to(torch.float32)
+            moved, reward, logit = out.split([d.observation_dim, 1, 1], dim=1)
+            goes_on = goes_on * torch.sigmoid(-logit)
+            flag = torch.addcmul(high, low - high, goes_on)
+            torch.cat([observation, reward, flag], dim=1, out=rollout[:, t])
+            observation = torch.addcmul(observation, goes_on, moved)
+        return rollout
+
+
 class ForeignDenoiser:
     """A denoiser that is not folded, through denoiser(trajectory, actions, timesteps)."""
 
@@ -249,6 +331,7 @@ class ForeignDenoiser:
 
 FOLDED_DENOISERS = {
     ResidualMLPDenoiser: FoldedResidualMLP,
+    RolloutDenoiser: FoldedRollout,
     TransformerDenoiser: FoldedTransformer,
 }
 
@@ -259,7 +342,7 @@ def fold_denoiser(
     dtype: torch.dtype,
     held: HeldTensors,
     ops: LinearOps,
-) -> FoldedResidualMLP | FoldedTransformer | ForeignDenoiser:
+) -> FoldedDenoiser | ForeignDenoiser:
     """Return the folded form of a denoiser, or of a foreign one what calls it as it is."""
     folded = ForeignDenoiser if why_foreign(denoiser) else FOLDED_DENOISERS[type(denoiser)]
     return folded(denoiser, timesteps, dtype, held, ops)

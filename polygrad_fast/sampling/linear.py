@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"relu": torch.relu_, "tanh": torch.tanh_, "gelu": F.gelu}
+ACTIVATIONS = {
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+    "gelu": F.gelu,
+    "silu": lambda x: F.silu(x, inplace=True),
+}
+ONEDNN_NAMES = {"silu": "swish"}
+"""Of activations that oneDNN's operators call otherwise."""
 PACKING_USES = 32
 """Products a weight must serve for packing it to pay: 1 us per 1024 numbers once, 0.04 us less in
 each product, whatever the rows (measured on one thread)."""
@@ -69,11 +76,12 @@ class LinearOps:
             x: [rows, in_dim].
             weight: of `pack`, [out_dim, in_dim], of x's dtype.
             bias: [out_dim], of x's dtype.
-            activation: "none", "relu", "tanh" or "gelu" (the erf form).
+            activation: "none", "relu", "tanh", "silu" or "gelu" (the erf form).
         """
         packed = self._onednn_weight(x, weight)
         if packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, activation, [], "none")
+            name = ONEDNN_NAMES.get(activation, activation)
+            return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], "none")
         out = F.linear(x, weight.plain, bias)
         return out if activation == "none" else ACTIVATIONS[activation](out)
 

@@ -23,7 +23,18 @@ from polygrad_fast.sampling.reference_engine import ReferenceEngine
 from polygrad_fast.sampling.torch_engine import TorchEngine
 
 S, A = 5, 2
+
+
+def rollout_denoiser(horizon: int) -> pg.RolloutDenoiser:
+    """Return one whose differences and flags have units."""
+    denoiser = pg.RolloutDenoiser(S, A, horizon, hidden_dim=32, num_layers=2)
+    denoiser.step.difference_scale.copy_(torch.linspace(0.2, 1.0, S))
+    denoiser.flags.copy_(torch.tensor([-0.3, 2.0]))
+    return denoiser
+
+
 DENOISERS = {
+    "rollout": lambda h, k: rollout_denoiser(h),
     "mlp": lambda h, k: pg.ResidualMLPDenoiser(S, A, h, hidden_dim=64, num_layers=2),
     "mlp_layer": lambda h, k: pg.ResidualMLPDenoiser(
         S, A, h, hidden_dim=64, num_layers=2, step_conditioning="layer", num_train_timesteps=k
@@ -547,8 +558,9 @@ def test_paper_sized_network():
 @pytest.mark.parametrize("kind", DENOISERS)
 def test_nan_is_not_hidden(kind, dtype):
     c = make_components(kind)
+    first = c.denoiser.step.network[0] if kind == "rollout" else c.denoiser.input
     with torch.no_grad():
-        c.denoiser.input.weight[3, 0] = -float("nan")
+        first.weight[3, 0] = -float("nan")
     x, *_ = TorchEngine(c, dtype).sample(torch.randn(2, S), 0.05, None, make_noise(c, 2), False)
     assert x[:, 1].isnan().all()
 

@@ -1,0 +1,195 @@
+"""Judge world models by the policy gradient they give: train each for the same processor time on
+one run's replay, and compare what it imagines with the simulator.
+
+    python benchmarks/world_models.py runs/hopper --seconds 75
+
+Every case gets the policy, critic, normalizer and replay of the run's last checkpoint, and a fresh
+network. A row is stored as soon as a case is done, in place of one of the same case and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from harness.rows import Row, RowFile, provenance
+from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.config import (
+    DenoiserConfig,
+    GuidanceConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from polygrad_fast.diagnostics.gradient import policy_gradient_report
+from polygrad_fast.errors import InputError
+from polygrad_fast.learners.advantages import spread
+from polygrad_fast.world_models import WorldModel
+from polygrad_fast.world_models.build import build_world_model
+
+RESULTS = Path(__file__).parent / "results" / "world_models.jsonl"
+TIMED_BATCH = 256
+SHOWN = ("cosine", "cosine_ceiling", "newest_lambda_0/cosine", "r2", "seconds_per_1000")
+
+
+def cases(config: TrainConfig) -> dict[str, tuple[TrainConfig, tuple[int, ...]]]:
+    """Return by name what is trained, and the numbers of diffusion steps it imagines in."""
+    small = dict(hidden_dim=256, num_layers=3, learning_rate=1e-3, ema_decay=0.95, ema_start=0)
+    mlp = DenoiserConfig(**small)
+    rollout = DenoiserConfig(kind="rollout", batch_size=32, **small)
+    exact = SamplerConfig.official(
+        action_update="exact", clip_state_change=None, denoiser_actions="clipped"
+    )
+    unscaled = replace(exact, scale_actions=False)
+    released = SamplerConfig.official(denoiser_actions="clipped")
+    diffusion = replace(config, world_model="trajectory_diffusion")
+
+    def of(denoiser: DenoiserConfig, sampler: SamplerConfig, num_steps: int) -> TrainConfig:
+        schedule = ScheduleConfig(num_train_timesteps=num_steps, tau=1.0)
+        guidance = GuidanceConfig(initial=0.05, learning_rate=0.03)
+        return replace(
+            diffusion, denoiser=denoiser, sampler=sampler, schedule=schedule, guidance=guidance
+        )
+
+    few, many = (16, 8, 4), (128, 64, 32, 16, 8)
+    return {
+        "residual MLP, released update": (of(mlp, released, 16), (16,)),
+        "residual MLP, exact": (of(mlp, exact, 16), few),
+        "residual MLP, exact, K = 128": (of(mlp, exact, 128), many),
+        "rollout, exact": (of(rollout, unscaled, 16), (*few, 2)),
+        "rollout, exact, K = 128": (of(rollout, unscaled, 128), many),
+        "autoregressive": (replace(config, world_model="autoregressive"), (0,)),
+    }
+
+
+def train(world_model: WorldModel, agent: PolyGRAD, config: TrainConfig, seconds: float) -> int:
+    """Train for so many processor seconds; return the number of updates."""
+    generator = torch.Generator().manual_seed(0)
+    updates, start = 0, time.process_time()
+    while time.process_time() - start < seconds:
+        windows = agent.replay.sample(config.world_model_training.batch_size, generator)
+        world_model.update(windows, generator)
+        updates += 1
+    return updates
+
+
+def tune_guidance(world_model: WorldModel, agent: PolyGRAD, samples: int) -> None:
+    """Let a world model that has a guidance scale find it, as training does (equation 10)."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(samples):
+        starts = agent.replay.sample_initial_observations(TIMED_BATCH, generator)
+        batch = world_model.imagine(starts, agent.policy, generator)
+        mean, std = agent.policy(batch.observations)
+        z = ((batch.actions - mean) / std)[:, :-1].detach()
+        names = {"action_std": "std", "action_mean_abs": "mean_abs"}
+        world_model.feedback({name: spread(z, kind).item() for name, kind in names.items()})
+
+
+def sample_seconds(world_model: WorldModel, agent: PolyGRAD) -> float:
+    """Return the processor seconds of 1,000 trajectories, imagined 256 at a time; a median."""
+    starts = agent.replay.sample_initial_observations(TIMED_BATCH)
+    times = []
+    for _ in range(6):
+        start = time.process_time()
+        world_model.imagine(starts, agent.policy, normalized=False)
+        times.append(time.process_time() - start)
+    return 1000 / TIMED_BATCH * statistics.median(times[1:])
+
+
+def judge(world_model: WorldModel, agent: PolyGRAD, num: int) -> dict[str, float]:
+    """Return what the gradient tool says of a world model, and its cost."""
+    report = policy_gradient_report(
+        agent.make_evaluation_environment(),
+        world_model,
+        agent.training.learner,
+        agent.replay,
+        agent.action_scaler,
+        num=num,
+    )
+    return report.summary() | {"seconds_per_1000": sample_seconds(world_model, agent)}
+
+
+def measure(agent: PolyGRAD, options: argparse.Namespace, file: RowFile, command: str) -> None:
+    """Train and judge every case, and store its rows."""
+    bounds = (agent.action_scaler.low, agent.action_scaler.high)
+    facts = provenance(torch.device("cpu"), command)
+    for name, (config, numbers_of_steps) in cases(agent.config).items():
+        if options.only and not any(word in name for word in options.only):
+            continue
+
+        def build(config: TrainConfig) -> WorldModel:
+            torch.manual_seed(0)
+            return build_world_model(config, agent.normalizer, bounds, torch.device("cpu"))
+
+        trained = build(config)
+        updates = train(trained, agent, config, options.seconds)
+        if config.sampler.action_update == "score":
+            tune_guidance(trained, agent, options.tune)
+        for steps in numbers_of_steps:
+            world_model = trained
+            if steps:
+                world_model = build(
+                    replace(config, sampler=replace(config.sampler, num_inference_steps=steps))
+                )
+                for part, module in world_model.modules().items():
+                    module.load_state_dict(trained.modules()[part].state_dict())
+                world_model.load_state_dict(trained.state_dict())
+            values = judge(world_model, agent, options.num)
+            row = Row(
+                **dataclasses.asdict(facts),
+                benchmark="world_models",
+                dtype="float32",
+                case={
+                    "env_id": agent.env_id,
+                    "env_steps": agent.num_timesteps,
+                    "world_model": name,
+                    "steps": steps,
+                },
+                status="ok",
+                values=values | {"updates": updates, "train_seconds": options.seconds},
+                smoke=options.smoke,
+            )
+            file.add(row)
+            shown = {key: round(values[key], 3) for key in SHOWN}
+            print(f"{name}, {steps} steps, {updates} updates: {shown}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Judge the world models of the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--checkpoint", default="last", help="last, or a folder in checkpoints/")
+    parser.add_argument("--seconds", type=float, default=75.0, help="of training (%(default)s)")
+    parser.add_argument("--num", type=int, default=4096, help="trajectories (%(default)s)")
+    parser.add_argument("--tune", type=int, default=200, help="samples of guidance (%(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], help="cases whose name has such a word")
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the mechanics")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        options.seconds, options.num, options.tune = 0.05, 64, 2
+    torch.set_num_threads(1)
+    command = shlex.join(["python", "benchmarks/world_models.py", *arguments])
+    path = options.run_dir
+    if options.checkpoint != "last":
+        path = path / "checkpoints" / options.checkpoint
+    try:
+        agent = PolyGRAD.load(path, device="cpu")
+        file = RowFile(options.rows)
+        measure(agent, options, file, command)
+    except InputError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,10 @@ from polygrad_fast.runs.files import write_bytes_atomic
 NOT_MEASURED = "not measured"
 END = "<!-- end of table -->"
 POLICIES = ("untrained", "best", "last")
-TUNED_ON = {"quick": ("InvertedPendulum-v5", "Pendulum-v1")}
+TUNED_ON = {
+    "laptop": ("HalfCheetah-v5", "Hopper-v5"),
+    "quick": ("InvertedPendulum-v5", "Pendulum-v1"),
+}
 """Environments on which a preset's settings were chosen by what it learnt."""
 TARGETS = {"float32": (1.15, 1.0), "bfloat16": (1.25, 2.3)}
 """Of engine "torch" on one CPU thread: its time over its GEMMs' at most, and the reference's over
@@ -309,6 +312,51 @@ def _tuned(preset: str, env_id: str) -> str:
 def _return(value: float) -> str:
     """Return a return in words; a small one with a decimal."""
     return f"{value:.0f}" if abs(value) >= 9.95 or value == 0 else f"{value:.1f}"
+
+
+def _world_models(rows: list[Row]) -> str:
+    """Return how true each world model's policy gradient is, one part per run."""
+    parts = []
+    for place in _unique((row.case["env_id"], row.case["env_steps"]) for row in rows):
+        lines = []
+        for row in rows:
+            v, case = row.values, row.case
+            if (case["env_id"], case["env_steps"]) != place:
+                continue
+            lines.append(
+                [
+                    case["world_model"],
+                    str(case["steps"]) if case["steps"] else "-",
+                    f"{v['updates']:,.0f}",
+                    *(
+                        f"{v[f'{name}/cosine']:.2f} ({v[f'{name}/ceiling']:.2f})"
+                        for name in ("newest", "newest_lambda_0", "all")
+                    ),
+                    f"{v['on_policy/r2']:.3f}",
+                    f"{v['on_policy/std']:.2f}",
+                    f"{v['on_policy/ks']:.3f} ({v['on_policy/ks_floor']:.3f})",
+                    f"{v['error/rms']:.3f}",
+                    f"{v['error/missed_terminals']:.2%}",
+                    f"{v['seconds_per_1000']:.2f}",
+                ]
+            )
+        header = ["world model", "steps", "updates", "newest starts", "newest, lambda 0"]
+        header += ["all starts", "R2 of z", "std of z", "KS (floor)", "one-step error"]
+        header += ["missed terminals", "s per 1,000"]
+        env_id, env_steps = place
+        parts.append(f"{env_id}, run at {env_steps:,} steps:\n\n{_grid(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def _world_models_caption(rows: list[Row]) -> str:
+    seconds = ", ".join(_unique(f"{row.values['train_seconds']:g}" for row in rows))
+    return (
+        f"Each trained {seconds} processor seconds on the run's replay. Cosines: imagined against "
+        "simulated\npolicy gradient from the same starts, at the run's lambda unless said; in "
+        "brackets what they would be\nif both estimated the same, given their noise. z: "
+        "standardized imagined actions. Error: root mean\nsquare of the next observation, "
+        "normalized. s: processor seconds per 1,000 trajectories, 256 at a time."
+    )
 
 
 def _sampler_steps(rows: list[Row]) -> str:
@@ -633,6 +681,7 @@ TABLES = {
     "quick_seeds_each": Table(
         _quick_seeds_each, ("quick_seeds",), caption=_quick_seeds_each_caption
     ),
+    "world_models": Table(_world_models, ("world_models",), caption=_world_models_caption),
     "claims": _claims,
     "speed": _speed,
     "sampler_cpu": Table(_sampler_steps, ("sampler step",), caption=_sampler_steps_caption),

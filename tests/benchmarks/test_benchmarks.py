@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import tiny_config
 from harness.rows import Row, RowFile, provenance, read_rows
 from harness.session import Session
 from polygrad_fast.agent import PolyGRAD
@@ -339,6 +340,35 @@ def test_seeds_become_rows(tmp_path):
         assert all(1 <= value <= 1000 for value in row.curves["mean_reward"])
     same = [{k: v for k, v in row[8].values.items() if k not in timed} for row in (first, second)]
     assert same[0] == same[1]  # a seed gives what it gave, alone or beside another
+
+
+def test_world_models_are_judged(tmp_path):
+    torch.manual_seed(0)
+    config = tiny_config(world_model="autoregressive", sampler__denoiser_actions="clipped")
+    agent = PolyGRAD("Pendulum-v1", seed=0, device="cpu", config=config, run_dir=tmp_path / "run")
+    agent.learn(150)
+    words = [str(tmp_path / "run"), "--rows", str(tmp_path / "rows.jsonl"), "--smoke"]
+    module = load("world_models")
+    assert module.main([*words, "--only", "autoregressive", "rollout, exact", "released"]) == 0
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert {(row.case["world_model"], row.case["steps"]) for row in rows} == {
+        ("residual MLP, released update", 16),
+        *(("rollout, exact", steps) for steps in (16, 8, 4, 2)),
+        *(("rollout, exact, K = 128", steps) for steps in (128, 64, 32, 16, 8)),
+        ("autoregressive", 0),
+    }
+    for row in rows:
+        assert row.case["env_id"] == "Pendulum-v1" and row.case["env_steps"] == 150
+        assert row.status == "ok" and row.smoke and row.values["updates"] >= 1
+        assert row.values["seconds_per_1000"] > 0 and -1 <= row.values["cosine"] <= 1
+        if row.case["world_model"] != "residual MLP, released update":
+            assert abs(row.values["on_policy/std"] - 1) < 0.2
+
+
+def test_world_models_need_a_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load("world_models").main([str(tmp_path / "nothing")])
+    assert stopped.value.code == 2 and "nothing" in capsys.readouterr().err
 
 
 def test_a_seed_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):

@@ -730,6 +730,32 @@ def test_what_a_preset_learns():
     assert "over 100 episodes of the evaluation seed" in each
 
 
+def test_how_true_each_gradient_is():
+    values = {
+        "updates": 1234, "train_seconds": 60.0, "seconds_per_1000": 0.256,
+        "newest/cosine": 0.91, "newest/ceiling": 0.95, "newest_lambda_0/cosine": 0.97,
+        "newest_lambda_0/ceiling": 0.99, "all/cosine": -0.2, "all/ceiling": 0.9,
+        "on_policy/r2": 0.0004, "on_policy/std": 1.001, "on_policy/ks": 0.0031,
+        "on_policy/ks_floor": 0.0042, "error/rms": 0.0312, "error/missed_terminals": 0.0052,
+    }  # fmt: skip
+    rows = [
+        make_row(
+            benchmark="world_models",
+            case={"env_id": env_id, "env_steps": 70_000, "world_model": name, "steps": steps},
+            ms=None,
+            values=values,
+        )
+        for env_id, name, steps in (("Hopper-v5", "rollout", 8), ("Hopper-v5", "one-step", 0))
+    ]
+    table = report.build("world_models", rows)
+    assert "Hopper-v5, run at 70,000 steps:" in table
+    assert (
+        "| rollout | 8 | 1,234 | 0.91 (0.95) | 0.97 (0.99) | -0.20 (0.90) | 0.000 | 1.00 "
+        "| 0.003 (0.004) | 0.031 | 0.52% | 0.26 |" in table
+    )
+    assert "| one-step | - | 1,234 |" in table and "trained 60 processor seconds" in table
+
+
 def test_listing():
     lines = report.listing(MEASURED).splitlines()
     assert len(lines) == 1 + len(MEASURED) and lines[0].startswith("case")

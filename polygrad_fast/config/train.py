@@ -63,6 +63,10 @@ class TrainConfig(Options):
     diagnostics_interval: int = 0
     """Policy updates between two measurements of whether imagined actions are drawn from the policy
     (columns on_policy/ of metrics.csv); 0: never."""
+    gradient_trajectories: int = 0
+    """Trajectories per gradient by which every evaluation compares the imagined policy gradient
+    with the simulator's, as `polygrad-fast gradient` does (columns gradient/); 0: never. Costs 4
+    simulated steps per trajectory and step of the horizon."""
     engine: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Sampling engine of trajectory diffusion."""
     dtype: Literal["auto", "float32", "tf32", "float16", "bfloat16"] = "auto"
@@ -94,6 +98,8 @@ class TrainConfig(Options):
         self._check_at_least(
             0, "policy_delay_steps", "policy_updates_per_env_step", "diagnostics_interval"
         )
+        few = self.gradient_trajectories
+        self._check(few == 0 or few >= 8, "gradient_trajectories", "0 or at least 8")
         self._check_at_least(1, "newest_start_states")
         if self.world_model == "trajectory_diffusion" and self.denoiser.kind == "rollout":
             for option, wanted in (("prediction_type", "sample"), ("scale_actions", False)):

@@ -246,6 +246,23 @@ class Simulator:
         return bool(error <= OBSERVATION_TOLERANCE)
 
 
+def check_determined(environment: gymnasium.Env, num_steps: int = 64) -> None:
+    """Play some random steps and raise InputError unless observations determine what happens, as
+    `Simulator` says; the environment is reset and stepped."""
+    action_space = environment.action_space
+    action_space.seed(0)
+    observation, _ = environment.reset(seed=0)
+    steps: list[tuple] = []
+    for _ in range(num_steps):
+        action = action_space.sample()
+        following, reward, terminated, truncated, _ = environment.step(action)
+        steps.append((observation, action, reward, terminated, following))
+        observation = environment.reset()[0] if terminated or truncated else following
+    columns = [np.asarray(column, dtype=np.float32) for column in zip(*steps, strict=True)]
+    scales = columns[0].std(axis=0) + 1e-6, columns[2].std(keepdims=True) + 1e-6
+    Simulator(environment, *columns, scales)
+
+
 def _layouts(environment: Any, observation_dim: int) -> list[StateLayout]:
     """Return the layouts that an environment's observations may have."""
     if all(hasattr(environment, name) for name in ("model", "data", "set_state", "_get_obs")):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from polygrad_fast.diagnostics.gradient import policy_gradient_report
+from polygrad_fast.diagnostics.simulator import check_determined
 from polygrad_fast.errors import NonFiniteError
 from polygrad_fast.evaluation.evaluator import Evaluator
 from polygrad_fast.profiling import annotate
@@ -57,6 +59,9 @@ class Session:
             if config.cpu_threads is not None and device.type == "cpu":
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(config.cpu_threads)
+            if config.gradient_trajectories:
+                self._simulated = self.evaluator.environments.make()
+                check_determined(self._simulated)
             stack.enter_context(self.run.locked())
             in_python = signal.getsignal(signal.SIGINT) is signal.default_int_handler
             signals = [signal.SIGINT] if in_python else []
@@ -136,12 +141,38 @@ class Session:
                 with annotate("checkpoint"):
                     self.run.save_best(step, self.training.weights())
                 self.evaluator.best_mean_reward = result.mean_reward
-            return {
+            return self._compare_gradients() | {
                 "eval/mean_reward": result.mean_reward,
                 "eval/std_reward": result.std_reward,
                 "eval/mean_episode_length": float(result.lengths.mean()),
                 "eval/best_mean_reward": self.evaluator.best_mean_reward,
             }
+
+    def _compare_gradients(self) -> dict[str, float]:
+        """Return what the simulator says of the imagined policy gradient, if that is asked for and
+        there are trajectories to start from."""
+        training, num = self.training, self.training.config.gradient_trajectories
+        if num == 0 or training.replay.num_windows == 0:
+            return {}
+        report = policy_gradient_report(
+            self._simulated,
+            training.world_model,
+            training.learner,
+            training.replay,
+            training.action_scaler,
+            num,
+            batch_size=training.config.imagined_batch_size,
+        )
+        return {
+            "gradient/cosine": report.newest.cosine,
+            "gradient/cosine_ceiling": report.newest.ceiling,
+            "gradient/cosine_lambda_0": report.newest_lambda_0.cosine,
+            "gradient/cosine_all_starts": report.all.cosine,
+            "gradient/r2": report.on_policy.r2,
+            "gradient/one_step_error": report.error.rms,
+            "gradient/missed_terminals": report.error.missed_terminals,
+            "gradient/false_terminals": report.error.false_terminals,
+        }
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         left = self._time_left(step) if self._estimated else None

@@ -307,6 +307,7 @@ def test_unknown_options_are_named_with_their_class():
         (c.TrainConfig, "imagined_batch_size", 0, "at least 1"),
         (c.TrainConfig, "diagnostics_interval", -1, "at least 0"),
         (c.TrainConfig, "eval_episodes", -1, "at least 1"),
+        (c.TrainConfig, "gradient_trajectories", 7, "0 or at least 8"),
         (c.TrainConfig, "policy_delay_steps", -1, "at least 0"),
         (c.TrainConfig, "policy_updates_per_env_step", -0.5, "at least 0"),
     ],

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import polygrad_fast as pg
+from cases import tiny_config
 from polygrad_fast.diagnostics.on_policy import on_policy_statistics
 from polygrad_fast.diffusion.ddpm import denoising_loss
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
@@ -656,6 +657,38 @@ def test_imagined_actions_are_measured_every_so_many_policy_updates(
 def test_a_batch_too_small_to_be_measured_is_refused():
     with pytest.raises(pg.InputError, match="imagined_batch_size must be at least 4 with diagnost"):
         make_config(imagined_batch_size=3, diagnostics_interval=1)
+
+
+@pytest.mark.parametrize("world_model", ["trajectory_diffusion", "autoregressive"])
+def test_every_evaluation_compares_gradients_where_asked_for(world_model):
+    options = dict(world_model=world_model, sampler__denoiser_actions="clipped")
+    rows = {}
+    for num in (0, 32):
+        config = tiny_config(**options, gradient_trajectories=num)
+        agent, rows[num] = pg.PolyGRAD("Pendulum-v1", seed=0, device="cpu", config=config), []
+        agent.learn(130, callback=lambda _, row, num=num: rows[num].append(row))
+    ways = ("cosine", "cosine_ceiling", "cosine_lambda_0", "cosine_all_starts")
+    found = [{k: v for k, v in row.items() if k.startswith("gradient/")} for row in rows[32]]
+    evaluated = ["eval/mean_reward" in row for row in rows[32]]
+    assert evaluated[0] and not found[0]  # nothing to start from yet
+    assert [bool(columns) for columns in found[1:]] == evaluated[1:] and sum(evaluated) == 4
+    for columns in filter(None, found):
+        assert all(-1 <= columns[f"gradient/{way}"] <= 1 for way in ways)
+        assert columns["gradient/one_step_error"] > 0
+        assert columns["gradient/missed_terminals"] == 0  # there are none
+        assert 0 <= columns["gradient/false_terminals"] <= 1
+    plain = [
+        [{k: v for k, v in row.items() if not k.startswith(("gradient/", "time/"))} for row in part]
+        for part in rows.values()
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_gradients_of_an_environment_that_cannot_be_simulated_are_refused_at_once():
+    agent, environments = make_agent(gradient_trajectories=8)
+    with pytest.raises(pg.InputError, match="must be an environment whose observations determine"):
+        agent.learn(20)
+    assert agent.num_timesteps == 0 and not environments[0].steps
 
 
 # Evaluation

@@ -39,7 +39,8 @@ def load_denoiser(
     first = arrays.get("TimeEmbedding_0.Dense_0.kernel")
     if first is None or first.ndim != 2:
         raise InputError(
-            f"{what}, with a matrix 'TimeEmbedding_0.Dense_0.kernel', got names {sorted(arrays)[:4]}"
+            f"{what}, with a matrix 'TimeEmbedding_0.Dense_0.kernel', got names "
+            f"{sorted(arrays)[:4]}"
         )
     levels = [re.fullmatch(r"Encoder_0\.Dense_(\d+)\.kernel", name) for name in arrays]
     num_levels = sum(match is not None for match in levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class NoiseLevels:
         """N."""
         return len(self.gamma)
 
-    @property
+    @functools.cached_property
     def sigma_hat(self) -> tuple[float, ...]:
         """Raised noise levels sigma_i (1 + gamma_i), N numbers."""
         return tuple(s * (1.0 + g) for s, g in zip(self.sigma, self.gamma, strict=False))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
+from polygrad_fast.denoisers.temporal_unet import TemporalUNet
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.structure import change, parts
@@ -77,7 +78,8 @@ def fold_policy_input(policy: GaussianPolicy, normalizer: Normalizer) -> tuple[T
 
 
 _FORWARDS = {
-    kind: kind.forward for kind in (ResidualMLPDenoiser, TransformerDenoiser, GaussianPolicy)
+    kind: kind.forward
+    for kind in (ResidualMLPDenoiser, TransformerDenoiser, TemporalUNet, GaussianPolicy)
 }
 
 

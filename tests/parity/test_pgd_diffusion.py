@@ -11,20 +11,26 @@ from recorded_pgd import INDEX, cases, recorded
 
 from cases import part
 from polygrad_fast.compat import pgd
-from polygrad_fast.config import EDMConfig, EDMTrainingConfig
+from polygrad_fast.config import EDMConfig, EDMTrainingConfig, PolicyGuidanceConfig
 from polygrad_fast.diffusion.edm import (
     EDMTrainer,
     NoiseLevels,
+    denoise,
     edm_loss,
     learning_rate,
     num_training_updates,
     preconditioning,
     training_sigma,
 )
+from polygrad_fast.sampling.edm_sampler import EDMNoise, EDMSampler
+from polygrad_fast.sampling.heun import heun_step
+from polygrad_fast.sampling.policy_score import PolicyGuidance, guidance_weights, policy_score
+from polygrad_fast.trajectory_scale import TrajectoryScale
 
 NETWORK, INNER = 2e-6, 6e-6
 LOSS, GRADIENT, WEIGHTS = 1e-6, 5e-6, 6e-5
 TABLE = 2e-6
+GUIDANCE, TRAJECTORY, TRANSITION = 6e-4, 5e-5, 1e-5
 
 
 def error(got, wanted) -> float:
@@ -176,3 +182,154 @@ def test_denoiser_training(name):
         assert got.keys() == wanted.keys()
         for weight in wanted:
             assert error(got[weight], wanted[weight]) < WEIGHTS, (key, weight)
+
+
+STEP_KEYS = (
+    "guidance_trajectory",
+    "guidance_gradient",
+    "guidance_direction",
+    "trajectory_after_guidance",
+    "trajectory_churned",
+    "denoised",
+    "trajectory_euler",
+    "trajectory_after_step",
+)
+
+
+class RecordedPolicy:
+    """The released agents' actor on raw observations, from its recorded weights."""
+
+    def __init__(self, info, arrays):
+        self.layers = [
+            (arrays[f"policy.Dense_{i}.kernel"], arrays[f"policy.Dense_{i}.bias"]) for i in range(3)
+        ]
+        low, high = info["action_limits"]
+        self.scale, self.bias = (high - low) / 2, (high + low) / 2
+        self.log_std = arrays.get("policy.logstd")
+        self.moments = None
+        if info["policy_normalizes_observations"]:
+            self.moments = (
+                arrays["policy_observation_mean"],
+                arrays["policy_observation_std"] + 1e-3,
+            )
+        self.activation = {"relu": torch.relu, "tanh": torch.tanh}[info["policy_activation"]]
+
+    def __call__(self, observations):
+        x = observations
+        if self.moments is not None:
+            x = (x - self.moments[0]) / self.moments[1]
+        for kernel, bias in self.layers[:-1]:
+            x = self.activation(x @ kernel + bias)
+        kernel, bias = self.layers[-1]
+        action = self.bias + self.scale * torch.tanh(x @ kernel + bias)
+        if self.log_std is None:
+            return action
+        return action, self.log_std.clamp(-20, 2).exp().expand_as(action)
+
+
+class RecordedSample:
+    """One recorded sample and this library's parts for it."""
+
+    def __init__(self, name: str):
+        self.info = info = INDEX[name]
+        self.arrays = recorded(name)
+        self.config = edm_config(info)
+        self.levels = NoiseLevels.of(self.config)
+        self.network = load_denoiser(info["denoiser"])
+        moments = part(recorded(info["denoiser"]), "normalizer.")
+        mean, std = (
+            torch.cat(
+                [moments[f"{field}.{moment}"] for field in ("obs", "action", "reward", "done")]
+            )
+            for moment in ("mean", "std")
+        )
+        dims = info["observation_dim"], info["action_dim"]
+        self.scale = TrajectoryScale(mean, std, *dims)
+        self.guidance = None
+        if info["policy"] is not None:
+            options = PolicyGuidanceConfig(
+                coefficient=float(info["guidance_coefficient"]),
+                cosine_coefficient=info["cosine_coefficient"],
+                delay_steps=info["delay_steps"],
+                normalize=info["normalize_guidance"],
+                denoised=info["denoised_guidance"],
+            )
+            policy = RecordedPolicy(info, self.arrays)
+            assert (policy.log_std is None) == (info["policy"] == "deterministic")
+            self.guidance = PolicyGuidance(policy, self.scale, options)
+
+    def denoise(self, trajectories, sigma):
+        levels = torch.full((len(trajectories),), sigma)
+        return denoise(self.network, trajectories, levels, self.config.sigma_data)
+
+
+@pytest.mark.parametrize("name", cases("sample"))
+@torch.no_grad()
+def test_steps(name):
+    """Each recorded step from the recorded trajectory before it, where that is recorded too."""
+    sample = RecordedSample(name)
+    arrays, levels = sample.arrays, sample.levels
+    for key in ("sigma", "gamma", "sigma_hat"):
+        assert table_error(getattr(levels, key), arrays[key]) < TABLE, key
+    start = levels.sigma[0] * arrays["initial_noise"]
+    assert error(start, arrays["trajectory_start"]) < TABLE
+    guidance = sample.guidance
+    if guidance is not None:
+        weights = torch.tensor(guidance_weights(guidance.config, levels))
+        assert (weights - arrays["guidance_weight"]).abs().max() < TABLE * weights.max()
+
+    rows = {int(step): row for row, step in enumerate(arrays["recorded_steps"])}
+    assert rows
+    before = arrays["trajectory_start"]
+    for step, noise in enumerate(arrays["step_noise"]):
+        got = heun_step(before, step, levels, sample.config, sample.denoise, noise, guidance)
+        if step not in rows:
+            before = got.trajectories
+            continue
+        wanted = {k: arrays[k][rows[step]] for k in STEP_KEYS if k in arrays}
+        for key, value in (
+            ("trajectory_after_guidance", got.guided),
+            ("trajectory_churned", got.churned),
+            ("denoised", got.denoised),
+            ("trajectory_euler", got.euler),
+            ("trajectory_after_step", got.trajectories),
+        ):
+            if key in wanted:
+                assert error(value, wanted[key]) < TRAJECTORY, (step, key)
+        if guidance is not None:
+            at = before
+            if guidance.config.denoised:
+                at = sample.denoise(before, levels.sigma[step])
+            if "guidance_trajectory" in wanted:
+                assert error(at, wanted["guidance_trajectory"]) < TRAJECTORY, step
+            if "guidance_gradient" in wanted:
+                gradient = policy_score(guidance.policy, at, sample.scale)
+                assert error(gradient, wanted["guidance_gradient"]) < GUIDANCE, step
+            assert error(guidance.direction(at), wanted["guidance_direction"]) < GUIDANCE, step
+        before = wanted["trajectory_after_step"]
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+@pytest.mark.parametrize("name", cases("sample"))
+def test_whole_chain(name, engine):
+    sample = RecordedSample(name)
+    arrays = sample.arrays
+    sampler = EDMSampler(sample.network, sample.config, engine=engine)
+    noise = EDMNoise(arrays["initial_noise"], arrays["step_noise"])
+    batch, length, _ = arrays["initial_noise"].shape
+    result = sampler.sample(batch, length, noise=noise, guidance=sample.guidance, return_chain=True)
+    rows = arrays["recorded_steps"].long()
+    for row, got, wanted in zip(
+        rows.tolist(), result.chain[rows], arrays["trajectory_after_step"], strict=True
+    ):
+        assert error(got, wanted) < TRAJECTORY, row
+    assert torch.equal(result.trajectories, result.chain[-1])
+    raw = sample.scale.unnormalize(result.trajectories)
+    for key, got in (
+        ("observation", raw.observations[:, :-1]),
+        ("action", raw.actions[:, :-1]),
+        ("reward", raw.rewards[:, :-1, None]),
+        ("next_observation", raw.observations[:, 1:]),
+    ):
+        assert error(got, arrays[f"rollout.{key}"]) < TRANSITION, key
+    assert torch.equal(raw.terminals[:, :-1, None], arrays["rollout.done"].float())

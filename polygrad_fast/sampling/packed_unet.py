@@ -34,9 +34,9 @@ from polygrad_fast.sampling.torch_step import row_parts
 
 SMALLEST_SCALE = 1e-12
 """What |s| counts as where it is smaller: below it, s z is lost beside any b anyway."""
-CACHED_NUMBERS = 2**16
-"""Numbers of one activation that are computed together, so that a CPU's second cache holds all of
-a layer (measured)."""
+CACHED_NUMBERS = 2**18
+"""Numbers of one activation of the first level that are computed together: fewer would not stay
+longer in a CPU's second cache of 2 MiB, more would leave it (measured)."""
 MAX_WORKSPACES = 4
 """Sizes of batches whose buffers are kept."""
 
@@ -130,45 +130,39 @@ class PackedConvolution:
     def _bias_column(self) -> Tensor:
         return (self.joint if self.single else self.taps[self.main])[:, -1]
 
-    def multiply(self, x: Tensor, scratch: Scratch, columns: int, index: int | Tensor) -> Tensor:
-        """Return the convolution's output [O, columns], float32, in `scratch`.
+    def multiply(self, x: Rows, scratch: Scratch, index: int | Tensor = 0) -> Tensor:
+        """Return the convolution's output [O, L batch], float32, in `scratch`.
 
         Args:
-            x: stored inputs [C + 1, columns + (width - 1) batch], the last row ones.
+            x: stored inputs, padded by as many rows as the convolution is wide, less one.
             scratch: buffers.
-            columns: L batch.
             index: of the noise level; a tensor [1] where a graph is captured.
         """
         if len(self.biases) > 1:
             row = self.biases[index] if isinstance(index, int) else self.biases[index][0]
             self._bias_column().copy_(row)
-        batch = (x.shape[1] - columns) // max(self.width - 1, 1)
-        blocks = [x[:, k * batch : k * batch + columns] for k in range(self.width)]
+        columns = x.inner.shape[1]
         out = scratch.out(len(self.threshold), columns)
         if not self.single:
-            torch.mm(self.taps[self.main], blocks[self.main], out=out)
-            for k, (tap, block) in enumerate(zip(self.taps, blocks, strict=True)):
+            torch.mm(self.taps[self.main], x.blocks_and_ones[self.main], out=out)
+            for k, tap in enumerate(self.taps):
                 if k != self.main:
-                    torch.addmm(out, tap, block[:-1], out=out)
+                    torch.addmm(out, tap, x.blocks[k], out=out)
             return out
-        if self.width == 1:
-            joint = blocks[0]
-        else:
-            height = x.shape[0] - 1
-            joint = scratch.joint(self.width * height + 1, columns)
-            for k, block in enumerate(blocks):
-                joint[k * height : (k + 1) * height].copy_(block[:-1])
+        joint = x.blocks_and_ones[0]
+        if self.width > 1:
+            joint = scratch.joint(self.joint.shape[1], columns)
+            for target, block in zip(joint[:-1].chunk(self.width), x.blocks, strict=True):
+                target.copy_(block)
             joint[-1].fill_(1.0)
         half = scratch.half(len(out), columns)
         torch.mm(self.joint, joint, out=half)
         return out.copy_(half)
 
-    def __call__(
-        self, x: Tensor, target: Tensor, scratch: Scratch, index: int | Tensor = 0
-    ) -> None:
-        """Write what is stored of ReLU(GroupNorm(convolution)) to `target`, [O, columns]."""
-        channels, columns = target.shape
-        out = self.multiply(x, scratch, columns, index)
+    def __call__(self, x: Rows, target: Tensor, scratch: Scratch, index: int | Tensor = 0) -> None:
+        """Write what is stored of ReLU(GroupNorm(convolution)) to `target`, [O, L batch]."""
+        out = self.multiply(x, scratch, index)
+        channels, columns = out.shape
         squares = torch.mul(out, out, out=scratch.squares(channels, columns))
         grouped = (NUM_GROUPS, channels // NUM_GROUPS, columns)
         moments = scratch.moments(columns)
@@ -235,6 +229,10 @@ class Rows:
         self.length, self.batch, self.before, self.after = length, batch, before, after
         self.all = like.new_ones(channels + 1, (before + length + after) * batch)
         self.inner = self.all[:-1, before * batch : (before + length) * batch]  # [C, L b]
+        starts = range(0, (before + after + 1) * batch, batch)
+        # what each tap of a convolution reads, and the same with the row of ones
+        self.blocks_and_ones = [self.all[:, start : start + length * batch] for start in starts]
+        self.blocks = [block[:-1] for block in self.blocks_and_ones]
 
     def pad(self, stored: Stored) -> None:
         """Write the padding's zeros as they are stored."""
@@ -378,23 +376,22 @@ class PackedTemporalUNet:
         scratch, last = w.scratch, len(self._encoder) - 1
         w.inputs[0].by_time().copy_(x.permute(2, 1, 0))
         for i, (first, second) in enumerate(self._encoder):
-            first(w.inputs[i].all, w.encoded[i].inner, scratch, index)
+            first(w.inputs[i], w.encoded[i].inner, scratch, index)
             if i == last:
-                second(w.encoded[i].all, w.outputs[i].inner, scratch)
+                second(w.encoded[i], w.outputs[i].inner, scratch)
                 continue
             width = self.unet.features * 2**i
-            second(w.encoded[i].all, w.joined[i].inner[width:], scratch)
+            second(w.encoded[i], w.joined[i].inner[width:], scratch)
             rows, pooled = w.joined[i].by_time(width), w.inputs[i + 1]
             even = 2 * pooled.length
             torch.maximum(rows[:, 0:even:2], rows[:, 1:even:2], out=pooled.by_time())
         for i in reversed(range(last)):
             self._resize(w.outputs[i + 1].by_time(), w.resized[i].by_time(), w.sources[i])
             first, second, third = self._decoder[i]
-            first(w.resized[i].all, w.joined[i].inner[: self.unet.features * 2**i], scratch, index)
-            second(w.joined[i].all, w.decoded[i].inner, scratch)
-            third(w.decoded[i].all, w.outputs[i].inner, scratch)
-        columns = w.outputs[0].inner.shape[1]
-        out = self._output.multiply(w.outputs[0].all, scratch, columns, 0)
+            first(w.resized[i], w.joined[i].inner[: self.unet.features * 2**i], scratch, index)
+            second(w.joined[i], w.decoded[i].inner, scratch)
+            third(w.decoded[i], w.outputs[i].inner, scratch)
+        out = self._output.multiply(w.outputs[0], scratch)
         return out.view(-1, w.outputs[0].length, w.outputs[0].batch).permute(2, 1, 0)
 
     @staticmethod

@@ -18,6 +18,7 @@ ARROWS = {
     "cli": "agent",
     "compat": "agent",
     "agent": "training",
+    "offline": "sampling runs",
     "training": "diagnostics world_models learners data evaluation runs",
     "diagnostics": "world_models learners data",
     "world_models": "sampling data",  # data for the windows it learns from

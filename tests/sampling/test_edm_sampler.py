@@ -108,14 +108,16 @@ def test_scales_that_vanish(scale):
         for name, parameter in unet.named_parameters():
             if "norm_" in name and name.endswith("weight"):
                 parameter[::3] = scale
-    compare(unet, SHORT, torch.randn(3, 9, D), tolerance=2e-6)
+    x = torch.randn(3, 9, D, generator=torch.Generator().manual_seed(1))
+    compare(unet, SHORT, x, tolerance=5e-6)
 
 
 @pytest.mark.parametrize("features", [32, 64])
 def test_bfloat16_errs_like_autocast(features):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16")
-    unet, x, sigma = make_unet(features, 3), torch.randn(8, 16, D), NoiseLevels.of(SHORT).sigma[2]
+    unet, sigma = make_unet(features, 3), NoiseLevels.of(SHORT).sigma[2]
+    x = torch.randn(8, 16, D, generator=torch.Generator().manual_seed(1))
     packed = PackedDenoiser(unet, SHORT, "bfloat16")
     packed.refresh()
     with torch.no_grad():
@@ -241,7 +243,7 @@ def test_known_entries(second_order):
     mask = torch.zeros(6, D, dtype=torch.bool)
     mask[0, :S] = True
     mask[:, S : S + A] = True
-    values = torch.randn(4, 6, D)
+    values = torch.randn(4, 6, D, generator=torch.Generator().manual_seed(1))
     conditions = FixedEntries(mask, values)
 
     def watched(x, sigma):

@@ -1,6 +1,7 @@
-"""Denoising networks eps_theta(x | i, u)."""
+"""Denoising networks: eps_theta(x | i, u), and EDM's F_theta(x, c)."""
 
 from polygrad_fast.denoisers.residual_mlp import ResidualMLPDenoiser
+from polygrad_fast.denoisers.temporal_unet import TemporalUNet
 from polygrad_fast.denoisers.transformer import TransformerDenoiser
 
-__all__ = ["ResidualMLPDenoiser", "TransformerDenoiser"]
+__all__ = ["ResidualMLPDenoiser", "TemporalUNet", "TransformerDenoiser"]

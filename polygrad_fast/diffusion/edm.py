@@ -164,7 +164,7 @@ class EDMTrainer(AveragedTrainer):
 
     Args:
         model: F_theta; its weights change in place.
-        num_updates: T, of the whole training, for the learning rate; see `num_training_updates`.
+        total_updates: T, of the whole training, for the learning rate; see `num_training_updates`.
         config: noise levels, learning rate and averaging.
         sigma_data: standard deviation of the data, that of the sampler.
 
@@ -175,12 +175,12 @@ class EDMTrainer(AveragedTrainer):
     def __init__(
         self,
         model: nn.Module,
-        num_updates: int,
+        total_updates: int,
         config: EDMTrainingConfig | None = None,
         sigma_data: float = 1.0,
     ):
         self.config = c = config or EDMTrainingConfig()
-        self.total_updates = as_integer(num_updates, "num_updates", 1)
+        self.total_updates = as_integer(total_updates, "total_updates", 1)
         self.sigma_data = sigma_data
         super().__init__(
             model, c.learning_rate, c.ema_decay, c.ema_interval, average_at_start=False

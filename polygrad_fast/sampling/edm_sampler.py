@@ -22,6 +22,7 @@ from polygrad_fast.sampling.heun import FixedEntries, Guidance, heun_sample
 from polygrad_fast.sampling.input_checks import as_tensor, check_generator, common_device
 from polygrad_fast.sampling.packed_unet import PackedTemporalUNet
 from polygrad_fast.sampling.torch_engine import DTYPES, cuda_matmul_precision
+from polygrad_fast.structure import parts
 
 ENGINES = ("auto", "reference", "torch")
 
@@ -98,7 +99,8 @@ class EDMSampler:
     algorithm 2).
 
     Its engines draw the same noise and agree to rounding on a CPU. Weights are read anew at every
-    sample. Threads may share a sampler: their calls wait for each other.
+    sample, and a network that was changed is noticed. Threads may share a sampler: their calls wait
+    for each other. A copy or an unpickled sampler is built anew.
 
     Args:
         denoiser: F_theta, called as denoiser(c_in x [B, L, D], c_noise [B]), of float32 weights.
@@ -137,10 +139,18 @@ class EDMSampler:
         self._lock = threading.Lock()
         self._build()
 
+    def __reduce__(self):
+        return EDMSampler, (self.denoiser, self.config, self.engine, self._dtype)
+
+    def _packed_parts(self) -> list[nn.Module] | None:
+        """Return the parts that are packed, None where the denoiser is to be called."""
+        packs = self.engine == "torch" and isinstance(self.denoiser, TemporalUNet)
+        return parts(self.denoiser) if packs and why_foreign(self.denoiser) is None else None
+
     def _build(self) -> None:
         foreign = why_foreign(self.denoiser)
-        self._packs = self.engine == "torch" and foreign is None
-        self._packs = self._packs and isinstance(self.denoiser, TemporalUNet)
+        self._built_for = self._packed_parts()
+        self._packs = self._built_for is not None
         on_gpu = self.device.type == "cuda"
         self.dtype = self._dtype
         if self.dtype == "auto":
@@ -196,7 +206,7 @@ class EDMSampler:
             conditions.check(shape)
         autocast_off = torch.autocast(self.device.type, enabled=False)
         with self._lock, torch.inference_mode(False), torch.no_grad(), autocast_off:
-            if self._packs and why_foreign(self.denoiser) is not None:
+            if self._packed_parts() != self._built_for:
                 self._build()  # it was changed: what is packed is no longer what it computes
             with annotate("refresh"):
                 self._denoise.refresh()

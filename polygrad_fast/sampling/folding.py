@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polygrad_fast.denoisers import ResidualMLPDenoiser, TransformerDenoiser
-from polygrad_fast.denoisers.temporal_unet import TemporalUNet
+from polygrad_fast.denoisers import ResidualMLPDenoiser, TemporalUNet, TransformerDenoiser
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.structure import change, parts

@@ -298,6 +298,7 @@ class PackedTemporalUNet:
         self.unet, self.c_noise = unet, c_noise
         self._like = torch.empty(0, dtype=dtype, device=c_noise.device)
         self._graphs = GraphCache() if c_noise.is_cuda else None
+        self._positions = torch.arange(len(c_noise), device=c_noise.device)
         self._workspaces: dict[tuple[int, int], Workspace] = {}
 
         def packed(level: nn.Module, number: int) -> PackedConvolution:
@@ -346,11 +347,10 @@ class PackedTemporalUNet:
         batch, length, _ = trajectories.shape
         if self._graphs is not None:
             workspace = self._workspace(batch, length)
-            position = torch.tensor([index], device=trajectories.device)
             return self._graphs(
                 (batch, length),
-                lambda x, at: (self._evaluate(x, at, workspace).clone(),),
-                (trajectories, position),
+                lambda x, at: (self._evaluate(x, at, workspace),),
+                (trajectories, self._positions[index : index + 1]),
             )[0]
         result = torch.empty_like(trajectories)
         rows = max(1, CACHED_NUMBERS // (self.unet.features * length))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import threading
 from dataclasses import replace
 
@@ -168,6 +169,47 @@ def test_a_changed_network_is_called_as_it_is():
     after = sampler.sample(2, 6, noise=noise).trajectories
     wanted = EDMSampler(unet, SHORT, engine="reference").sample(2, 6, noise=noise).trajectories
     assert torch.equal(after, wanted) and error(after, before) > 0.01
+
+
+def test_a_replaced_part_is_packed_anew():
+    unet = make_unet(32)
+    sampler = EDMSampler(unet, SHORT)
+    noise = draw_noise(2, 6, 5)
+    before = sampler.sample(2, 6, noise=noise).trajectories
+    unet.output = nn.Conv1d(32, D, 1)
+    wanted = EDMSampler(unet, SHORT, engine="reference").sample(2, 6, noise=noise).trajectories
+    after = sampler.sample(2, 6, noise=noise).trajectories
+    assert error(after, wanted) < 2e-5 and error(after, before) > 0.01
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_sample_on_their_own(copied):
+    sampler = EDMSampler(make_unet(32), SHORT, dtype="float32")
+    other = copied(sampler)
+    noise = draw_noise(2, 6, 5)
+    wanted = sampler.sample(2, 6, noise=noise).trajectories
+    with torch.no_grad():
+        sampler.denoiser.output.bias.add_(1.0)
+    assert torch.equal(other.sample(2, 6, noise=noise).trajectories, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
+def test_on_a_gpu(dtype):
+    unet, x = make_unet(64, 3).cuda(), torch.randn(9, 17, D, device="cuda")
+    tolerance = {"float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}[dtype]
+    packed = PackedDenoiser(unet, SHORT, dtype)
+    for _ in range(2):  # the second time other weights at the addresses of the graph
+        packed.refresh()
+        exact = PlainDenoiser(copy.deepcopy(unet).double(), SHORT)
+        for sigma in NoiseLevels.of(SHORT).sigma[:-1]:
+            noisy = x * math.sqrt(sigma**2 + 1)
+            with torch.no_grad():
+                assert error(packed(noisy, sigma), exact(noisy.double(), sigma)) < tolerance
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter.mul_(1.1)
 
 
 def test_algorithm_2():

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from polygrad_fast.config import EDMConfig
+from polygrad_fast.config import EDMConfig, EDMTrainingConfig
 from polygrad_fast.denoisers.temporal_unet import TemporalUNet
-from polygrad_fast.diffusion.edm import NoiseLevels, denoise, preconditioning
+from polygrad_fast.diffusion.edm import EDMTrainer, NoiseLevels, denoise, preconditioning
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling import packed_unet
 from polygrad_fast.sampling.edm_sampler import EDMNoise, EDMSampler, PackedDenoiser, PlainDenoiser
@@ -399,3 +399,53 @@ def test_a_foreign_network_needs_the_size_of_a_row():
     sampler = EDMSampler(nn.Linear(D, D), SHORT)
     with pytest.raises(InputError, match="attribute trajectory_dim"):
         sampler.sample(2, 6)
+
+
+def test_the_position_of_a_graph_is_a_tensor():
+    """What a CUDA graph captures reads the noise level from a tensor instead of a number."""
+    unet = make_unet(32)
+    packed = packed_unet.PackedTemporalUNet(unet, torch.linspace(-1, 1, 4), torch.float32)
+    packed.refresh()
+    x = torch.randn(3, 8, D, generator=torch.Generator().manual_seed(0))
+    workspace = packed._workspace(3, 8)
+    with torch.no_grad():
+        for index in (2, 0, 3):
+            wanted = packed(x, index)
+            assert torch.equal(packed._evaluate(x, torch.tensor([index]), workspace), wanted)
+            assert error(wanted, unet(x, packed.c_noise[index].expand(3))) < 1e-5
+
+
+@pytest.mark.slow
+def test_what_is_learnt_is_sampled():
+    """Trajectories s' = 0.8 s + 0.5 a of a linear system, from training to samples."""
+    generator = torch.Generator().manual_seed(0)
+
+    def windows(count, length=8):
+        s, rows = torch.randn(count, S, generator=generator), []
+        for _ in range(length):
+            a = torch.randn(count, A, generator=generator)
+            rows.append(torch.cat([s, a, s.sum(1, keepdim=True) / 2, torch.zeros(count, 1)], 1))
+            s = 0.8 * s
+            s[:, :A] += 0.5 * a
+        return torch.stack(rows, 1)
+
+    def dynamics_error(x):
+        predicted = 0.8 * x[:, :-1, :S]
+        predicted[..., :A] += 0.5 * x[:, :-1, S : S + A]
+        return (x[:, 1:, :S] - predicted).square().mean().sqrt().item()
+
+    unet = TemporalUNet(S, A, 32, 2, generator)
+    config = EDMTrainingConfig(ema_interval=1, ema_decay=0.98)
+    trainer = EDMTrainer(unet, 600, config)
+    for _ in range(600):
+        metrics = trainer.update(windows(64), generator)
+    assert metrics["loss"] < 0.7  # 1 where only the noise level is known
+    config = EDMConfig.paper(num_inference_steps=20)
+    data = windows(512)
+    samples = EDMSampler(trainer.ema_model, config).sample(512, 8, generator).trajectories
+    assert dynamics_error(data) < 1e-6
+    shuffled = samples[:, torch.randperm(8, generator=generator)]
+    assert dynamics_error(samples) < 0.7 * dynamics_error(shuffled)
+    actions = slice(S, S + A)
+    assert torch.allclose(samples.std((0, 1))[actions], data.std((0, 1))[actions], rtol=0.15)
+    assert torch.allclose(samples.mean((0, 1)), data.mean((0, 1)), atol=0.15)

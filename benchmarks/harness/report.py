@@ -390,7 +390,7 @@ def _edm_samples_caption(rows: list[Row]) -> str:
         "B trajectories of L rows by N Heun steps (2 N - 1 evaluations) of the U-Net of\n"
         "policy-guided diffusion with 3 levels, S = 11, A = 3, unguided; medians of interleaved\n"
         "rounds. The plain loop is engine reference in float32. Its convolutions alone take the\n"
-        "time given, and so do engine torch's matrix products, on operands that are in the caches;\n"
+        "time given, and so do engine torch's products, on operands that are in the caches;\n"
         "in brackets engine torch's time over its products'."
     )
 

@@ -43,7 +43,7 @@ FOUNDATION = {
     "structure": "",
     "terminals": "",
     "arguments": "errors",
-    "trajectory_scale": "errors",
+    "trajectory_normalizer": "errors",
     "profiling": "arguments errors runs",
 }
 RUNS = "arguments errors _version"  # not profiling, which writes its traces by `runs.files`

@@ -19,7 +19,6 @@ from polygrad_fast.errors import CheckpointError, NonFiniteError
 from polygrad_fast.runs.files import replacing, write_json_atomic
 from polygrad_fast.sampling.edm_sampler import EDMSampler
 from polygrad_fast.sampling.heun import Guidance
-from polygrad_fast.trajectory_scale import TrajectoryScale
 
 DESCRIPTION = "generation.json"
 
@@ -128,13 +127,13 @@ def _describe(
         "denoiser": fingerprint(sampler.denoiser),
         "guidance": None if guidance is None else type(guidance).__name__,
     }
-    config, policy, scale = (getattr(guidance, n, None) for n in ("config", "policy", "scale"))
-    if isinstance(scale, TrajectoryScale):
-        described["scale"] = [scale.mean.tolist(), scale.std.tolist()]
+    config = getattr(guidance, "config", None)
     if is_dataclass(config):
         described["guidance_config"] = asdict(config)
-    if isinstance(policy, nn.Module):
-        described["policy"] = fingerprint(policy)
+    for name in ("policy", "normalizer"):
+        module = getattr(guidance, name, None)
+        if isinstance(module, nn.Module):
+            described[name] = fingerprint(module)
     return described
 
 

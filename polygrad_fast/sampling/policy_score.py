@@ -13,7 +13,7 @@ from polygrad_fast.config import PolicyGuidanceConfig
 from polygrad_fast.diffusion.edm import NoiseLevels
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling.heun import Step
-from polygrad_fast.trajectory_scale import TrajectoryScale
+from polygrad_fast.trajectory_normalizer import TrajectoryNormalizer
 
 DIRECTION_OFFSET = 1e-8
 """Added to every entry of a unit direction, as released."""
@@ -40,7 +40,9 @@ def guidance_weights(config: PolicyGuidanceConfig, levels: NoiseLevels) -> tuple
     return tuple(weights)
 
 
-def policy_score(policy: Callable, trajectories: Tensor, scale: TrajectoryScale) -> Tensor:
+def policy_score(
+    policy: Callable, trajectories: Tensor, normalizer: TrajectoryNormalizer
+) -> Tensor:
     """Return the gradient of the policy's log-likelihood with respect to the normalized actions.
 
     Of sum over rows and actions of log N(tanh(u); m, v), u = action std + mean before the tanh:
@@ -52,29 +54,28 @@ def policy_score(policy: Callable, trajectories: Tensor, scale: TrajectoryScale)
             that, returns m and v, [B, L, A] each; else calling it returns the pair (mean, std) of a
             Gaussian, or the action of a deterministic policy, for which v = 1.
         trajectories: normalized [B, L, D].
-        scale: of the channels.
+        normalizer: of the channels.
 
     Raises:
         InputError: the policy returns something else.
     """
+    n, dim = normalizer, normalizer.observation_dim
     with torch.no_grad():
-        observations = trajectories[..., scale.observations]
-        raw = observations * scale.std[scale.observations] + scale.mean[scale.observations]
+        raw = trajectories[..., :dim] * n.std[:dim] + n.mean[:dim]
         result = getattr(policy, "score_parameters", policy)(raw)
         mean, std = result if isinstance(result, (tuple, list)) else (result, None)
-        normalized = trajectories[..., scale.actions]
+        normalized = trajectories[..., dim:-2]
         for name, tensor in (("mean or action", mean), ("std", std)):
             if tensor is not None and tensor.shape != normalized.shape:
                 raise InputError(
                     f"policy must return a {name} of shape {tuple(normalized.shape)} at raw "
                     f"observations {tuple(raw.shape)}, got {tuple(tensor.shape)}"
                 )
-        action_std = scale.std[scale.actions]
-        actions = torch.tanh(normalized * action_std + scale.mean[scale.actions])
+        actions = torch.tanh(normalized * n.action_std + n.action_mean)
         difference = mean - actions
         if std is not None:
             difference = difference / std.square()
-        return difference * (1.0 - actions.square()) * action_std
+        return difference * (1.0 - actions.square()) * n.action_std
 
 
 def unit_direction(gradient: Tensor) -> Tensor:
@@ -96,23 +97,23 @@ class PolicyGuidance:
 
     Args:
         policy: see `policy_score`; its current weights are read at every step.
-        scale: of the sampler's trajectories, on their device.
+        normalizer: of the sampler's trajectories, on their device.
         config: coefficients and options; default no guidance (the released code's).
     """
 
     def __init__(
         self,
         policy: Callable,
-        scale: TrajectoryScale,
+        normalizer: TrajectoryNormalizer,
         config: PolicyGuidanceConfig | None = None,
     ):
-        self.policy, self.scale = policy, scale
+        self.policy, self.normalizer = policy, normalizer
         self.config = config or PolicyGuidanceConfig()
 
     def direction(self, trajectories: Tensor) -> Tensor:
         """Return the gradient, or its direction with `normalize`, at trajectories [B, L, D]:
         [B, L, A]."""
-        gradient = policy_score(self.policy, trajectories, self.scale)
+        gradient = policy_score(self.policy, trajectories, self.normalizer)
         return unit_direction(gradient) if self.config.normalize else gradient
 
     def __call__(self, trajectories: Tensor, step: Step) -> Tensor:
@@ -123,5 +124,5 @@ class PolicyGuidance:
             return trajectories
         at = step.denoise(trajectories) if self.config.denoised else trajectories
         guided = trajectories.clone()
-        guided[..., self.scale.actions] += weight * self.direction(at)
+        guided[..., self.normalizer.observation_dim : -2] += weight * self.direction(at)
         return guided

@@ -12,7 +12,7 @@ from polygrad_fast.offline import generation
 from polygrad_fast.offline.generation import generate
 from polygrad_fast.sampling.edm_sampler import EDMSampler
 from polygrad_fast.sampling.policy_score import PolicyGuidance
-from polygrad_fast.trajectory_scale import TrajectoryScale
+from polygrad_fast.trajectory_normalizer import TrajectoryNormalizer
 
 S, A, L = 3, 2, 5
 D = S + A + 2
@@ -23,11 +23,11 @@ def make_sampler(seed=0, steps=3, **options) -> EDMSampler:
     return EDMSampler(unet, EDMConfig(num_inference_steps=steps, **options))
 
 
-def make_guidance(coefficient=1.0, seed=0) -> PolicyGuidance:
+def make_guidance(coefficient=1.0, seed=0, std=1.0) -> PolicyGuidance:
     torch.manual_seed(seed)
     policy = torch.nn.Linear(S, A)
-    scale = TrajectoryScale(torch.zeros(D), torch.ones(D), S, A)
-    return PolicyGuidance(policy, scale, PolicyGuidanceConfig(coefficient=coefficient))
+    normalizer = TrajectoryNormalizer(torch.zeros(D), torch.full((D,), std), S, A)
+    return PolicyGuidance(policy, normalizer, PolicyGuidanceConfig(coefficient=coefficient))
 
 
 def sampled(folder=None, sampler=None, total=10, seed=7, **options):
@@ -92,6 +92,7 @@ def test_batches_and_seeds_have_streams_of_their_own():
         ({"guidance": None}, "guidance"),
         ({"guidance": make_guidance(0.5)}, "guidance_config"),
         ({"guidance": make_guidance(seed=1)}, "policy"),
+        ({"guidance": make_guidance(std=2.0)}, "normalizer"),
     ],
 )
 def test_another_generation_is_refused(tmp_path, change, name):

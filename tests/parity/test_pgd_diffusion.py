@@ -25,7 +25,7 @@ from polygrad_fast.diffusion.edm import (
 from polygrad_fast.sampling.edm_sampler import EDMNoise, EDMSampler
 from polygrad_fast.sampling.heun import heun_step
 from polygrad_fast.sampling.policy_score import PolicyGuidance, guidance_weights, policy_score
-from polygrad_fast.trajectory_scale import TrajectoryScale
+from polygrad_fast.trajectory_normalizer import TrajectoryNormalizer
 
 NETWORK, INNER = 2e-6, 6e-6
 LOSS, GRADIENT, WEIGHTS = 1e-6, 5e-6, 6e-5
@@ -244,7 +244,7 @@ class RecordedSample:
             for moment in ("mean", "std")
         )
         dims = info["observation_dim"], info["action_dim"]
-        self.scale = TrajectoryScale(mean, std, *dims)
+        self.normalizer = TrajectoryNormalizer(mean, std, *dims)
         self.guidance = None
         if info["policy"] is not None:
             options = PolicyGuidanceConfig(
@@ -256,7 +256,7 @@ class RecordedSample:
             )
             policy = RecordedPolicy(info, self.arrays)
             assert (policy.log_std is None) == (info["policy"] == "deterministic")
-            self.guidance = PolicyGuidance(policy, self.scale, options)
+            self.guidance = PolicyGuidance(policy, self.normalizer, options)
 
     def denoise(self, trajectories, sigma):
         levels = torch.full((len(trajectories),), sigma)
@@ -303,7 +303,7 @@ def test_steps(name):
             if "guidance_trajectory" in wanted:
                 assert error(at, wanted["guidance_trajectory"]) < TRAJECTORY, step
             if "guidance_gradient" in wanted:
-                gradient = policy_score(guidance.policy, at, sample.scale)
+                gradient = policy_score(guidance.policy, at, sample.normalizer)
                 assert error(gradient, wanted["guidance_gradient"]) < GUIDANCE, step
             assert error(guidance.direction(at), wanted["guidance_direction"]) < GUIDANCE, step
         before = wanted["trajectory_after_step"]
@@ -324,7 +324,7 @@ def test_whole_chain(name, engine):
     ):
         assert error(got, wanted) < TRAJECTORY, row
     assert torch.equal(result.trajectories, result.chain[-1])
-    raw = sample.scale.unnormalize(result.trajectories)
+    raw = sample.normalizer.unnormalize(result.trajectories)
     for key, got in (
         ("observation", raw.observations[:, :-1]),
         ("action", raw.actions[:, :-1]),

@@ -18,17 +18,17 @@ from polygrad_fast.sampling.policy_score import (
     policy_score,
     unit_direction,
 )
-from polygrad_fast.trajectory_scale import RawTrajectories, TrajectoryScale
+from polygrad_fast.trajectory_normalizer import TrajectoryNormalizer
 
 S, A = 3, 2
 D = S + A + 2
 LEVELS = NoiseLevels.of(EDMConfig(num_inference_steps=10))
 
 
-def make_scale() -> TrajectoryScale:
+def make_normalizer() -> TrajectoryNormalizer:
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(D, generator=generator)
-    return TrajectoryScale(mean, torch.rand(D, generator=generator) + 0.5, S, A)
+    return TrajectoryNormalizer(mean, torch.rand(D, generator=generator) + 0.5, S, A)
 
 
 def draw(batch=3, length=5, seed=0) -> torch.Tensor:
@@ -55,23 +55,22 @@ class WithScore(Deterministic):
 
 @pytest.mark.parametrize("policy", [Gaussian(), Deterministic(), WithScore()])
 def test_the_score_is_the_gradient_of_the_log_likelihood(policy):
-    scale, x = make_scale(), draw().double()
-    scale = TrajectoryScale(scale.mean.double(), scale.std.double(), S, A)
+    normalizer, x = make_normalizer().double(), draw().double()
     actions = x[..., S : S + A].clone().requires_grad_()
-    observations = x[..., :S] * scale.std[:S] + scale.mean[:S]
+    observations = x[..., :S] * normalizer.std[:S] + normalizer.mean[:S]
     result = getattr(policy, "score_parameters", policy)(observations)
     mean, std = result if isinstance(result, tuple) else (result, torch.ones_like(result))
-    played = torch.tanh(actions * scale.std[S : S + A] + scale.mean[S : S + A])
+    played = torch.tanh(actions * normalizer.std[S : S + A] + normalizer.mean[S : S + A])
     log_likelihood = torch.distributions.Normal(mean, std).log_prob(played).sum()
     (wanted,) = torch.autograd.grad(log_likelihood, actions)
-    got = policy_score(policy, x, scale)
+    got = policy_score(policy, x, normalizer)
     assert torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_a_policy_of_this_library_guides():
     torch.manual_seed(0)
     policy = GaussianPolicy(S, A, hidden_dim=8)
-    score = policy_score(policy, draw(), make_scale())
+    score = policy_score(policy, draw(), make_normalizer())
     assert score.shape == (3, 5, A) and not score.requires_grad
 
 
@@ -93,7 +92,7 @@ def test_saturated_trajectories_stay_as_they_are(normalize):
     x = draw()
     x[0, :, S : S + A] = 80.0
     config = PolicyGuidanceConfig(coefficient=1.0, normalize=normalize)
-    guided = PolicyGuidance(Gaussian(), make_scale(), config)(x, Step(2, LEVELS, None))
+    guided = PolicyGuidance(Gaussian(), make_normalizer(), config)(x, Step(2, LEVELS, None))
     assert torch.equal(guided[0], x[0]) and torch.isfinite(guided).all()
     assert not torch.equal(guided[1], x[1])
 
@@ -120,19 +119,21 @@ class Counting:
 
 
 def test_where_and_how_far_actions_move():
-    scale, x = make_scale(), draw()
+    normalizer, x = make_normalizer(), draw()
     policy = Counting()
     config = PolicyGuidanceConfig(coefficient=0.7, cosine_coefficient=0.0)
-    guided = PolicyGuidance(policy, scale, config)(x, Step(3, LEVELS, None))
-    score = policy_score(policy, x, scale)
-    assert torch.allclose(policy.observations, x[..., :S] * scale.std[:S] + scale.mean[:S])
+    guided = PolicyGuidance(policy, normalizer, config)(x, Step(3, LEVELS, None))
+    score = policy_score(policy, x, normalizer)
+    assert torch.allclose(
+        policy.observations, x[..., :S] * normalizer.std[:S] + normalizer.mean[:S]
+    )
     assert torch.equal(guided[..., :S], x[..., :S])
     assert torch.equal(guided[..., S + A :], x[..., S + A :])
     assert torch.allclose(guided[..., S : S + A] - x[..., S : S + A], 0.7 * 0.7 * score, atol=1e-6)
 
 
 def test_denoised_guidance_reads_the_denoised_trajectory():
-    scale, x, clean = make_scale(), draw(), draw(seed=1)
+    normalizer, x, clean = make_normalizer(), draw(), draw(seed=1)
     seen = []
 
     def denoise(y):
@@ -140,10 +141,10 @@ def test_denoised_guidance_reads_the_denoised_trajectory():
         return clean
 
     config = PolicyGuidanceConfig(coefficient=1.0, cosine_coefficient=0.0, denoised=True)
-    guided = PolicyGuidance(Gaussian(), scale, config)(x, Step(0, LEVELS, denoise))
+    guided = PolicyGuidance(Gaussian(), normalizer, config)(x, Step(0, LEVELS, denoise))
     assert len(seen) == 1 and seen[0] is x
     wanted = x.clone()
-    wanted[..., S : S + A] += policy_score(Gaussian(), clean, scale)
+    wanted[..., S : S + A] += policy_score(Gaussian(), clean, normalizer)
     assert torch.allclose(guided, wanted)
 
 
@@ -152,7 +153,7 @@ def test_denoised_guidance_reads_the_denoised_trajectory():
 )
 def test_no_weight_no_call(config):
     policy, x = Counting(), draw()
-    guidance = PolicyGuidance(policy, make_scale(), config)
+    guidance = PolicyGuidance(policy, make_normalizer(), config)
     for index in range(10):
         assert guidance(x, Step(index, LEVELS, None)) is x
     assert policy.calls == 0
@@ -172,14 +173,14 @@ class Zero(nn.Module):
 
 
 def test_guided_samples_are_likelier_under_the_policy():
-    scale, policy = make_scale(), Gaussian()
+    normalizer, policy = make_normalizer(), Gaussian()
     sampler = EDMSampler(Zero(), EDMConfig(num_inference_steps=20))
 
     def log_likelihood(coefficient):
         config = PolicyGuidanceConfig(coefficient=coefficient, normalize=True, denoised=True)
-        guidance = PolicyGuidance(policy, scale, config)
+        guidance = PolicyGuidance(policy, normalizer, config)
         x = sampler.sample(64, 5, torch.Generator().manual_seed(0), guidance=guidance).trajectories
-        raw = scale.unnormalize(x)
+        raw = normalizer.unnormalize(x)
         mean, std = policy(raw.observations)
         return torch.distributions.Normal(mean, std).log_prob(raw.actions).mean().item()
 
@@ -196,37 +197,4 @@ def test_guided_samples_are_likelier_under_the_policy():
 )
 def test_a_policy_that_returns_something_else(result, message):
     with pytest.raises(InputError, match=f"policy must return {message}"):
-        policy_score(lambda observations: result, draw(), make_scale())
-
-
-def test_scale_and_back():
-    scale = make_scale()
-    generator = torch.Generator().manual_seed(1)
-    raw = RawTrajectories(
-        torch.randn(4, 6, S, generator=generator),
-        torch.rand(4, 6, A, generator=generator) * 1.9 - 0.95,
-        torch.randn(4, 6, generator=generator),
-        (torch.rand(4, 6, generator=generator) > 0.5).float(),
-    )
-    rows = scale.normalize(raw)
-    assert rows.shape == (4, 6, D)
-    index = S + 1
-    wanted = (torch.atanh(raw.actions[..., 1]) - scale.mean[index]) / scale.std[index]
-    assert torch.allclose(rows[..., index], wanted)
-    for got, original in zip(scale.unnormalize(rows), raw, strict=True):
-        assert torch.allclose(got, original, atol=1e-5)
-    beyond = raw._replace(actions=torch.full((4, 6, A), 2.0))
-    assert scale.unnormalize(scale.normalize(beyond)).actions.max().item() == pytest.approx(0.999)
-
-
-@pytest.mark.parametrize(
-    ("mean", "std", "message"),
-    [
-        (torch.zeros(D + 1), torch.ones(D), "mean must be 7 finite numbers"),
-        (torch.zeros(D), torch.full((D,), math.nan), "std must be 7 finite numbers"),
-        (torch.zeros(D), torch.zeros(D), "std must be positive"),
-    ],
-)
-def test_a_scale_of_something_else(mean, std, message):
-    with pytest.raises(InputError, match=message):
-        TrajectoryScale(mean, std, S, A)
+        policy_score(lambda observations: result, draw(), make_normalizer())

@@ -18,6 +18,7 @@ ARROWS = {
     "cli": "agent",
     "compat": "agent",
     "agent": "training",
+    "offline": "sampling runs",
     "training": "diagnostics world_models learners data evaluation runs",
     "diagnostics": "world_models learners data",
     "world_models": "sampling data",  # data for the windows it learns from
@@ -42,6 +43,7 @@ FOUNDATION = {
     "structure": "",
     "terminals": "",
     "arguments": "errors",
+    "trajectory_normalizer": "errors",
     "profiling": "arguments errors runs",
 }
 RUNS = "arguments errors _version"  # not profiling, which writes its traces by `runs.files`

@@ -407,6 +407,42 @@ def _sampler_steps_caption(rows: list[Row]) -> str:
     )
 
 
+def _edm_samples(rows: list[Row]) -> str:
+    """Return whole samples by the packed U-Net beside the plain loop."""
+    lines = []
+    for row in rows:
+        names = ("features", "length", "batch", "steps")
+        sizes = [row.dtype, *(str(row.case[name]) for name in names)]
+        if row.ms is None:
+            lines.append([*sizes, _failure(row), *4 * "-"])
+            continue
+        reference, convolutions, products = (
+            row.values[f"{name}_ms"] for name in ("reference", "convolutions", "products")
+        )
+        lines.append(
+            [
+                *sizes,
+                f"{row.ms / 1e3:.2f} s{_mark(row)}",
+                f"{reference / 1e3:.2f} s",
+                f"{reference / row.ms:.2f}x",
+                f"{convolutions / 1e3:.2f} s",
+                f"{products / 1e3:.2f} s ({row.ms / products:.2f}x)",
+            ]
+        )
+    header = ["engine torch", "features", "L", "B", "N", "a sample", "plain loop", "faster"]
+    return _grid([*header, "the loop's convolutions", "its own products"], lines)
+
+
+def _edm_samples_caption(rows: list[Row]) -> str:
+    return (
+        "B trajectories of L rows by N Heun steps (2 N - 1 evaluations) of the U-Net of\n"
+        "policy-guided diffusion with 3 levels, S = 11, A = 3, unguided; medians of interleaved\n"
+        "rounds. The plain loop is engine reference in float32. Its convolutions alone take the\n"
+        "time given, and so do engine torch's products, on operands that are in the caches;\n"
+        "in brackets engine torch's time over its products'."
+    )
+
+
 def _claims(rows: list[Row]) -> str:
     """Return what holds of engine "torch" on every machine measured, and each machine's range."""
     rows = [row for row in _of(rows, "sampler step") if row.device == "cpu"]
@@ -685,6 +721,7 @@ TABLES = {
     "claims": _claims,
     "speed": _speed,
     "sampler_cpu": Table(_sampler_steps, ("sampler step",), caption=_sampler_steps_caption),
+    "edm_samples": Table(_edm_samples, ("edm sample",), caption=_edm_samples_caption),
     "samples": Table(_samples, ("sample",), EVERYWHERE),
     "updates": Table(
         _updates, ("denoiser update", "A2C update", "whole update", "replay windows"), EVERYWHERE

@@ -1,5 +1,11 @@
 """Configuration: groups of options, and presets of them."""
 
+from polygrad_fast.config.edm import (
+    EDMConfig,
+    EDMTrainingConfig,
+    PolicyGuidanceConfig,
+    TemporalUNetConfig,
+)
 from polygrad_fast.config.groups import (
     A2CConfig,
     AutoregressiveConfig,
@@ -18,12 +24,16 @@ __all__ = [
     "A2CConfig",
     "AutoregressiveConfig",
     "DenoiserConfig",
+    "EDMConfig",
+    "EDMTrainingConfig",
     "GuidanceConfig",
     "NormalizerConfig",
     "PRESETS",
     "PolicyConfig",
+    "PolicyGuidanceConfig",
     "SamplerConfig",
     "ScheduleConfig",
+    "TemporalUNetConfig",
     "TrainConfig",
     "check_choices",
     "from_dict",

@@ -21,6 +21,9 @@ class AveragedTrainer:
     Args:
         model: the network; its weights change in place.
         learning_rate, ema_decay, ema_interval, ema_start: as in `DenoiserConfig`.
+        average_at_start: whether the average is touched after update 1, interval + 1, ..
+            (PolyGRAD's released code) or after update interval, 2 interval, .. (that of
+            policy-guided diffusion).
 
     Raises:
         InputError: the network cannot be copied.
@@ -38,6 +41,7 @@ class AveragedTrainer:
         ema_decay: float,
         ema_interval: int = 1,
         ema_start: int = 0,
+        average_at_start: bool = True,
     ):
         self.model = model
         try:
@@ -49,13 +53,14 @@ class AveragedTrainer:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
         self.num_updates = 0
         self._ema_decay, self._ema_interval, self._ema_start = ema_decay, ema_interval, ema_start
+        self._ema_phase = 0 if average_at_start else ema_interval - 1
 
     def minimize(self, loss: Tensor) -> None:
         """Take one Adam step on a scalar loss of `model`, then move the average if it is due."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        if self.num_updates % self._ema_interval == 0:
+        if self.num_updates % self._ema_interval == self._ema_phase:
             self._move_average()
         self.num_updates += 1
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from polygrad_fast.denoisers import (
     ResidualMLPDenoiser,
     RolloutDenoiser,
+    TemporalUNet,
     TransformerDenoiser,
 )
 from polygrad_fast.normalizer import Normalizer
@@ -82,7 +83,13 @@ def fold_policy_input(policy: GaussianPolicy, normalizer: Normalizer) -> tuple[T
 
 _FORWARDS = {
     kind: kind.forward
-    for kind in (ResidualMLPDenoiser, RolloutDenoiser, TransformerDenoiser, GaussianPolicy)
+    for kind in (
+        ResidualMLPDenoiser,
+        RolloutDenoiser,
+        TransformerDenoiser,
+        TemporalUNet,
+        GaussianPolicy,
+    )
 }
 
 

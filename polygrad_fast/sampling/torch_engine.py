@@ -149,7 +149,7 @@ class TorchEngine:
     def _matmul_precision(self) -> contextlib.AbstractContextManager:
         if not self._on_gpu:
             return contextlib.nullcontext()
-        return _cuda_matmul_precision("tf32" if self.dtype == "tf32" else "ieee")
+        return cuda_matmul_precision("tf32" if self.dtype == "tf32" else "ieee")
 
     def _workspace(self, batch: int) -> Workspace:
         ws = self._workspaces.pop(batch, None)
@@ -205,7 +205,7 @@ class TorchEngine:
 
 
 @contextlib.contextmanager
-def _cuda_matmul_precision(precision: str) -> Iterator[None]:
+def cuda_matmul_precision(precision: str) -> Iterator[None]:
     """Set the precision of float32 matrix products on CUDA ("ieee" or "tf32"), and put the user's
     back."""
     backend = torch.backends.cuda.matmul

@@ -462,6 +462,12 @@ MEASURED = [
         ms=6.0,
         values={"gemms_ms": 5.0, "packed_ms": 4.0, "reference_ms": 12.0},
     ),
+    make_row(
+        benchmark="edm sample",
+        case={"engine": "torch", "features": 32, "length": 16, "batch": 256, "steps": 32},
+        ms=500.0,
+        values={"reference_ms": 2000.0, "convolutions_ms": 800.0, "products_ms": 400.0},
+    ),
     make_row(benchmark="A2C update", case={"batch": 1024}, ms=266.0),
     sampled("torch", "bfloat16", horizon=50, status="out of memory", ms=None),
     make_row(benchmark="whole update", case={"preset": "quick", "env_id": "Hopper-v5",
@@ -487,6 +493,8 @@ def test_tables():
     assert "| float32 | 64 | 64 | 6.00 | 12.00 | 2.00x | 5.00 (1.20x) | 4.00 (1.50x) |" in steps
     assert "at most 1.15 (float32) and 1.25 (bfloat16)" in steps
     assert "Targets here: missed at float32 B = 64 (1.200 times its GEMMs).\n" in steps
+    sample = "| float32 | 32 | 16 | 256 | 32 | 0.50 s | 2.00 s | 4.00x | 0.80 s | 0.40 s (1.25x) |"
+    assert sample in tables["edm_samples"]
     assert "| A2C update | batch 1024 | float32 | 266 ms |" in tables["updates"]
     update = "on Hopper-v5, batch 128, engine torch, environment steps 4, denoiser updates 3"
     assert f"{update} | float32 | 5 ms" in tables["updates"]
@@ -495,7 +503,10 @@ def test_tables():
     assert tables["kernels"] == "On a CPU: not measured.\n\nOn a GPU: not measured."
     assert tables["updates"].endswith("\n\nOn a GPU: not measured.")
     assert "commit aaaaaaa" in tables["provenance"] and "driver 580" in tables["provenance"]
-    assert "- sampler_cpu, samples, updates, environments: `pytest" in tables["provenance"]
+    assert (
+        "- sampler_cpu, edm_samples, samples, updates, environments: `pytest"
+        in tables["provenance"]
+    )
     assert all("| --- |" not in report.build(name, []) for name in report.TABLES)
     smoke = [dataclasses.replace(row, smoke=True) for row in MEASURED]
     assert all(report.build(n, smoke) == report.build(n, []) for n in report.TABLES)
@@ -540,6 +551,7 @@ def test_kernels_of_the_papers_sizes_only_on_a_gpu():
         ("sampler_cpu", lambda row: {"values": {"packed_ms": 4.0}}),
         ("sampler_cpu", lambda row: {"values": row.values | {"gemms_ms": 0.0}}),
         ("sampler_cpu", lambda row: {"dtype": "float16"}),
+        ("edm_samples", lambda row: {"values": {"reference_ms": 4.0}}),
         ("environments", lambda row: {"values": {}}),
         ("environments", lambda row: {"ms": None}),
     ],

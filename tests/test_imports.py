@@ -42,6 +42,7 @@ FOUNDATION = {
     "structure": "",
     "terminals": "",
     "arguments": "errors",
+    "transitions": "arguments errors",
     "profiling": "arguments errors runs",
 }
 RUNS = "arguments errors _version"  # not profiling, which writes its traces by `runs.files`

@@ -11,6 +11,7 @@ from polygrad_fast.config.groups import (
     ScheduleConfig,
     check_choices,
 )
+from polygrad_fast.config.offline_agents import IQLConfig, OfflineAgentConfig, TD3BCConfig
 from polygrad_fast.config.options import from_dict
 from polygrad_fast.config.train import PRESETS, TrainConfig
 
@@ -19,11 +20,14 @@ __all__ = [
     "AutoregressiveConfig",
     "DenoiserConfig",
     "GuidanceConfig",
+    "IQLConfig",
     "NormalizerConfig",
+    "OfflineAgentConfig",
     "PRESETS",
     "PolicyConfig",
     "SamplerConfig",
     "ScheduleConfig",
+    "TD3BCConfig",
     "TrainConfig",
     "check_choices",
     "from_dict",

@@ -1,0 +1,157 @@
+"""Results recorded from the released code of Policy-Guided Diffusion are met: datasets, offline
+agents, evaluation. See recorded_pgd.py."""
+
+import pytest
+import torch
+
+from cases import part
+from polygrad_fast.compat import pgd_agents
+from polygrad_fast.config import IQLConfig, TD3BCConfig
+from polygrad_fast.policy import log_prob
+from polygrad_fast.transitions import Transitions
+from recorded_pgd import FIXTURES, INDEX, cases, recorded
+
+WEIGHTS, GRADIENTS, LOSSES, OUTPUTS = 1e-6, 5e-6, 1e-6, 2e-6
+"""Largest relative norm errors, those of the fixture's README."""
+
+
+def relative_norm(got, wanted) -> float:
+    """Return |got - wanted| / |wanted|."""
+    assert got.shape == wanted.shape
+    return ((got - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+
+
+def assert_met(got: dict, wanted: dict, bound: float) -> None:
+    """Every wanted array is met, and nothing else is there."""
+    assert got.keys() == wanted.keys() and wanted
+    for name, value in wanted.items():
+        assert relative_norm(got[name], value) < bound, name
+
+
+def moments(arrays, info):
+    if not info["normalizes_observations"]:
+        return None
+    return arrays["observation_mean"], arrays["observation_std"]
+
+
+def bounds(info):
+    low, high = info["action_limits"]
+    return [low] * info["action_dim"], [high] * info["action_dim"]
+
+
+def shared_options(info):
+    assert info["activation"] == "relu"
+    return {
+        "gamma": info["gamma"],
+        "polyak": info["polyak"],
+        "learning_rate": info["learning_rate"],
+        "adam_eps": info["adam_eps"],
+        "normalize_observations": info["normalizes_observations"],
+    }
+
+
+def batch_of(update):
+    return Transitions.from_parts(
+        update["batch.observation"],
+        update["batch.action"],
+        update["batch.reward"].squeeze(-1),
+        update["batch.next_observation"],
+        update["batch.done"].squeeze(-1),
+    )
+
+
+def trained(arrays):
+    """Leave out targets."""
+    return {name: value for name, value in arrays.items() if not name.startswith("target_")}
+
+
+@pytest.mark.parametrize("name", cases("td3_bc"))
+def test_td3_bc(name):
+    arrays, info = recorded(name), INDEX[name]
+    config = TD3BCConfig.released(
+        alpha=info["alpha"],
+        policy_noise=info["policy_noise"],
+        noise_clip=info["noise_clip"],
+        action_max=info["action_max"],
+        critic_updates=info["critic_updates"],
+        **shared_options(info),
+    )
+    before = part(arrays, "before.")
+    agent = pgd_agents.load_td3_bc(before, *bounds(info), config, moments(arrays, info))
+    assert_met(trained(pgd_agents.export_agent(agent)), before, 1e-12)
+
+    gradients = []
+    step = agent.step
+
+    def recording_step(which, loss):
+        step(which, loss)
+        gradients.append((which, loss, pgd_agents.export_agent(agent, gradients=True)))
+
+    for u in range(1, info["updates"] + 1):
+        update = part(arrays, f"update_{u}.")
+        agent.step = recording_step
+        gradients.clear()
+        metrics = agent.update(batch_of(update), noise=update["target_noise"])
+        assert metrics.keys() == {
+            "q1_loss", "q2_loss", "actor_loss", "q_mean", "lambda", "bc_loss"
+        }  # fmt: skip
+        assert_met(metrics, {key: update[key] for key in metrics}, LOSSES)
+
+        (first, _, actor), *critics = gradients
+        assert first == "policy" and len(critics) == info["critic_updates"]
+        assert_met(part(actor, "actor."), part(update, "gradient.actor."), GRADIENTS)
+        for k, (which, _, gradient) in enumerate(critics, 1):
+            assert which == "critics"
+            for q in ("q1", "q2"):
+                wanted = part(update, f"gradient.{q}.{k}.")
+                assert_met(part(gradient, f"{q}."), wanted, GRADIENTS)
+        assert_met(pgd_agents.export_agent(agent), part(arrays, f"after_{u}."), WEIGHTS)
+        observations = update["batch.observation"]
+        action = agent.policy(observations)
+        assert relative_norm(action, update["policy_action"]) < OUTPUTS
+        acted, _ = agent.predict(observations.numpy())
+        assert relative_norm(torch.from_numpy(acted), update["policy_action"]) < OUTPUTS
+
+
+@pytest.mark.parametrize("name", cases("iql"))
+def test_iql(name):
+    arrays, info = recorded(name), INDEX[name]
+    config = IQLConfig.released(
+        expectile=info["tau"],
+        beta=info["beta"],
+        max_weight=info["advantage_weight_max"],
+        log_std_min=info["log_std_min"],
+        log_std_max=info["log_std_max"],
+        **shared_options(info),
+    )
+    before = part(arrays, "before.")
+    agent = pgd_agents.load_iql(before, *bounds(info), config, moments(arrays, info))
+    assert_met(trained(pgd_agents.export_agent(agent)), before, 1e-12)
+    for u in range(1, info["updates"] + 1):
+        update = part(arrays, f"update_{u}.")
+        metrics = agent.update(batch_of(update))
+        assert metrics.keys() == {"actor_loss", "q_loss", "value_loss"}
+        assert_met(metrics, {key: update[key] for key in metrics}, LOSSES)
+        gradients = pgd_agents.export_agent(agent, gradients=True)
+        assert_met(gradients, part(update, "gradient."), GRADIENTS)
+        assert_met(pgd_agents.export_agent(agent), part(arrays, f"after_{u}."), WEIGHTS)
+        mean, std = agent.policy.score_parameters(update["batch.observation"])
+        assert relative_norm(mean, update["policy_mean"]) < OUTPUTS
+        assert relative_norm(std, update["policy_std"]) < OUTPUTS
+        log_probs = log_prob(update["batch.action"], mean, std)
+        assert relative_norm(log_probs, update["policy_log_probability"]) < OUTPUTS
+
+
+def test_defaults_are_the_released_settings():
+    if FIXTURES.parent.name != "fixtures":
+        pytest.skip("another recording's settings")
+    info = INDEX["td3_bc_a"]
+    options = ("alpha", "policy_noise", "noise_clip", "action_max", "critic_updates")
+    assert TD3BCConfig() == TD3BCConfig(
+        **{option: info[option] for option in options}, **shared_options(info)
+    )
+    info = INDEX["iql_a"]
+    assert IQLConfig() == IQLConfig(
+        expectile=info["tau"], beta=info["beta"], max_weight=info["advantage_weight_max"],
+        **shared_options(info),
+    )  # fmt: skip

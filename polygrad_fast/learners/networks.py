@@ -41,7 +41,7 @@ def relu_mlp(
     for linear in linears:
         start_kernel(linear.weight, linear.in_features, generator)
         nn.init.zeros_(linear.bias)
-    return nn.Sequential(linears[0], nn.ReLU(), linears[1], nn.ReLU(), linears[2])
+    return nn.Sequential(linears[0], nn.ReLU(inplace=True), linears[1], nn.ReLU(inplace=True), linears[2])
 
 
 class BoundedPolicy(nn.Module):
@@ -188,7 +188,7 @@ class TwinCritics(nn.Module):
         actions side by side, [N, S + A]."""
         hidden = pairs.expand(2, *pairs.shape)
         for kernel, bias in zip(self.kernels[:-1], self.biases[:-1], strict=True):
-            hidden = torch.relu(torch.baddbmm(bias, hidden, kernel))
+            hidden = torch.relu_(torch.baddbmm(bias, hidden, kernel))
         return torch.baddbmm(self.biases[-1], hidden, self.kernels[-1]).squeeze(-1)
 
     def first(self, pairs: Tensor) -> Tensor:
@@ -198,5 +198,5 @@ class TwinCritics(nn.Module):
         for k, (kernel, bias) in enumerate(zip(self.kernels, self.biases, strict=True)):
             hidden = torch.addmm(bias[0].detach(), hidden, kernel[0].detach())
             if k < len(self.kernels) - 1:
-                hidden = torch.relu(hidden)
+                hidden = torch.relu_(hidden)
         return hidden.squeeze(-1)

@@ -138,6 +138,13 @@ class Transitions:
         rows = self.rows[index.to(self.rows.device)]
         return Transitions(rows, self.observation_dim, self.action_dim)
 
+    def observation_moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean and population standard deviation [S] of the observations, computed in
+        float64."""
+        observations = self.observations.to(torch.float64)
+        mean, std = observations.mean(dim=0), observations.std(dim=0, correction=0)
+        return mean.to(torch.float32), std.to(torch.float32)
+
     def to(self, device: str | torch.device) -> Transitions:
         """Return the transitions on a device."""
         return Transitions(self.rows.to(device), self.observation_dim, self.action_dim)

@@ -43,6 +43,7 @@ FOUNDATION = {
     "terminals": "",
     "arguments": "errors",
     "transitions": "arguments errors",
+    "trajectory_normalizer": "errors",
     "profiling": "arguments errors runs",
 }
 RUNS = "arguments errors _version"  # not profiling, which writes its traces by `runs.files`

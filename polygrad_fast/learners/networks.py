@@ -41,7 +41,9 @@ def relu_mlp(
     for linear in linears:
         start_kernel(linear.weight, linear.in_features, generator)
         nn.init.zeros_(linear.bias)
-    return nn.Sequential(linears[0], nn.ReLU(inplace=True), linears[1], nn.ReLU(inplace=True), linears[2])
+    return nn.Sequential(
+        linears[0], nn.ReLU(inplace=True), linears[1], nn.ReLU(inplace=True), linears[2]
+    )
 
 
 class BoundedPolicy(nn.Module):

@@ -1,12 +1,15 @@
 """Results recorded from the released code of Policy-Guided Diffusion are met: datasets, offline
 agents, evaluation. See recorded_pgd.py."""
 
+import numpy as np
 import pytest
 import torch
 
 from cases import part
 from polygrad_fast.compat import pgd_agents
 from polygrad_fast.config import IQLConfig, TD3BCConfig
+from polygrad_fast.data.load import load_dataset
+from polygrad_fast.data.windows import TrajectoryWindows
 from polygrad_fast.policy import log_prob
 from polygrad_fast.transitions import Transitions
 from recorded_pgd import FIXTURES, INDEX, cases, recorded
@@ -63,6 +66,59 @@ def batch_of(update):
 def trained(arrays):
     """Leave out targets."""
     return {name: value for name, value in arrays.items() if not name.startswith("target_")}
+
+
+def d4rl_arrays(arrays):
+    """Return the arrays of a D4RL file."""
+    return {name: value.numpy() for name, value in part(arrays, "raw.").items()}
+
+
+def assert_windows(windows: TrajectoryWindows, wanted: dict) -> None:
+    assert windows.starts.tolist() == wanted["start"].tolist()
+    every = windows.gather(torch.arange(len(windows)))
+    assert relative_norm(every, wanted["windows"]) < LOSSES
+
+
+@pytest.mark.parametrize("name", cases("dataset"))
+def test_dataset(name, tmp_path):
+    arrays, info = recorded(name), INDEX[name]
+    np.savez(tmp_path / "raw.npz", **d4rl_arrays(arrays))
+    dataset = load_dataset(tmp_path / "raw.npz")
+    assert len(dataset) == info["rows"] - 1
+    length, stride = info["trajectory_length"], info["stride"]
+    number = int(info["validation_fraction"] * dataset.num_episodes)
+    validation = arrays["split.validation_episodes"].numpy()
+    assert len(validation) == number == dataset.split(info["validation_fraction"])[1].num_episodes
+    for which, episodes in (("all", []), ("split", validation)):
+        wanted = part(arrays, f"{which}.")
+        windows = TrajectoryWindows(dataset.without(episodes), length, stride)
+        assert_windows(windows, part(wanted, "train."))
+        normalizer = windows.normalizer
+        for moment in ("mean", "std"):
+            fields = (
+                wanted[f"normalizer.{f}.{moment}"] for f in ("obs", "action", "reward", "done")
+            )
+            assert relative_norm(getattr(normalizer, moment), torch.cat(list(fields))) < LOSSES
+        raw = normalizer.unnormalize(windows.rows)
+        again = normalizer.normalize(raw)
+        assert relative_norm(again, windows.rows) < 1e-4  # tanh and arctanh near 0.999
+    held_out = dataset.take_episodes(validation)
+    assert_windows(
+        TrajectoryWindows(held_out, length, stride, windows.normalizer), part(wanted, "validation.")
+    )
+
+    transitions, wanted = dataset.transitions(), part(arrays, "agent_data.")
+    mean, std = transitions.observation_moments()
+    got = {
+        "observation": transitions.observations,
+        "action": transitions.actions,
+        "reward": transitions.rewards[:, None],
+        "next_observation": transitions.next_observations,
+        "done": transitions.terminals[:, None],
+    }
+    for key, value in got.items():
+        assert torch.equal(value, wanted.pop(key)), key
+    assert_met({"observation_mean": mean, "observation_std": std}, wanted, LOSSES)
 
 
 @pytest.mark.parametrize("name", cases("td3_bc"))

@@ -29,7 +29,7 @@ ARROWS = {
     "diffusion": "config policy normalizer",
     "denoisers": "config policy normalizer",
     "evaluation": "data runs",
-    "data": "",
+    "data": "runs",
     "config": "",
     "policy": "",
     "normalizer": "",

@@ -106,13 +106,14 @@ def from_d4rl_arrays(arrays: Mapping[str, np.ndarray], source: str, **known: Any
 def _read_npz(path: Path) -> OfflineDataset:
     wanted = (*ARRAYS, "next_observations", "recipe")
     try:
-        with np.load(path, allow_pickle=False) as data:
-            if not hasattr(data, "files"):
-                raise ValueError("it holds one array without a name")
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one array without a name")
+        with loaded as data:
             found = set(data.files)
             arrays = {name: data[name] for name in wanted if name in found}
             recipe = json.loads(str(arrays.pop("recipe"))) if "recipe" in arrays else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as a dataset: {first_line(error)}") from None
     known = {"name": path.stem, "env_id": d4rl_environment(path.stem), "recipe": recipe}
     if isinstance(recipe, dict):
@@ -121,7 +122,7 @@ def _read_npz(path: Path) -> OfflineDataset:
 
 
 def _read_hdf5(path: Path) -> OfflineDataset:
-    h5py = _import("h5py")
+    h5py = import_extra("h5py")
     arrays = {}
     try:
         with h5py.File(path, "r") as file:
@@ -146,7 +147,7 @@ def _read_hdf5(path: Path) -> OfflineDataset:
 
 def _find_minari(name: str, download: bool) -> Path:
     """Return the folder of a dataset of Minari's, by its id."""
-    minari = _import("minari")
+    minari = import_extra("minari")
     from minari.dataset.minari_dataset import parse_dataset_id
     from minari.storage.datasets_root_dir import get_dataset_path
 
@@ -177,7 +178,7 @@ def _read_minari(folder: Path) -> OfflineDataset:
     data = folder / "data" if (folder / "data").is_dir() else folder
     if not (data / "metadata.json").is_file():
         raise InputError(f"{folder} is not a dataset of Minari: it has no data/metadata.json")
-    _import("minari")
+    import_extra("minari")
     from minari.dataset.minari_storage import MinariStorage
 
     try:
@@ -241,10 +242,15 @@ def _environment_of(metadata: Mapping[str, Any]) -> str | None:
         return None
 
 
-def _import(name: str) -> ModuleType:
+def import_extra(name: str) -> ModuleType:
+    """Return a package of the extra "offline".
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:
         raise InputError(
-            f"this dataset needs the package {name}: pip install 'polygrad-fast[offline]'"
+            f"datasets of this kind need the package {name}: pip install 'polygrad-fast[offline]'"
         ) from None

@@ -16,6 +16,9 @@ from polygrad_fast.trajectory_normalizer import (
 )
 from polygrad_fast.transitions import Transitions
 
+ACTION_ROUNDING = 1e-3
+"""How far beyond 1 an action may be, for instance of a bound in another precision."""
+
 
 def window_starts(dataset: OfflineDataset, length: int, stride: int) -> np.ndarray:
     """Return the first rows of the windows that the released code takes.
@@ -65,7 +68,7 @@ class TrajectoryWindows:
         rows: normalized, float32 [n, S + A + 2]. starts: int64 [W]. normalizer: as above.
 
     Raises:
-        InputError: no window, which names the longest episode.
+        InputError: no window, which names the longest episode, or actions beyond [-1, 1].
     """
 
     def __init__(
@@ -82,6 +85,12 @@ class TrajectoryWindows:
             raise InputError(
                 f"{dataset.source}: windows of {length} steps must lie within an episode and not "
                 f"end where it was cut off, got none: the longest episode has {longest} steps"
+            )
+        largest = float(np.abs(dataset.actions).max())
+        if largest > 1 + ACTION_ROUNDING:
+            raise InputError(
+                f"{dataset.source}: actions must lie in [-1, 1] for windows, which hold their "
+                f"arctanh, got one of size {largest:g}"
             )
         channels = raw_channels(dataset.parts())
         if normalizer is None:

@@ -411,3 +411,24 @@ def test_the_console_script_finds_environments_of_the_working_directory(tmp_path
         run = [sys.executable, str(script), command, *words]
         result = subprocess.run(run, cwd=tmp_path / "here", env=safe, capture_output=True)
         assert result.returncode == 2 and b"No module named 'mypkg'" in result.stderr
+
+
+class Lasting(Counter):
+    """Ends after as many steps as its seed says."""
+
+    def reset(self, *, seed=None, options=None):
+        self.length = seed
+        return super().reset(seed=seed)
+
+
+def test_episodes_that_take_too_long_are_left_out_on_request():
+    def play(seeds, **options):
+        environments = [Lasting(), Lasting()]
+        return evaluate_policy(lambda o: np.zeros((len(o), 1)), environments, seeds, **options)
+
+    assert play([3, 9, 5, 4]).lengths.tolist() == [3, 9, 5, 4]
+    result = play([3, 9, 5, 4], max_episode_steps=5)
+    assert (result.lengths.tolist(), result.returns.tolist()) == ([3, 5, 4], [3.0, 5.0, 4.0])
+    assert result.mean_reward == 4
+    with pytest.raises(pg.InputError, match="Lasting: an episode must end within 2 steps .* got 3"):
+        play([3, 9, 5], max_episode_steps=2)

@@ -1,15 +1,19 @@
 """Results recorded from the released code of Policy-Guided Diffusion are met: datasets, offline
 agents, evaluation. See recorded_pgd.py."""
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 from cases import part
 from polygrad_fast.compat import pgd_agents
 from polygrad_fast.config import IQLConfig, TD3BCConfig
+from polygrad_fast.data.d4rl import REFERENCE_RETURNS, d4rl_environment, d4rl_score
 from polygrad_fast.data.load import load_dataset
 from polygrad_fast.data.windows import TrajectoryWindows
+from polygrad_fast.evaluation.returns import evaluate_policy
 from polygrad_fast.policy import log_prob
 from polygrad_fast.transitions import Transitions
 from recorded_pgd import FIXTURES, INDEX, cases, recorded
@@ -196,6 +200,52 @@ def test_iql(name):
         assert relative_norm(std, update["policy_std"]) < OUTPUTS
         log_probs = log_prob(update["batch.action"], mean, std)
         assert relative_norm(log_probs, update["policy_log_probability"]) < OUTPUTS
+
+
+class Recorded(gymnasium.Env):
+    """Gives recorded rewards and ends; it goes on by itself after an end, as the recording did."""
+
+    observation_space, action_space = Box(-1, 1, (1,)), Box(-1, 1, (1,))
+
+    def __init__(self, rewards, dones):
+        self.results = zip(rewards.tolist(), dones.tolist(), strict=True)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action):
+        reward, done = next(self.results)
+        return np.zeros(1, dtype=np.float32), reward, done, False, {}
+
+
+@pytest.mark.parametrize("name", cases("evaluation"))
+def test_evaluation(name):
+    arrays, info = recorded(name), INDEX[name]
+    workers = range(info["workers"])
+    environments = [Recorded(arrays["rewards"][:, w], arrays["dones"][:, w]) for w in workers]
+    result = evaluate_policy(
+        lambda observations: np.zeros((len(observations), 1)),
+        environments,
+        seeds=list(workers),
+        max_episode_steps=info["steps"],
+    )
+    wanted = arrays["returns"].T[~arrays["returns"].T.isnan()]
+    assert relative_norm(torch.from_numpy(result.returns).float(), wanted) < LOSSES
+    ended = [arrays["returns"][:, w].isfinite().nonzero() for w in workers]
+    assert result.lengths.tolist() == [int(step) + 1 for step in ended if len(step)]
+    assert result.mean_reward == pytest.approx(arrays["mean_return"].item(), rel=LOSSES)
+    score = d4rl_score(info["environment"], result.mean_reward)
+    assert score == pytest.approx(arrays["mean_score"].item(), rel=LOSSES)
+    wanted = info["reference_min"], info["reference_max"]
+    assert REFERENCE_RETURNS[d4rl_environment(info["environment"])] == wanted
+
+
+def test_every_offline_case_is_checked():
+    checked = cases("dataset", "td3_bc", "iql", "evaluation")
+    diffusion = cases(
+        "denoiser", "denoiser_loss", "denoiser_training", "preconditioning", "schedules", "sample"
+    )
+    assert checked and sorted(INDEX) == sorted((*checked, *diffusion))
 
 
 def test_defaults_are_the_released_settings():

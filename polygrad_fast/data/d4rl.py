@@ -54,6 +54,11 @@ def d4rl_score(name: str, returns: Any) -> Any:
     return 100.0 * (returns - low) / (high - low)
 
 
+def has_d4rl_score(name: str) -> bool:
+    """Whether D4RL has reference returns for an environment or dataset, of any version."""
+    return _parse(name) is not None
+
+
 def score_caveat(name: str) -> str | None:
     """Return, in a sentence, why a score of this environment is not to be compared with published
     D4RL scores; None where it is."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polygrad_fast.config import OfflineAgentConfig
-from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.learners.networks import BoundedPolicy
 from polygrad_fast.transitions import Transitions
 
@@ -60,7 +60,8 @@ class OfflineActorCritic:
             The action, float32 [A] or [N, A], and None (the state that Stable-Baselines3 returns).
 
         Raises:
-            InputError: another shape.
+            InputError: another shape, or a number that is not finite.
+            NonFiniteError: the policy's weights are not finite.
         """
         policy = self.policy
         device = policy.low.device
@@ -71,6 +72,10 @@ class OfflineActorCritic:
                 f"observation must have shape [{size}] or [N, {size}], got {list(inputs.shape)}"
             )
         action = policy.squash(policy.normalize(inputs))
+        if not torch.isfinite(action).all():
+            if not torch.isfinite(inputs).all():
+                raise InputError("observation must hold finite numbers, got one that is not")
+            raise NonFiniteError(f"the policy of {self.name} gives actions that are not finite")
         if not deterministic and hasattr(policy, "std"):
             noise = torch.randn(action.shape, generator=generator).to(device)
             action = torch.clamp(action + policy.std * noise, policy.low, policy.high)

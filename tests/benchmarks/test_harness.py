@@ -502,7 +502,10 @@ def test_tables():
     assert tables["kernels"] == "On a CPU: not measured.\n\nOn a GPU: not measured."
     assert tables["updates"].endswith("\n\nOn a GPU: not measured.")
     assert "commit aaaaaaa" in tables["provenance"] and "driver 580" in tables["provenance"]
-    assert "- sampler_cpu, samples, updates, offline_updates, environments: `pytest" in tables["provenance"]
+    assert (
+        "- sampler_cpu, samples, updates, offline_updates, environments: `pytest"
+        in tables["provenance"]
+    )
     assert all("| --- |" not in report.build(name, []) for name in report.TABLES)
     smoke = [dataclasses.replace(row, smoke=True) for row in MEASURED]
     assert all(report.build(n, smoke) == report.build(n, []) for n in report.TABLES)

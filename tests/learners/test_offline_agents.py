@@ -9,7 +9,7 @@ import torch
 
 from polygrad_fast.compat import pgd_agents
 from polygrad_fast.config import IQLConfig, OfflineAgentConfig, TD3BCConfig
-from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.learners import IQL, TD3BC
 from polygrad_fast.learners.networks import (
     BoundedGaussianPolicy,
@@ -184,6 +184,12 @@ def test_predict(kind):
         assert np.allclose(drawn, np.clip(actions + noise, LOW, HIGH), atol=1e-6)
     with pytest.raises(InputError, match=r"must have shape \[3\] or \[N, 3\], got \[2\]"):
         agent.predict(np.zeros(2))
+    with pytest.raises(InputError, match="observation must hold finite numbers"):
+        agent.predict(np.full(S, np.nan))
+    with torch.no_grad():
+        agent.policy.network[0].weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=f"the policy of {agent.name} gives actions that are"):
+        agent.predict(observations)
 
 
 def test_policies_stay_within_their_bounds():

@@ -1,5 +1,7 @@
 """Windows of datasets, their normalizer, and transitions of trajectories."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -142,3 +144,15 @@ def test_moments_are_checked():
             TrajectoryNormalizer(mean, std, 2, 1)
     normalizer = TrajectoryNormalizer(torch.arange(5), good * 2, 2, 1)
     assert (normalizer.action_mean.tolist(), normalizer.action_std.tolist()) == ([2], [2])
+
+
+def test_actions_beyond_1_are_refused():
+    dataset = dataset_of(np.zeros(10), np.zeros(10))
+    actions = dataset.actions.copy()
+    actions[4] = -1.0005  # rounding
+    close = dataclasses.replace(dataset, actions=actions)
+    assert TrajectoryWindows(close, 3).rows.isfinite().all()
+    actions[4] = -2
+    far = dataclasses.replace(dataset, actions=actions, source="here")
+    with pytest.raises(InputError, match=r"here: actions must lie in \[-1, 1\] .* of size 2"):
+        TrajectoryWindows(far, 3)

@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, sample, gradient.
+"""Command line: train, evaluate, sample, gradient, data collect.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -20,7 +20,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -35,7 +35,10 @@ from polygrad_fast.runs.metrics import read_metrics
 from polygrad_fast.training.estimate import num_updates
 
 if TYPE_CHECKING:
+    import gymnasium
+
     from polygrad_fast.agent import PolyGRAD
+    from polygrad_fast.data.collect import Act
 
 EVALUATION_SEED = 1_000_003
 SPEEDS = {
@@ -111,6 +114,34 @@ class Gradient:
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class Collect:
+    """Play episodes and write them as a Minari dataset, or as .npz."""
+
+    env_id: str
+    """Gymnasium environment with Box observations and actions, e.g. Hopper-v5."""
+    out: Path
+    """A folder that is not there yet, for a Minari dataset, or a file .npz."""
+    policy: str = "random"
+    """"random", the run directory of a trained agent, or a model of Stable-Baselines3 (.zip), whose
+    loading runs code that it holds."""
+    episodes: int = 10
+    seed: int = 0
+    """Seed of the episodes, the policy's draws and the noise."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Of a run directory: the best-evaluated policy, or the last one."""
+    deterministic: bool = False
+    """Take the policy's mean instead of drawing from it."""
+    noise_std: tuple[float, ...] = ()
+    """Gaussian noise added to the actions, in units of half their range; several: for the episodes
+    in turn, as 0 0.2 0.5."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+COMMANDS = ("train", "evaluate", "sample", "gradient", "data collect")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (training met NaN), 2 (bad input)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -122,7 +153,13 @@ def main(arguments: list[str] | None = None) -> int:
         _find_modules_here()
         command = _parse(arguments)
         if command is not None:
-            run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Gradient: _gradient}
+            run = {
+                Train: _train,
+                Evaluate: _evaluate,
+                Sample: _sample,
+                Gradient: _gradient,
+                Collect: _collect,
+            }
             run[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
@@ -160,19 +197,20 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | None:
+def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | Collect | None:
     """Parse with tyro, whose boxed messages become one line; return None where it printed help."""
-    names = ("train", "evaluate", "sample", "gradient")
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        close = difflib.get_close_matches(arguments[0], names, n=1)
+    arguments = _join_command(arguments)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
-        raise InputError(f"command must be one of {list(names)}, got {arguments[0]!r}{hint}")
+        raise InputError(f"command must be one of {list(COMMANDS)}, got {arguments[0]!r}{hint}")
     defaults = _train_defaults(arguments)
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Gradient, tyro.conf.subcommand("gradient")]
+        | Annotated[Collect, tyro.conf.subcommand("data collect")]
     )
     complaint = io.StringIO()
     try:
@@ -190,6 +228,17 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | None:
     if isinstance(command, Train) and command.resume:
         _check_same_run(command, defaults)
     return command
+
+
+def _join_command(arguments: list[str]) -> list[str]:
+    """Return the arguments with a command of two words, as `data collect`, as one of them; `data
+    --help` asks for the list of commands."""
+    whole, groups = " ".join(arguments[:2]), {name.split()[0] for name in COMMANDS if " " in name}
+    if whole in COMMANDS and len(arguments) > 1:
+        return [whole, *arguments[2:]]
+    if arguments[:1] and arguments[0] in groups and arguments[1:2] in (["-h"], ["--help"]):
+        return arguments[1:]
+    return arguments
 
 
 def _train_defaults(arguments: list[str]) -> Train:
@@ -459,3 +508,82 @@ def _gradient(command: Gradient) -> None:
     )
     print(table(report))
     print(json.dumps(report.summary()))
+
+
+def _collect(command: Collect) -> None:
+    as_integer(command.episodes, "--episodes", 1)
+    as_integer(command.seed, "--seed", 0, below=2**32)
+    with end_on_interrupt():
+        from tqdm import tqdm
+
+        from polygrad_fast.data.collect import check_noise, collect_episodes
+        from polygrad_fast.data.environment import make_environment
+        from polygrad_fast.data.write import check_output, write_dataset
+
+        check_output(command.out)
+        env = make_environment(command.env_id)
+        act, recipe = _behaviour(command, env)
+        check_noise(env, command.noise_std)
+    with tqdm(total=command.episodes, unit="episode", disable=not command.progress) as bar:
+
+        def show(episode_return: float, length: int) -> None:
+            bar.set_postfix_str(f"return {episode_return:.1f}, {length} steps", refresh=False)
+            bar.update()
+
+        dataset = collect_episodes(
+            env, act, command.episodes, command.seed, command.noise_std, recipe, show
+        )
+    write_dataset(dataset, command.out, env)
+    made = dataset.recipe
+    print(
+        f"{made['steps']:,} steps of {command.episodes:,} episodes in {command.out}: mean return "
+        f"{made['mean_return']:.2f}, standard deviation {made['std_return']:.2f}"
+    )
+    summary = ("episodes", "steps", "mean_return", "std_return")
+    print(json.dumps({name: made[name] for name in summary}))
+
+
+def _behaviour(command: Collect, env: gymnasium.Env) -> tuple[Act, dict[str, Any]]:
+    """Return the policy to collect with, and what the dataset's recipe says of it."""
+    from polygrad_fast.data.collect import random_actions
+    from polygrad_fast.data.environment import check_spaces
+
+    dims = check_spaces(env)
+    if command.policy == "random":
+        if command.deterministic:
+            raise InputError("--deterministic needs a policy with a mean, got --policy random")
+        return random_actions(env, command.seed), {"policy": "random"}
+    path = Path(command.policy)
+    recipe = {"policy": command.policy, "deterministic": command.deterministic}
+    if path.is_file():
+        from polygrad_fast.data.sb3 import load_stable_baselines3
+
+        act = load_stable_baselines3(path, dims, command.deterministic, command.seed)
+        return act, recipe
+    if not path.is_dir():
+        raise InputError(
+            f"--policy must be 'random', a run directory or a file, got {command.policy!r}, which "
+            f"is not there"
+        )
+    stored = read_run_config(path)
+    import torch
+
+    from polygrad_fast.agent import PolyGRAD
+
+    agent = PolyGRAD.load(path, device="cpu", checkpoint=command.checkpoint)
+    found = agent.replay.observation_dim, agent.replay.action_dim
+    if found != dims:
+        raise InputError(
+            f"--policy must be of an environment with (observation, action) dimensions {dims} as "
+            f"{command.env_id}, got {found} of {agent.env_id}"
+        )
+    recipe |= {
+        "checkpoint": command.checkpoint,
+        "env_step": agent.num_timesteps,
+        "trained_in": agent.env_id,
+        "preset": stored["preset"],
+        "training_seed": stored["seed"],
+    }
+    generator = None if command.deterministic else torch.Generator().manual_seed(command.seed)
+    actor = agent.training.actor
+    return lambda observation: actor.predict(observation, generator), recipe

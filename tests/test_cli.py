@@ -17,6 +17,7 @@ import pytest
 
 import polygrad_fast as pg
 from polygrad_fast import cli
+from polygrad_fast.data.load import load_dataset
 from polygrad_fast.runs.checkpoint import load_checkpoint
 from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.metrics import read_metrics
@@ -106,7 +107,8 @@ def test_gradient_prints_a_table_and_json_last(run_dir, capsys):
     "arguments, message",
     [
         ("", "train, evaluate, sample"),
-        ("fly", "command must be one of ['train', 'evaluate', 'sample', 'gradient'], got 'fly'"),
+        ("fly", "command must be one of ['train', 'evaluate', 'sample', 'gradient', 'data col"),
+        ("fly", "'data collect'], got 'fly'"),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),
@@ -648,3 +650,75 @@ def test_speeds_are_those_of_the_training_whatever_learns():
         "5 ms per sample (one batch)",
         "138.9 hours per 1 M steps",
     ]
+
+
+def test_data_collect_writes_what_a_policy_did(run_dir, tmp_path, capsys):
+    def collect(*more: str) -> dict:
+        words = ("data", "collect", "--env-id", "Pendulum-v1", "--episodes", "2", "--no-progress")
+        assert cli.main([*words, *more]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    summary = collect("--out", str(tmp_path / "random"))
+    dataset = load_dataset(tmp_path / "random")
+    assert summary.keys() == {"episodes", "steps", "mean_return", "std_return"}
+    assert summary["steps"] == len(dataset) == 400 and dataset.num_episodes == 2
+    assert summary["mean_return"] == pytest.approx(dataset.episode_returns().mean(), rel=1e-5)
+    assert dataset.recipe["policy"] == "random" and dataset.env_id == "Pendulum-v1"
+    assert 1.9 < dataset.actions.max() <= 2
+
+    def actions(name: str, *more: str) -> np.ndarray:
+        collect("--policy", str(run_dir), "--out", str(tmp_path / name), *more)
+        return load_dataset(tmp_path / name).actions
+
+    drawn = actions("drawn.npz")
+    assert np.array_equal(drawn, actions("again.npz"))
+    mean = actions("mean.npz", "--deterministic")
+    observations = load_dataset(tmp_path / "mean.npz").observations
+    agent = pg.PolyGRAD.load(run_dir, checkpoint="best")
+    assert np.allclose(mean, agent.predict(observations, deterministic=True)[0], atol=1e-5)
+    assert not np.array_equal(drawn, mean)
+    noisy = actions("noisy.npz", "--deterministic", "--noise-std", "0", "0.5")
+    assert np.array_equal(noisy[:200], mean[:200]) and not np.allclose(noisy[200:], mean[200:])
+    recipe = load_dataset(tmp_path / "noisy.npz").recipe
+    told = {"policy": str(run_dir), "checkpoint": "best", "deterministic": True, "preset": "quick"}
+    assert recipe.items() >= (told | {"noise_std": [0.0, 0.5], "trained_in": "Pendulum-v1"}).items()
+    last = actions("last.npz", "--deterministic", "--checkpoint", "last")
+    observations = load_dataset(tmp_path / "last.npz").observations
+    agent = pg.PolyGRAD.load(run_dir, checkpoint="last")
+    assert np.allclose(last, agent.predict(observations, deterministic=True)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "gone"], "--policy must be 'random', a run directory or a file, got 'gone'"),
+        (["--policy", "folder"], "folder is not a run directory: it has no config.json"),
+        (["--policy", "file"], "file is not a model of Stable-Baselines3"),
+        (["--policy", "RUN", "--env-id", "MountainCarContinuous-v0"], "dimensions (2, 1) as Mount"),
+        (["--deterministic"], "--deterministic needs a policy with a mean, got --policy random"),
+        (["--out", "folder"], "--out must be a folder that is not there yet, got the folder"),
+        (["--out", "gone/d"], "--out must be in an existing folder"),
+        (["--episodes", "0"], "--episodes must be an integer of at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be an integer in [0, 4294967296), got -1"),
+        (["--noise-std", "-1"], "noise_std must be numbers of at least 0, got -1"),
+        (["--env-id", "Nope-v1"], "environment id must be one that gymnasium knows, got 'Nope-v1'"),
+        (["--env-id", "CartPole-v1"], "action space must be a Box"),
+    ],
+)
+def test_data_collect_names_bad_input(run_dir, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("hello")
+    arguments = [str(run_dir) if word == "RUN" else word for word in arguments]
+    words = ["data", "collect", "--env-id", "Pendulum-v1", "--episodes", "1", "--out", "d"]
+    assert cli.main([*words, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert sorted(os.listdir()) == ["file", "folder"]
+
+
+def test_groups_of_commands(capsys):
+    assert cli.main(["data", "--help"]) == 0
+    assert "data collect" in capsys.readouterr().out
+    assert cli.main(["data"]) == cli.main(["data", "colect"]) == 2
+    assert capsys.readouterr().err.count("'data collect'], got 'data'") == 2

@@ -30,7 +30,7 @@ ARROWS = {
     "diffusion": "config policy normalizer",
     "denoisers": "config policy normalizer",
     "evaluation": "data runs",
-    "data": "",
+    "data": "runs",
     "config": "",
     "policy": "",
     "normalizer": "",
@@ -43,6 +43,7 @@ FOUNDATION = {
     "structure": "",
     "terminals": "",
     "arguments": "errors",
+    "transitions": "arguments errors",
     "trajectory_normalizer": "errors",
     "profiling": "arguments errors runs",
 }

@@ -677,6 +677,21 @@ def _environments(rows: list[Row]) -> str:
     return _grid(header + [f"simulator's replay, H = {horizon}" for horizon in horizons], lines)
 
 
+def _offline_updates(rows: list[Row]) -> str:
+    """Return updates of the offline agents beside a plain version and their products."""
+    lines = []
+    for row in rows:
+        if row.ms is None:
+            cells = [_failure(row), *[NOT_MEASURED] * 3]
+        else:
+            plain, products = (row.values[f"{name}_ms"] for name in ("plain", "products"))
+            cells = [f"{_time(row)}, {1e3 / row.ms:,.0f} per s", f"{plain:.3g} ms"]
+            cells += [f"{products:.3g} ms", f"{1e6 * row.ms / 3.6e6:.1f} h"]
+        lines.append([row.case["agent"], str(row.case["batch"]), *cells])
+    header = ["agent", "batch", "update (of floor)", "plain PyTorch", "its matrix products"]
+    return _grid([*header, "1 M updates"], lines)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table with a part for every machine that measured it.
@@ -726,6 +741,7 @@ TABLES = {
     "updates": Table(
         _updates, ("denoiser update", "A2C update", "whole update", "replay windows"), EVERYWHERE
     ),
+    "offline_updates": Table(_offline_updates, ("offline update",), EVERYWHERE),
     "kernels": Table(_kernels, ("residual_mlp layer", "guided_step"), EVERYWHERE),
     "environments": Table(_environments, ("environment step", "dynamics replay")),
     "provenance": _provenance,

@@ -17,6 +17,7 @@ from polygrad_fast.config.groups import (
     ScheduleConfig,
     check_choices,
 )
+from polygrad_fast.config.offline_agents import IQLConfig, OfflineAgentConfig, TD3BCConfig
 from polygrad_fast.config.options import from_dict
 from polygrad_fast.config.train import PRESETS, TrainConfig
 
@@ -27,12 +28,15 @@ __all__ = [
     "EDMConfig",
     "EDMTrainingConfig",
     "GuidanceConfig",
+    "IQLConfig",
     "NormalizerConfig",
+    "OfflineAgentConfig",
     "PRESETS",
     "PolicyConfig",
     "PolicyGuidanceConfig",
     "SamplerConfig",
     "ScheduleConfig",
+    "TD3BCConfig",
     "TemporalUNetConfig",
     "TrainConfig",
     "check_choices",

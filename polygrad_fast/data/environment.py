@@ -19,6 +19,8 @@ from polygrad_fast.data.checks import as_finite_float32, as_flag
 from polygrad_fast.errors import InputError
 
 _LOGGER = logging.getLogger(__name__)
+MAX_EPISODE_STEPS = 1_000_000
+"""An episode as long as this is taken for one that never ends."""
 _GL_FILES = {"gl_context.py", "egl", "glfw", "osmesa"}  # of mujoco, which load a renderer
 
 

@@ -9,15 +9,13 @@ import gymnasium
 import numpy as np
 
 from polygrad_fast.data.environment import (
+    MAX_EPISODE_STEPS,
     check_spaces,
     environment_name,
     reset_environment,
     step_environment,
 )
 from polygrad_fast.errors import InputError
-
-MAX_EPISODE_STEPS = 1_000_000
-"""An episode as long as this is taken for one that never ends."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ def evaluate_policy(
     environments: Sequence[gymnasium.Env],
     seeds: Sequence[int],
     on_step: Callable[[], None] | None = None,
+    max_episode_steps: int | None = None,
 ) -> EpisodeStatistics:
     """Play one episode per seed, the environments side by side with one batched `act` per step.
 
@@ -51,11 +50,14 @@ def evaluate_policy(
         environments: at least one; each plays its share of the episodes. They are not closed.
         seeds: one per episode, given to `reset`.
         on_step: called after every reset and step, for instance to render.
+        max_episode_steps: an episode that is still running after so many steps is broken off and
+            left out, as released offline evaluations do; None: every episode is played to its end.
 
     Raises:
-        InputError: no environment, no seed, an observation or a reward that is not finite or of
-            another shape, a flag that is none (the message names environment, episode and step), or
-            an episode that does not end within `MAX_EPISODE_STEPS`.
+        InputError: no environment, no seed, no episode that ends in time, an observation or a
+            reward that is not finite or of another shape, a flag that is none (the message names
+            environment, episode and step), or an episode that does not end within
+            `MAX_EPISODE_STEPS`.
     """
     if not environments or not seeds:
         raise InputError(
@@ -63,6 +65,7 @@ def evaluate_policy(
             f"{len(seeds)}"
         )
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=np.int64)
+    finished = np.zeros(len(seeds), dtype=bool)
     waiting = list(range(len(seeds)))
     running: dict[int, tuple[int, np.ndarray]] = {}  # environment -> (episode, observation)
 
@@ -102,6 +105,12 @@ def evaluate_policy(
                     f"sees to it), got {lengths[episode]:,} steps without an end"
                 )
             running[slot] = (episode, observation)
-            if terminated or truncated:
+            finished[episode] = terminated or truncated
+            if finished[episode] or lengths[episode] == max_episode_steps:
                 begin(slot)
-    return EpisodeStatistics(returns, lengths)
+    if not finished.any():
+        raise InputError(
+            f"{names[0]}: an episode must end within {max_episode_steps:,} steps to be evaluated, "
+            f"got {len(seeds)} that do not"
+        )
+    return EpisodeStatistics(returns[finished], lengths[finished])

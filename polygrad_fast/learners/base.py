@@ -1,11 +1,16 @@
-"""What a learner is to the training loop."""
+"""What a learner is to the training loop: one that learns from imagined trajectories, and one that
+learns from transitions of a dataset."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+
+from polygrad_fast.transitions import Transitions
 
 
 class Learner(Protocol):
@@ -44,6 +49,55 @@ class Learner(Protocol):
     def keep_functions(self, mean: Tensor, scale: Tensor) -> None:
         """Keep policy and values the same functions of raw observations, after the normalizer's
         moments of observations have changed from `mean` and `scale` [S]."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the networks by name, the policy's among them: their weights are saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything else that continues the training exactly: tensors, numbers, strings."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class OfflineLearner(Protocol):
+    """Improves a policy on transitions, real or synthetic.
+
+    Attributes:
+        name: in metrics.csv its quantities are called "name/quantity".
+        policy: what it trains, in place. `policy.score_parameters(observations)` returns mean and
+            standard deviation [..., A] of the Gaussian whose score guides a sampler, at raw
+            observations [..., S].
+        num_updates: taken so far.
+    """
+
+    name: str
+    policy: nn.Module
+    num_updates: int
+
+    def update(
+        self, batch: Transitions, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Train on N raw transitions.
+
+        Args:
+            generator: of what is drawn, on the CPU.
+
+        Returns:
+            What was measured, by name: scalars on the device, not read on the host.
+
+        Raises:
+            InputError: a batch of other dimensions.
+        """
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        deterministic: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[np.ndarray, None]:
+        """Return raw actions [A] or [N, A] within their bounds, and None, at raw observations [S]
+        or [N, S]."""
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by name, the policy's among them: their weights are saved."""

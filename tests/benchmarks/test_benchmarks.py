@@ -22,6 +22,7 @@ from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import InputError
+from polygrad_fast.learners import IQL, TD3BC
 from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.training.actor import Actor
@@ -61,8 +62,8 @@ def test_all_benchmarks_in_tiny_sizes(tmp_path):
     rows = read_rows(tmp_path / "rows.jsonl")
     assert {row.benchmark for row in rows} == {
         "sample", "sampler step", "guided_step", "residual_mlp layer", "denoiser update",
-        "A2C update", "whole update", "environment step", "dynamics replay", "replay windows",
-        "edm sample",
+        "A2C update", "offline update", "whole update", "environment step", "dynamics replay",
+        "replay windows", "edm sample",
     }  # fmt: skip
     sampled = {
         (row.case["engine"], row.case["denoiser"], row.dtype)
@@ -198,6 +199,18 @@ def without_steps(optimizer):
     return init
 
 
+def steps_without(name):
+    def init(make, self, *arguments, **options):
+        make(self, *arguments, **options)
+        self.optimizers[name].step = lambda *_: None
+
+    return init
+
+
+def one_step_less(steps, self, batch, pairs, noise):
+    return steps(self, batch, pairs, noise[:1])
+
+
 def reversed_steps(optimizer):
     """The gradient is right, the step goes the other way."""
 
@@ -252,6 +265,7 @@ def fewer_trajectories(imagine, self, num_trajectories, *arguments, **options):
 WHOLE = ("bench_training", "whole_update", "quick", "Pendulum-v1", 8, "torch", "float32")
 A2C = ("bench_training", "a2c_update", 8, 4)
 DENOISER = ("bench_training", "denoiser_update", "residual_mlp", 4, 3)
+TD3_BC = ("bench_offline_agents", "offline_update", "td3_bc", 8)
 SAMPLE = ("bench_sampler", "sample", "torch", "float32", 5, 3, "residual_mlp")
 MUTATIONS = {
     "no policy update": (WHOLE, changed(ImaginationTraining, "update_policy", lambda *_: None)),
@@ -269,6 +283,11 @@ MUTATIONS = {
     "no denoiser step": (
         DENOISER, changed(DenoiserTrainer, "__init__", without_steps("optimizer"))
     ),
+    "no critic step of TD3+BC": (TD3_BC, changed(TD3BC, "step_critics", one_step_less)),
+    "no actor step of TD3+BC": (TD3_BC, changed(TD3BC, "__init__", steps_without("policy"))),
+    "targets of TD3+BC stay": (TD3_BC, changed(TD3BC, "move_targets", lambda *_: None)),
+    "no step of IQL": (("bench_offline_agents", "offline_update", "iql", 8),
+                       changed(IQL, "__init__", steps_without("all"))),
     "short chain": (SAMPLE, changed(TorchEngine, "sample", few_steps_of_long_chains)),
     "wrong later": (SAMPLE, changed(TorchEngine, "sample", wrong_later)),
     "no guidance": (SAMPLE, changed(TorchEngine, "sample", without_guidance)),

@@ -473,6 +473,10 @@ MEASURED = [
     make_row(benchmark="whole update", case={"preset": "quick", "env_id": "Hopper-v5",
                                              "batch": 128, "engine": "torch"}, ms=5.0,
              values={"env_steps": 4, "denoiser_updates": 3}),
+    make_row(benchmark="offline update", case={"agent": "iql", "batch": 256}, ms=5.0,
+             share_of_floor=0.6, values={"plain_ms": 8.0, "products_ms": 4.0}),
+    make_row(benchmark="offline update", case={"agent": "td3_bc", "batch": 256}, ms=None,
+             status="wrong", checks=(Check("steps", 0.02, 0.01),)),
     make_row(benchmark="environment step", case={"env_id": "Hopper-v5"}, ms=0.1,
              values={"bare_ms": 0.08}),
     make_row(benchmark="dynamics replay", case={"env_id": "Hopper-v5", "trajectories": 5,
@@ -498,13 +502,16 @@ def test_tables():
     assert "| A2C update | batch 1024 | float32 | 266 ms |" in tables["updates"]
     update = "on Hopper-v5, batch 128, engine torch, environment steps 4, denoiser updates 3"
     assert f"{update} | float32 | 5 ms" in tables["updates"]
+    offline = tables["offline_updates"]
+    assert "| iql | 256 | 5 ms (60%), 200 per s | 8 ms | 4 ms | 1.4 h |" in offline
+    assert "| td3_bc | 256 | wrong" in offline and offline.count("not measured |") == 3
     assert "| Hopper-v5 | 10,000 | 12,500 | 20,000 |" in tables["environments"]
     assert tables["quick_seeds"] == "On a CPU: not measured."
     assert tables["kernels"] == "On a CPU: not measured.\n\nOn a GPU: not measured."
     assert tables["updates"].endswith("\n\nOn a GPU: not measured.")
     assert "commit aaaaaaa" in tables["provenance"] and "driver 580" in tables["provenance"]
     assert (
-        "- sampler_cpu, edm_samples, samples, updates, environments: `pytest"
+        "- sampler_cpu, edm_samples, samples, updates, offline_updates, environments: `pytest"
         in tables["provenance"]
     )
     assert all("| --- |" not in report.build(name, []) for name in report.TABLES)

@@ -17,6 +17,8 @@ from gymnasium.spaces import Box
 
 import polygrad_fast as pg
 from cases import tiny_config
+from polygrad_fast.data.d4rl import d4rl_score
+from polygrad_fast.evaluation.offline import OfflineEvaluator
 from polygrad_fast.evaluation.returns import evaluate_policy
 from polygrad_fast.evaluation.video import record_episode
 
@@ -411,3 +413,64 @@ def test_the_console_script_finds_environments_of_the_working_directory(tmp_path
         run = [sys.executable, str(script), command, *words]
         result = subprocess.run(run, cwd=tmp_path / "here", env=safe, capture_output=True)
         assert result.returncode == 2 and b"No module named 'mypkg'" in result.stderr
+
+
+class Lasting(Counter):
+    """Ends after as many steps as its seed says."""
+
+    def reset(self, *, seed=None, options=None):
+        self.length = seed
+        return super().reset(seed=seed)
+
+
+def test_episodes_that_take_too_long_are_left_out_on_request():
+    def play(seeds, **options):
+        environments = [Lasting(), Lasting()]
+        return evaluate_policy(lambda o: np.zeros((len(o), 1)), environments, seeds, **options)
+
+    assert play([3, 9, 5, 4]).lengths.tolist() == [3, 9, 5, 4]
+    result = play([3, 9, 5, 4], max_episode_steps=5)
+    assert (result.lengths.tolist(), result.returns.tolist()) == ([3, 5, 4], [3.0, 5.0, 4.0])
+    assert result.mean_reward == 4
+    with pytest.raises(pg.InputError, match="Lasting: an episode must end within 2 steps .* got 3"):
+        play([3, 9, 5], max_episode_steps=2)
+
+
+def test_offline_evaluation_plays_16_episodes_and_scores_them():
+    evaluator = OfflineEvaluator("Hopper-v5", seed=1)
+    seen = []
+
+    def predict(observations):
+        seen.append(len(observations))
+        return np.full((len(observations), 3), 7.0, dtype=np.float32), None  # beyond the bounds
+
+    result = evaluator.evaluate(predict)
+    assert len(result.episodes.returns) == 16 and seen[0] == 16
+    again = evaluator.evaluate(lambda o: (np.ones((len(o), 3)), None))
+    assert np.array_equal(again.episodes.returns, result.episodes.returns)
+    assert result.score == pytest.approx(d4rl_score("Hopper-v2", result.episodes.mean_reward))
+    assert "Hopper-v5 is not Hopper-v2" in result.caveat
+    other = OfflineEvaluator("Hopper-v5", 3, seed=2).evaluate(predict)
+    assert len(other.episodes.returns) == 3
+    assert not np.isin(other.episodes.returns, result.episodes.returns).all()
+
+    pendulum = OfflineEvaluator("Pendulum-v1", 2)
+    result = pendulum.evaluate(lambda o: (np.zeros((len(o), 1)), None))
+    assert result.episodes.lengths.tolist() == [200, 200]
+    assert result.score is None and "Pendulum-v1 has no D4RL score" in result.caveat
+    with pytest.raises(pg.InputError, match="num_episodes must be an integer of at least 1"):
+        OfflineEvaluator("Pendulum-v1", 0)
+
+
+def test_offline_evaluation_ends_with_the_time_limit():
+    class Endless(Counter):
+        spec = gymnasium.envs.registration.EnvSpec("Endless-v0", max_episode_steps=30)
+
+    with pytest.raises(pg.InputError, match="must end within 30 steps to be evaluated, got 2"):
+        OfflineEvaluator(lambda: Endless(length=31), 2).evaluate(
+            lambda o: (np.zeros((len(o), 1)), None)
+        )
+    result = OfflineEvaluator(lambda: Endless(length=30), 2).evaluate(
+        lambda o: (np.zeros((len(o), 1)), None)
+    )
+    assert result.episodes.lengths.tolist() == [30, 30]

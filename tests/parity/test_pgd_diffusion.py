@@ -7,7 +7,6 @@ index.json of the kinds here is then run.
 
 import pytest
 import torch
-from recorded_pgd import INDEX, cases, recorded
 
 from cases import part
 from polygrad_fast.compat import pgd
@@ -26,6 +25,7 @@ from polygrad_fast.sampling.edm_sampler import EDMNoise, EDMSampler
 from polygrad_fast.sampling.heun import heun_step
 from polygrad_fast.sampling.policy_score import PolicyGuidance, guidance_weights, policy_score
 from polygrad_fast.trajectory_normalizer import TrajectoryNormalizer
+from recorded_pgd import INDEX, cases, recorded
 
 NETWORK, INNER = 2e-6, 6e-6
 LOSS, GRADIENT, WEIGHTS = 1e-6, 5e-6, 6e-5

@@ -27,8 +27,8 @@ import tyro
 from polygrad_fast._version import __version__
 from polygrad_fast.arguments import as_integer, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
-from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
-from polygrad_fast.runs.directory import difference, read_run_config
+from polygrad_fast.errors import InputError, NonFiniteError
+from polygrad_fast.runs.directory import read_run_config, refuse_other_options
 from polygrad_fast.runs.files import write_bytes_atomic
 from polygrad_fast.runs.interrupts import end_on_interrupt, stop_on_signals
 from polygrad_fast.runs.metrics import read_metrics
@@ -283,13 +283,7 @@ def _check_same_run(command: Train, stored: Train) -> None:
         chosen = {"env_id": train.env_id, "preset": train.preset, "seed": train.seed}
         return chosen | dataclasses.asdict(train.config)
 
-    differs = difference(options(command), options(stored))
-    if differs is not None:
-        name, got, wanted = differs
-        raise CheckpointError(
-            f"{name} must be {wanted}, as the run began, got {got}: resume {stored.run_dir} "
-            f"without --{name.replace('_', '-')}, or start another run"
-        )
+    refuse_other_options(options(command), options(stored), Path(stored.run_dir))
 
 
 def _first_sentence(boxed: str) -> str:

@@ -17,6 +17,7 @@ from polygrad_fast.config.groups import (
     ScheduleConfig,
     check_choices,
 )
+from polygrad_fast.config.offline import DiffuseConfig, OfflineTrainConfig
 from polygrad_fast.config.offline_agents import IQLConfig, OfflineAgentConfig, TD3BCConfig
 from polygrad_fast.config.options import from_dict
 from polygrad_fast.config.train import PRESETS, TrainConfig
@@ -25,12 +26,14 @@ __all__ = [
     "A2CConfig",
     "AutoregressiveConfig",
     "DenoiserConfig",
+    "DiffuseConfig",
     "EDMConfig",
     "EDMTrainingConfig",
     "GuidanceConfig",
     "IQLConfig",
     "NormalizerConfig",
     "OfflineAgentConfig",
+    "OfflineTrainConfig",
     "PRESETS",
     "PolicyConfig",
     "PolicyGuidanceConfig",

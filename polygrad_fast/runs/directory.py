@@ -10,7 +10,7 @@ from typing import Any
 
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.runs.files import naming
-from polygrad_fast.runs.metrics import STEP_COLUMN, read_metrics
+from polygrad_fast.runs.metrics import STEP_COLUMN, STEP_NAMES, read_metrics
 
 try:
     import fcntl
@@ -20,21 +20,28 @@ except ImportError:  # Windows
 RUN_KEYS = ("env_id", "env_given_by_id", "preset", "seed", "config")
 
 
-def read_run_config(run_dir: Path) -> dict[str, Any]:
+def read_run_config(run_dir: Path, kind: str = "train") -> dict[str, Any]:
     """Return a run directory's config.json.
 
+    Args:
+        run_dir: the run directory.
+        kind: the command that must have made it; "train" does not write its name.
+
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is none, it cannot be read, or it is that of another command.
     """
     path = run_dir / "config.json"
     try:
         stored = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            f"{run_dir} is not a run directory: it has no config.json, which `train` makes"
+            f"{run_dir} is not a run directory: it has no config.json, which `{kind}` makes"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    found = stored.get("kind", "train") if isinstance(stored, dict) else kind
+    if found != kind:
+        raise CheckpointError(f"{run_dir} is a run of `{found}`, wanted one of `{kind}`")
     missing = set(RUN_KEYS) - set(stored if isinstance(stored, dict) else ())
     if missing:
         raise CheckpointError(f"{path} is damaged: {sorted(missing)} missing")
@@ -57,6 +64,24 @@ def difference(given: dict[str, Any], kept: dict[str, Any]) -> tuple[str, str, s
         if name != "total_timesteps" and (name not in kept or value != kept[name]):
             return name, repr(value), repr(kept[name]) if name in kept else "no such option"
     return None
+
+
+def refuse_other_options(given: dict[str, Any], stored: dict[str, Any], run_dir: Path) -> None:
+    """Let a resumed run keep its options; only `total_timesteps` may change.
+
+    Args:
+        given, stored: see `difference`.
+
+    Raises:
+        CheckpointError: another option; the message names its flag.
+    """
+    differs = difference(given, stored)
+    if differs is not None:
+        name, got, wanted = differs
+        raise CheckpointError(
+            f"{name} must be {wanted}, as the run began, got {got}: resume {run_dir} without "
+            f"--{name.replace('_', '-')}, or start another run"
+        )
 
 
 def options_of(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +118,7 @@ def refuse_lost_progress(
     A run that was killed before its first checkpoint has nothing to lose and may start anew.
 
     Args:
-        interval: environment steps from one checkpoint to the next.
+        interval: steps, of those that the metrics count, from one checkpoint to the next.
         saved: whether one is known to have been saved.
         damage: what is wrong with those that are left.
         best: the best one, where that is usable.
@@ -103,7 +128,8 @@ def refuse_lost_progress(
     """
     metrics = run_dir / "metrics.csv"
     rows = read_metrics(metrics) if metrics.exists() else []
-    last = max((row[STEP_COLUMN] for row in rows), default=0)
+    column = next(iter(rows[0])) if rows else STEP_COLUMN
+    last = max((row[column] for row in rows), default=0)
     # the row of a step is written before its checkpoint
     if not saved and last <= interval:
         return
@@ -111,8 +137,8 @@ def refuse_lost_progress(
     keep = f", load {best} to evaluate the best policy" if best else ""
     raise CheckpointError(
         f"{run_dir} has no usable checkpoint to resume from ({found}), and starting anew would "
-        f"overwrite the run, whose metrics go up to environment step {last:,}: put a step_* "
-        f"checkpoint back{keep}, or train in another run directory"
+        f"overwrite the run, whose metrics go up to {STEP_NAMES[column]} {last:,}: put a "
+        f"step_* checkpoint back{keep}, or train in another run directory"
     )
 
 

@@ -12,12 +12,15 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.runs.files import naming, write_bytes_atomic
 
 STEP_COLUMN = "env_step"
+UPDATE_COLUMN = "update"
+STEP_NAMES = {STEP_COLUMN: "environment step", UPDATE_COLUMN: "update"}
+"""What the first column of a log may count, and its name in a sentence."""
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Read the rows of a metrics.csv.
 
-    Each row maps column names to floats (`env_step`: int); empty cells are left out, and a row
+    Each row maps column names to floats (the first: int); empty cells are left out, and a row
     that is incomplete or unreadable (the last one of a killed run) is skipped. Raises InputError if
     there is no such file or it is no log.
     """
@@ -34,9 +37,9 @@ def _parse(text: str, path: str | Path) -> tuple[list[str], list[dict[str, float
     columns = next(lines, [])
     if not columns:
         return [STEP_COLUMN], []
-    if columns[0] != STEP_COLUMN:
+    if columns[0] not in STEP_NAMES:
         raise InputError(
-            f"{path} must be a metrics log, whose first column is {STEP_COLUMN!r}, got "
+            f"{path} must be a metrics log, whose first column is one of {list(STEP_NAMES)}, got "
             f"{columns[0]!r}"
         )
     rows = []
@@ -44,7 +47,7 @@ def _parse(text: str, path: str | Path) -> tuple[list[str], list[dict[str, float
         if len(cells) != len(columns):
             continue
         try:
-            row: dict[str, float] = {STEP_COLUMN: int(cells[0])}
+            row: dict[str, float] = {columns[0]: int(cells[0])}
             for name, cell in zip(columns[1:], cells[1:], strict=True):
                 if cell:
                     row[name] = float(cell)
@@ -55,7 +58,7 @@ def _parse(text: str, path: str | Path) -> tuple[list[str], list[dict[str, float
 
 
 class MetricsLog:
-    """Append metrics to a CSV file whose first column is `env_step`.
+    """Append metrics to a CSV file whose first column counts environment steps, or updates.
 
     Columns may appear at any time: the file is then rewritten atomically with the longer header;
     cells without a value are empty. Floats are written with `repr` and read back exactly. Every
@@ -64,31 +67,41 @@ class MetricsLog:
 
     Args:
         path: the CSV file; its folder is created.
-        resume_step: continue an existing log from this environment step: its rows up to and
-            including this step stay, later and half-written ones are dropped. None: start a new
-            log.
+        resume_step: continue an existing log from this step: its rows up to and including this
+            step stay, later and half-written ones are dropped. None: start a new log.
+        step_column: the first column, "env_step" or "update".
 
     Raises:
         InputError: `resume_step` is None and `path` holds rows already, or `path` is not a
-            metrics log.
+            metrics log of such steps.
     """
 
-    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        resume_step: int | None = None,
+        step_column: str = STEP_COLUMN,
+    ) -> None:
         self.path = Path(path)
-        self._columns = [STEP_COLUMN]
+        self._step_column = step_column
+        self._columns = [step_column]
         rows: list[dict[str, float]] = []
         if self.path.exists():
             text = self.path.read_bytes().decode("utf-8", errors="replace")
-            self._columns, rows = _parse(text, self.path)
+            columns, rows = _parse(text, self.path)
+            if rows and columns[0] != step_column:
+                raise InputError(
+                    f"{self.path} must be a metrics log with {step_column!r} as its first column, "
+                    f"got {columns[0]!r}"
+                )
             if resume_step is None and rows:
                 raise InputError(
                     f"{self.path} holds {len(rows)} rows already: resume that run or choose "
                     "another folder"
                 )
-            if resume_step is None:
-                self._columns = [STEP_COLUMN]
-            else:
-                rows = [row for row in rows if row[STEP_COLUMN] <= resume_step]
+            if resume_step is not None and columns[0] == step_column:
+                self._columns = columns
+                rows = [row for row in rows if row[step_column] <= resume_step]
         self._rewrite(rows)
 
     @property
@@ -96,13 +109,14 @@ class MetricsLog:
         """The rows in the file, as `read_metrics` returns them."""
         return read_metrics(self.path)
 
-    def write(self, env_step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one row. Values are anything `float()` takes; a CUDA tensor synchronises."""
-        row = {STEP_COLUMN: int(env_step)}
+        row = {self._step_column: int(step)}
         for name, value in metrics.items():
-            if name == STEP_COLUMN or not name or not name.isprintable():
+            if name == self._step_column or not name or not name.isprintable():
                 raise ValueError(
-                    f"a metric must have a printable name other than {STEP_COLUMN!r}, got {name!r}"
+                    f"a metric must have a printable name other than {self._step_column!r}, got "
+                    f"{name!r}"
                 )
             row[name] = float(value)
         added = [name for name in row if name not in self._columns]

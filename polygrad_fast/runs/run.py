@@ -16,7 +16,7 @@ from polygrad_fast.runs.checkpoint import read_metadata
 from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import locked, refuse_another_run
 from polygrad_fast.runs.files import write_json_atomic
-from polygrad_fast.runs.metrics import MetricsLog, TensorboardLog
+from polygrad_fast.runs.metrics import STEP_COLUMN, MetricsLog, TensorboardLog
 from polygrad_fast.runs.versions import versions
 
 
@@ -29,6 +29,8 @@ class Run:
         identity: what config.json and every checkpoint say of it; see `runs.directory.RUN_KEYS`.
         checkpoints: those of an existing run directory; None: there is no directory.
         tensorboard: also write TensorBoard events.
+        step_column: what metrics.csv counts, and with it `step` and `num_timesteps` here:
+            environment steps, or updates.
 
     Raises:
         InputError: TensorBoard is asked for without a directory, or not installed.
@@ -39,16 +41,22 @@ class Run:
         identity: dict[str, Any],
         checkpoints: CheckpointManager | None = None,
         tensorboard: bool = False,
+        step_column: str = STEP_COLUMN,
     ):
         self.directory = None if checkpoints is None else checkpoints.directory.parent
         _check_tensorboard(tensorboard, self.directory)
         self.identity, self._tensorboard = identity, tensorboard
-        self._checkpoints = checkpoints
+        self._checkpoints, self._step_column = checkpoints, step_column
         self._locked = False
 
     @classmethod
     def begin(
-        cls, directory: Path, identity: dict[str, Any], keep_checkpoints: int, tensorboard: bool
+        cls,
+        directory: Path,
+        identity: dict[str, Any],
+        keep_checkpoints: int,
+        tensorboard: bool,
+        step_column: str = STEP_COLUMN,
     ) -> Run:
         """Make a directory that of a new run, with config.json and versions.json.
 
@@ -65,7 +73,8 @@ class Run:
                 write_json_atomic(directory / "config.json", identity | {"num_timesteps": 0})
         except OSError as error:
             raise InputError(f"run directory {directory} cannot be written: {error}") from error
-        return cls(identity, CheckpointManager(directory, keep_checkpoints), tensorboard)
+        checkpoints = CheckpointManager(directory, keep_checkpoints)
+        return cls(identity, checkpoints, tensorboard, step_column)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint of an environment step says of itself."""
@@ -99,7 +108,7 @@ class Run:
             return []
         # the row of step 0 is written by this call, those up to num_timesteps were written before
         resume_step = num_timesteps or -1
-        logs: list = [MetricsLog(self.directory / "metrics.csv", resume_step)]
+        logs: list = [MetricsLog(self.directory / "metrics.csv", resume_step, self._step_column)]
         if self._tensorboard:
             logs.append(TensorboardLog(self.directory, resume_step))
         return logs

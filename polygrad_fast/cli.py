@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, sample, gradient, data collect.
+"""Command line: train, evaluate, sample, gradient, data collect; `cli_offline` has offline ones.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import json
+import operator
 import os
 import re
 import shlex
@@ -18,12 +20,14 @@ import signal
 import statistics
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from polygrad_fast import cli_offline
 from polygrad_fast._version import __version__
 from polygrad_fast.arguments import as_integer, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
@@ -139,7 +143,7 @@ class Collect:
     """Show a progress bar."""
 
 
-COMMANDS = ("train", "evaluate", "sample", "gradient", "data collect")
+COMMANDS = ("train", "evaluate", "sample", "gradient", "data collect", *cli_offline.COMMANDS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,15 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         _find_modules_here()
-        command = _parse(arguments)
+        command, run = _parse(arguments)
         if command is not None:
-            run = {
-                Train: _train,
-                Evaluate: _evaluate,
-                Sample: _sample,
-                Gradient: _gradient,
-                Collect: _collect,
-            }
             run[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
@@ -197,8 +194,9 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | Collect | None:
-    """Parse with tyro, whose boxed messages become one line; return None where it printed help."""
+def _parse(arguments: list[str]) -> tuple[Any, dict[type, Callable[[Any], None]]]:
+    """Parse with tyro, whose boxed messages become one line; return the command, None where help
+    was printed, and what runs each."""
     arguments = _join_command(arguments)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
@@ -212,6 +210,17 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | Colle
         | Annotated[Gradient, tyro.conf.subcommand("gradient")]
         | Annotated[Collect, tyro.conf.subcommand("data collect")]
     )
+    run: dict[type, Callable[[Any], None]] = {
+        Train: _train,
+        Evaluate: _evaluate,
+        Sample: _sample,
+        Gradient: _gradient,
+        Collect: _collect,
+    }
+    offline, run_offline = cli_offline.subcommands(
+        arguments, functools.partial(_flag, arguments), _resumes(arguments)
+    )
+    commands = functools.reduce(operator.or_, offline, commands)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -223,11 +232,11 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | Colle
             )
     except SystemExit as stop:
         if stop.code in (0, None):
-            return None
+            return None, {}
         raise InputError(_first_sentence(complaint.getvalue())) from None
     if isinstance(command, Train) and command.resume:
         _check_same_run(command, defaults)
-    return command
+    return command, run | run_offline
 
 
 def _join_command(arguments: list[str]) -> list[str]:
@@ -246,8 +255,7 @@ def _train_defaults(arguments: list[str]) -> Train:
     if arguments[:1] != ["train"]:
         return Train(env_id=tyro.MISSING)
     env_id, preset = _flag(arguments, "env-id"), _flag(arguments, "preset")
-    switches = [word for word in arguments if word in ("--resume", "--no-resume")]
-    if switches[-1:] == ["--resume"]:
+    if _resumes(arguments):
         given = _flag(arguments, "run-dir")
         if not given:
             raise InputError("--resume needs --run-dir, the run directory to continue")
@@ -263,6 +271,12 @@ def _train_defaults(arguments: list[str]) -> Train:
     preset = preset or "default"
     config = TrainConfig.from_preset(preset, env_id or "")
     return Train(env_id=tyro.MISSING, preset=preset, config=config)
+
+
+def _resumes(arguments: list[str]) -> bool:
+    """Return whether a run is to be continued; the last of the switches counts."""
+    switches = [word for word in arguments if word in ("--resume", "--no-resume")]
+    return switches[-1:] == ["--resume"]
 
 
 def _flag(arguments: list[str], name: str) -> str | None:

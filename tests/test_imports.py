@@ -15,10 +15,11 @@ PACKAGE = "polygrad_fast"
 # A room of the package (a folder, or a file beside them) imports from those it can reach here.
 ARROWS = {
     "__main__": "cli runs",
-    "cli": "agent",
+    "cli": "agent cli_offline",
+    "cli_offline": "offline",
     "compat": "agent",
     "agent": "training",
-    "offline": "sampling runs",
+    "offline": "sampling learners data evaluation runs",
     "training": "diagnostics world_models learners data evaluation runs",
     "diagnostics": "world_models learners data",
     "world_models": "sampling data",  # data for the windows it learns from

@@ -177,7 +177,7 @@ class DiffusionTraining:
             epoch, skipped = epoch + 1, 0
 
     def _validation_windows(self, held_out: OfflineDataset | None) -> Tensor | None:
-        """Return normalized windows [n, L, D], evenly spread over all; None where there are none."""
+        """Return normalized windows [n, L, D], evenly spread; None where there are none."""
         config = self.config
         if held_out is None:
             return None

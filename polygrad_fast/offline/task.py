@@ -28,8 +28,8 @@ class OfflineTask:
         dataset: actions scaled; those of D4RL's environments are in [-1, 1] already.
         env_id: of the environment; None: not known.
         space: the environment's actions.
-        identity: what a run's config.json says of it: dataset, dataset_fingerprint,
-            observation_dim, action_low, action_high.
+        identity: what a run's config.json says of it: dataset, dataset_env_id (that the dataset
+            names), dataset_fingerprint, observation_dim, action_low, action_high.
     """
 
     dataset: OfflineDataset
@@ -84,6 +84,7 @@ def load_task(source: str, env_id: str | None = None) -> OfflineTask:
         )
     identity = {
         "dataset": str(Path(source).absolute()) if Path(source).exists() else source,
+        "dataset_env_id": dataset.env_id,
         "dataset_fingerprint": dataset_fingerprint(dataset),
         "observation_dim": dataset.observation_dim,
         "action_low": space.low.tolist(),

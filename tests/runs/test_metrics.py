@@ -92,7 +92,9 @@ def test_a_new_log_does_not_overwrite_an_old_one(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "prices.csv").write_text("day,price\n1,2\n")
-    with pytest.raises(InputError, match="prices.csv must be a metrics log, .*'env_step', 'update'\\], got '"):
+    with pytest.raises(
+        InputError, match="prices.csv must be a metrics log, .*'update'\\], got 'day'"
+    ):
         MetricsLog(tmp_path / "prices.csv", resume_step=1)
     with pytest.raises(InputError, match=r"none.csv cannot be read .*: No such file"):
         read_metrics(tmp_path / "none.csv")

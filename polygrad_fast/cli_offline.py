@@ -1,0 +1,325 @@
+"""Commands of offline learning: offline diffuse, offline train, offline evaluate, offline demo.
+
+What takes long to import is imported by the command that needs it, as in `cli`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from polygrad_fast.arguments import as_integer
+from polygrad_fast.config import DiffuseConfig, OfflineTrainConfig, from_dict
+from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.runs.directory import read_run_config, refuse_other_options
+from polygrad_fast.runs.interrupts import end_on_interrupt
+
+if TYPE_CHECKING:
+    from polygrad_fast.offline.runs import OfflineRun
+
+EVALUATION_SEED = 1_000_003
+Preset = Literal["quick", "released", "paper"]
+
+
+@dataclass(frozen=True)
+class Diffuse:
+    """Train a trajectory diffusion model on a dataset."""
+
+    dataset: str
+    """A folder or id of Minari, a D4RL file (.hdf5), or a file .npz."""
+    run_dir: Path
+    """Where metrics and checkpoints go."""
+    preset: Preset = "quick"
+    """Small tasks on a CPU, the released code's settings, or the paper's text."""
+    env_id: str = ""
+    """Environment whose bounds the actions have; default: the one the dataset names."""
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    """Continue the run in --run-dir from its last checkpoint."""
+    progress: bool = True
+    """Show a progress bar."""
+    config: Annotated[DiffuseConfig, tyro.conf.arg(name="")] = field(default_factory=DiffuseConfig)
+
+
+@dataclass(frozen=True)
+class OfflineTrain:
+    """Train an agent on real data, or on trajectories of a diffusion model of them."""
+
+    agent: Literal["td3_bc", "iql"]
+    dataset: str
+    """A folder or id of Minari, a D4RL file (.hdf5), or a file .npz."""
+    run_dir: Path
+    """Where metrics and checkpoints go."""
+    data: str = "real"
+    """"real", "unguided" (a diffusion model's trajectories) or "guided" (by the agent's policy)."""
+    diffusion: str = ""
+    """Run directory of `offline diffuse`, for unguided and guided data."""
+    preset: Preset = "quick"
+    """Small tasks on a CPU, the released code's settings, or the paper's text."""
+    env_id: str = ""
+    """Environment to evaluate in; default: the one the dataset names."""
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    """Continue the run in --run-dir from its last checkpoint."""
+    progress: bool = True
+    """Show progress bars."""
+    config: Annotated[OfflineTrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=OfflineTrainConfig
+    )
+
+
+@dataclass(frozen=True)
+class OfflineEvaluate:
+    """Play episodes with an agent of `offline train`; the last line printed is JSON."""
+
+    run_dir: tyro.conf.Positional[Path]
+    episodes: int = 16
+    checkpoint: Literal["last", "best"] = "last"
+    """The last agent, or the best-evaluated one, which evaluations in the environment have
+    chosen."""
+    seed: int = EVALUATION_SEED
+    """Seed of the episodes."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class OfflineDemo:
+    """Collect a dataset, train a diffusion model, and compare agents that learn from real, unguided
+    and guided data; the last line printed is JSON."""
+
+    run_dir: Path = Path("runs/offline_demo")
+    """A folder that is not there yet."""
+    agent: Literal["td3_bc", "iql"] = "td3_bc"
+    seed: int = 0
+    progress: bool = True
+    """Show progress bars."""
+
+
+COMMANDS = ("offline diffuse", "offline train", "offline evaluate", "offline demo")
+
+
+def subcommands(
+    arguments: list[str], flag: Callable[[str], str | None], resumes: bool
+) -> tuple[list[Any], dict[type, Callable[[Any], None]]]:
+    """Return the commands for tyro, and what runs each.
+
+    Args:
+        arguments: of the command line, the command first.
+        flag: returns the value given for --name, or None.
+        resumes: whether --resume is given.
+
+    Raises:
+        InputError: unknown preset, or --resume without a run directory to continue.
+    """
+    command = arguments[0] if arguments else ""
+    defaults = {
+        name: make(flag if name == command else lambda option: None, resumes and name == command)
+        for name, make in zip(COMMANDS, (_diffuse_defaults, _train_defaults), strict=False)
+    }
+
+    def run_diffuse(given: Diffuse) -> None:
+        if given.resume:
+            _check_same_run(given, defaults[COMMANDS[0]])
+        _diffuse(given)
+
+    def run_train(given: OfflineTrain) -> None:
+        if given.resume:
+            _check_same_run(given, defaults[COMMANDS[1]])
+        _train(given)
+
+    commands = [
+        Annotated[Diffuse, tyro.conf.subcommand(COMMANDS[0], default=defaults[COMMANDS[0]])],
+        Annotated[OfflineTrain, tyro.conf.subcommand(COMMANDS[1], default=defaults[COMMANDS[1]])],
+        Annotated[OfflineEvaluate, tyro.conf.subcommand(COMMANDS[2])],
+        Annotated[OfflineDemo, tyro.conf.subcommand(COMMANDS[3])],
+    ]
+    return commands, {
+        Diffuse: run_diffuse,
+        OfflineTrain: run_train,
+        OfflineEvaluate: _evaluate,
+        OfflineDemo: _demo,
+    }
+
+
+def _stored_run(flag: Callable[[str], str | None], kind: str) -> tuple[Path, dict[str, Any]]:
+    given = flag("run-dir")
+    if not given:
+        raise InputError("--resume needs --run-dir, the run directory to continue")
+    return Path(given), read_run_config(Path(given), kind)
+
+
+def _diffuse_defaults(flag: Callable[[str], str | None], resumes: bool) -> Diffuse:
+    if not resumes:
+        config = DiffuseConfig.from_preset(flag("preset") or "quick")
+        return Diffuse(tyro.MISSING, tyro.MISSING, config=config)
+    run_dir, found = _stored_run(flag, COMMANDS[0])
+    with _damage_named(run_dir):
+        return Diffuse(
+            dataset=found["dataset"],
+            run_dir=run_dir,
+            preset=found["preset"],
+            env_id=found["env_id"] or "",
+            seed=found["seed"],
+            config=from_dict(found["config"], DiffuseConfig),
+        )
+
+
+def _train_defaults(flag: Callable[[str], str | None], resumes: bool) -> OfflineTrain:
+    if not resumes:
+        config = OfflineTrainConfig.from_preset(flag("preset") or "quick")
+        return OfflineTrain(tyro.MISSING, tyro.MISSING, tyro.MISSING, config=config)
+    run_dir, found = _stored_run(flag, COMMANDS[1])
+    with _damage_named(run_dir):
+        return OfflineTrain(
+            agent=found["agent"],
+            dataset=found["dataset"],
+            run_dir=run_dir,
+            data=found["data"],
+            diffusion=found["diffusion"] or "",
+            preset=found["preset"],
+            env_id=found["env_id"] or "",
+            seed=found["seed"],
+            config=from_dict(found["config"], OfflineTrainConfig),
+        )
+
+
+@contextlib.contextmanager
+def _damage_named(run_dir: Path) -> Iterator[None]:
+    """Turn a missing entry of a run's config.json into a sentence."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{run_dir / 'config.json'} is damaged: [{error}] missing") from None
+
+
+def _check_same_run(given: Diffuse | OfflineTrain, stored: Diffuse | OfflineTrain) -> None:
+    """A resumed run keeps its options."""
+
+    def options(command: Diffuse | OfflineTrain) -> dict[str, Any]:
+        # where dataset and diffusion model lie may change, what they hold is checked later
+        names = ("agent", "data", "preset", "env_id", "seed")
+        chosen = {name: getattr(command, name) for name in names if hasattr(command, name)}
+        return chosen | dataclasses.asdict(command.config)
+
+    refuse_other_options(options(given), options(stored), stored.run_dir)
+
+
+def _diffuse(command: Diffuse) -> None:
+    with end_on_interrupt():
+        from polygrad_fast.offline.runs import diffuse
+
+        run = diffuse(
+            command.dataset,
+            command.run_dir,
+            command.preset,
+            command.seed,
+            command.config,
+            command.env_id or None,
+            command.device,
+            command.resume,
+        )
+    training = run.training
+    print(
+        f"training a diffusion model on {len(training.windows):,} windows of "
+        f"{command.config.window_length} steps of {command.dataset} in {command.run_dir}"
+    )
+    _train_on(run, command, "diffuse")
+
+
+def _train(command: OfflineTrain) -> None:
+    if command.data == "ensemble":
+        raise InputError(
+            "--data ensemble is not there yet: wanted one of real, unguided and guided"
+        )
+    if command.data in ("unguided", "guided") and not command.diffusion:
+        raise InputError(
+            f"--data {command.data} needs --diffusion, the run directory of `offline diffuse`"
+        )
+    if command.data == "real" and command.diffusion:
+        raise InputError("--data real needs no --diffusion, got " + command.diffusion)
+    with end_on_interrupt():
+        from polygrad_fast.offline.runs import train_agent
+
+        run = train_agent(
+            command.agent,
+            command.data,
+            command.dataset,
+            command.run_dir,
+            Path(command.diffusion) if command.diffusion else None,
+            command.preset,
+            command.seed,
+            command.config,
+            command.env_id or None,
+            command.device,
+            command.resume,
+            command.progress,
+        )
+    print(
+        f"training {command.agent} on {command.data} data, {len(run.training.real):,} real "
+        f"transitions of {command.dataset}, in {command.run_dir}"
+    )
+    _train_on(run, command, "train")
+
+
+def _train_on(run: OfflineRun, command: Diffuse | OfflineTrain, name: str) -> None:
+    """Train a run and say how it stands."""
+    training = run.training
+    if training.num_updates:
+        print(f"resuming at update {training.num_updates:,} of {training.total_updates:,}")
+    if training.num_updates < training.total_updates:
+        run.train(command.progress)
+    rows = run.rows()
+    last = {key: value for row in rows for key, value in row.items()}
+    shown = ("diffusion/loss", "diffusion/validation_loss", "eval/mean_reward", "eval/score")
+    told = [f"{key} {last[key]:.4g}" for key in shown if key in last]
+    print(f"update {training.num_updates:,}: {', '.join(told) or 'no row of metrics yet'}")
+    if training.num_updates < training.total_updates:
+        again = f"polygrad-fast offline {name} --resume --run-dir "
+        print(f"stopped; `{again}{shlex.quote(str(command.run_dir))}` continues")
+
+
+def _evaluate(command: OfflineEvaluate) -> None:
+    as_integer(command.episodes, "--episodes", 1)
+    as_integer(command.seed, "--seed", 0)
+    read_run_config(command.run_dir, COMMANDS[1])
+    with end_on_interrupt():
+        from polygrad_fast.evaluation.offline import OfflineEvaluator
+        from polygrad_fast.offline.agents import comparable_score, load_agent
+
+        predict, stored, updates = load_agent(command.run_dir, command.checkpoint, command.device)
+        evaluator = OfflineEvaluator(stored["env_id"], command.episodes, command.seed)
+    result = evaluator.evaluate(predict)
+    episodes = result.episodes
+    for number, (value, length) in enumerate(
+        zip(episodes.returns.tolist(), episodes.lengths.tolist(), strict=True), 1
+    ):
+        print(f"episode {number}: return {value:.2f}, {length} steps")
+    print(
+        f"{stored['env_id']}, {stored['agent']} on {stored['data']} data, {command.checkpoint} "
+        f"checkpoint (update {updates:,}): mean return {episodes.mean_reward:.2f}, standard "
+        f"deviation {episodes.std_reward:.2f} over {len(episodes.returns)} episodes"
+    )
+    if result.score is not None:
+        print(f"D4RL score {result.score:.2f}")
+    if result.caveat is not None:
+        print(result.caveat)
+    summary = {"mean_reward": episodes.mean_reward, "std_reward": episodes.std_reward}
+    score = comparable_score(result)
+    print(json.dumps(summary | ({"score": score["eval/score"]} if score else {})))
+
+
+def _demo(command: OfflineDemo) -> None:
+    as_integer(command.seed, "--seed", 0, 2**32)
+    with end_on_interrupt():
+        from polygrad_fast.offline.demo import run_demo
+    print(json.dumps(run_demo(command.run_dir, command.agent, command.seed, command.progress)))

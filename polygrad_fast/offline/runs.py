@@ -1,0 +1,202 @@
+"""Runs of offline learning: begun, resumed and trained in their directories."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polygrad_fast.arguments import as_device, as_integer
+from polygrad_fast.config import DiffuseConfig, OfflineTrainConfig
+from polygrad_fast.data.environment import make_environment
+from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.evaluation.offline import OfflineEvaluator
+from polygrad_fast.offline import agents, diffusion
+from polygrad_fast.offline.agents import AgentTraining
+from polygrad_fast.offline.diffusion import DiffusionTraining, load_diffusion
+from polygrad_fast.offline.loop import run_updates
+from polygrad_fast.offline.task import OfflineTask, load_task
+from polygrad_fast.runs.checkpoint import load_checkpoint
+from polygrad_fast.runs.directory import difference, read_run_config, refuse_another_run
+from polygrad_fast.runs.metrics import UPDATE_COLUMN, read_metrics
+from polygrad_fast.runs.restore import checkpoint_to_resume
+from polygrad_fast.runs.run import Run
+
+SEEDS = 2**32
+
+
+class OfflineRun:
+    """A training in a run directory; `train` continues it.
+
+    Attributes:
+        training: what takes the updates. run: directory, checkpoints and metrics.
+    """
+
+    def __init__(self, training: DiffusionTraining | AgentTraining, run: Run):
+        self.training, self.run = training, run
+
+    def train(self, progress: bool = True) -> None:
+        """Take the updates that are left; see `run_updates`."""
+        run_updates(self.training, self.run, progress)
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return the rows of metrics.csv, none where there is no such file yet."""
+        path = self.run.directory / "metrics.csv"
+        return read_metrics(path) if path.exists() else []
+
+
+def diffuse(
+    dataset: str,
+    run_dir: Path,
+    preset: str = "quick",
+    seed: int = 0,
+    config: DiffuseConfig | None = None,
+    env_id: str | None = None,
+    device: str | torch.device = "auto",
+    resume: bool = False,
+) -> OfflineRun:
+    """Begin or resume the training of a diffusion model on a dataset.
+
+    Args:
+        dataset: file, folder or id, see `polygrad_fast.data.load_dataset`.
+        run_dir: its run directory.
+        preset: name of the configuration; only noted where `config` is given.
+        seed: of everything.
+        config: default the preset.
+        env_id: the environment whose bounds the actions have; None: the one the dataset names.
+        device: as `as_device` takes it.
+        resume: continue the run in `run_dir` from its last checkpoint.
+
+    Raises:
+        InputError: wrong input, before anything is written.
+    """
+    config = config or DiffuseConfig.from_preset(preset)
+    seed, device = as_integer(seed, "seed", 0, SEEDS), as_device(device)
+    _check_directory(run_dir, diffusion.KIND, resume)
+    task = load_task(dataset, env_id)
+    training = DiffusionTraining(task.dataset, config, seed, device)
+    identity = diffusion.new_identity(task.identity, task.env_id, preset, seed, config)
+    return _opened(training, run_dir, identity, resume)
+
+
+def train_agent(
+    agent: str,
+    data: str,
+    dataset: str,
+    run_dir: Path,
+    model_dir: Path | None = None,
+    preset: str = "quick",
+    seed: int = 0,
+    config: OfflineTrainConfig | None = None,
+    env_id: str | None = None,
+    device: str | torch.device = "auto",
+    resume: bool = False,
+    progress: bool = False,
+) -> OfflineRun:
+    """Begin or resume the training of an agent.
+
+    Args:
+        agent: "td3_bc" or "iql".
+        data: "real", "unguided" or "guided".
+        dataset: file, folder or id, see `polygrad_fast.data.load_dataset`.
+        run_dir: its run directory.
+        model_dir: run directory of the diffusion model; not with real data.
+        preset: name of the configuration; only noted where `config` is given.
+        seed: of everything.
+        config: default the preset.
+        env_id: the environment to evaluate in; None: the one the dataset names.
+        device: as `as_device` takes it.
+        resume: continue the run in `run_dir` from its last checkpoint.
+        progress: show a progress bar while sampling.
+
+    Raises:
+        InputError: wrong input, before anything is written.
+    """
+    config = config or OfflineTrainConfig.from_preset(preset)
+    seed, device = as_integer(seed, "seed", 0, SEEDS), as_device(device)
+    _check_directory(run_dir, agents.KIND, resume)
+    model = None if model_dir is None else load_diffusion(model_dir, device)
+    task = load_task(dataset, env_id)
+    training = AgentTraining(
+        task,
+        config,
+        agent,
+        data,
+        seed,
+        device,
+        model,
+        evaluator_of(task, config, seed),
+        run_dir / "synthetic",
+        progress,
+    )
+    identity = {
+        "kind": agents.KIND,
+        "env_id": task.env_id,
+        "env_given_by_id": True,
+        "preset": preset,
+        "seed": seed,
+        "config": dataclasses.asdict(config),
+        **task.identity,
+        "agent": agent,
+        "data": data,
+        "diffusion": None if model_dir is None else str(model_dir.absolute()),
+        "diffusion_model": None if model is None else model.describe(),
+    }
+    return _opened(training, run_dir, identity, resume)
+
+
+def evaluator_of(task: OfflineTask, config: OfflineTrainConfig, seed: int) -> OfflineEvaluator:
+    """Return what plays the evaluations of a training.
+
+    Raises:
+        InputError: the environment is not known, cannot be made, or has other actions.
+    """
+    if task.env_id is None:
+        raise InputError(
+            f"{task.dataset.source} does not name its environment, which evaluations need: give "
+            f"--env-id"
+        )
+    env = make_environment(task.env_id)
+    space = env.action_space
+    env.close()
+    if (space.low != task.space.low).any() or (space.high != task.space.high).any():
+        raise InputError(
+            f"{task.env_id} must have the action space {task.space} of the dataset, got {space}"
+        )
+    return OfflineEvaluator(task.env_id, config.eval_episodes, seed)
+
+
+def _check_directory(run_dir: Path, kind: str, resume: bool) -> None:
+    if resume:
+        read_run_config(run_dir, kind)
+    else:
+        refuse_another_run(run_dir)
+
+
+def _opened(
+    training: DiffusionTraining | AgentTraining,
+    run_dir: Path,
+    identity: dict[str, Any],
+    resume: bool,
+) -> OfflineRun:
+    """Return the run of a training, whose state is that of the last checkpoint of a resumed one."""
+    keep = training.config.keep_checkpoints
+    if not resume:
+        return OfflineRun(training, Run.begin(run_dir, identity, keep, False, UPDATE_COLUMN))
+    # a dataset or a diffusion model may have been moved: their content is compared
+    compared = {name: identity[name] for name in identity if name not in ("dataset", "diffusion")}
+    differs = difference(compared, read_run_config(run_dir, identity["kind"]))
+    if differs is not None:
+        name, got, wanted = differs
+        raise CheckpointError(
+            f"{name} of {run_dir} must be {wanted}, as the run began, got {got}: give what it "
+            f"began with, or start another run"
+        )
+    found, checkpoints = checkpoint_to_resume(run_dir, training.config.checkpoint_interval)
+    checkpoints.keep_last = keep
+    if found is not None:
+        weights, state, _ = load_checkpoint(found)
+        training.load(weights, state or {}, str(found))
+    return OfflineRun(training, Run(identity, checkpoints, False, UPDATE_COLUMN))

@@ -1,10 +1,11 @@
-"""Figures drawn from a run's metrics.csv.
+"""Figures of runs.
 
 They need the extra `plots`; matplotlib is imported when a figure is drawn.
 """
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from polygrad_fast.errors import InputError
@@ -21,15 +22,9 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
         InputError: matplotlib is missing, or `metrics_csv` is unreadable or has no finite
             `eval/mean_reward`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
-    except ImportError as error:
-        raise InputError(
-            "plots need the extra 'plots': pip install 'polygrad-fast[plots]'"
-        ) from error
-    from polygrad_fast.runs.files import write_bytes_atomic
+    figure, axes = _new_figure(title)
+    from matplotlib.ticker import EngFormatter
+
     from polygrad_fast.runs.metrics import STEP_COLUMN, read_metrics
 
     rows = read_metrics(metrics_csv)
@@ -43,9 +38,6 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
     mean = [row["eval/mean_reward"] for row in evaluations]
     std = [row.get("eval/std_reward", 0.0) for row in evaluations]
 
-    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     if episodes:
         axes.plot(
             [row[STEP_COLUMN] for row in episodes],
@@ -66,10 +58,79 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
         label="evaluation, ± 1 standard deviation",
     )
     axes.plot(steps, mean, color="tab:blue", marker="o", markersize=3, label="evaluation, mean")
-    axes.set_title(title)
     axes.set_xlabel("environment steps")
-    axes.set_ylabel("return of an episode")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _write_figure(figure, axes, output_png)
+
+
+def plot_offline_comparison(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    returns: Mapping[str, Sequence[float]],
+    output_png: Path,
+    title: str,
+) -> None:
+    """Plot evaluations of agents that learn from several kinds of data, and their dataset's mean
+    return.
+
+    Args:
+        curves: updates and mean returns, by kind of data.
+        returns: of the last agents' test episodes by kind of data, drawn as a point with a bar of
+            one standard deviation; "dataset": of the dataset's episodes.
+        output_png: where it goes.
+        title: above the figure.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    figure, axes = _new_figure(title)
+    from matplotlib.ticker import EngFormatter
+
+    end = max(updates[-1] for updates, _ in curves.values())
+    for number, (name, (updates, means)) in enumerate(curves.items()):
+        (line,) = axes.plot(updates, means, marker="o", markersize=3, label=f"{name} data")
+        values = returns[name]
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        axes.errorbar(
+            [end * (1.03 + 0.025 * number)],
+            [mean],
+            [std],
+            marker="s",
+            markersize=5,
+            capsize=3,
+            color=line.get_color(),
+        )
+    dataset = sum(returns["dataset"]) / len(returns["dataset"])
+    axes.axhline(dataset, color="0.4", linestyle="--", linewidth=1, label="dataset, mean")
+    axes.set_xlabel("updates of the agent (squares: test episodes, ± 1 standard deviation)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _write_figure(figure, axes, output_png)
+
+
+def _new_figure(title: str):
+    """Return a figure and its axes.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            "plots need the extra 'plots': pip install 'polygrad-fast[plots]'"
+        ) from error
+    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    return figure, axes
+
+
+def _write_figure(figure, axes, output_png: Path) -> None:
+    from polygrad_fast.runs.files import write_bytes_atomic
+
+    axes.set_ylabel("return of an episode")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(framealpha=0.85, edgecolor="none", fontsize="small")

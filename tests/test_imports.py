@@ -19,7 +19,7 @@ ARROWS = {
     "cli_offline": "offline",
     "compat": "agent",
     "agent": "training",
-    "offline": "sampling learners data evaluation runs",
+    "offline": "sampling learners data evaluation",
     "training": "diagnostics world_models learners data evaluation runs",
     "diagnostics": "world_models learners data",
     "world_models": "sampling data",  # data for the windows it learns from

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -222,8 +223,9 @@ class AgentTraining:
         return self.data == "guided" and not first
 
     def sample_set(self) -> Transitions:
-        """Sample the present synthetic set, or read what is there of it."""
-        config, model = self.config, self._model
+        """Sample the present synthetic set, or read what is there of it; sets before it are
+        deleted."""
+        config, normalizer = self.config, self._model.normalizer
         folder = None
         if self._folder is not None:
             folder = self._folder / f"set_{self.set_number:05d}"
@@ -232,20 +234,34 @@ class AgentTraining:
                     shutil.rmtree(old, ignore_errors=True)
         guidance = None
         if self.set_is_guided:
-            guidance = PolicyGuidance(self.guide, model.normalizer, config.guidance)
+            guidance = PolicyGuidance(self.guide, normalizer, config.guidance)
         seed = int(np.random.SeedSequence([self._seed, 2, self.set_number]).generate_state(1)[0])
-        trajectories = generate(
-            self._sampler,
-            config.num_trajectories,
-            self._rows,
-            seed,
-            folder,
-            config.sampling_batch_size,
-            guidance,
-            self._progress,
-        )
-        raw = model.normalizer.unnormalize(trajectories.to(self.device))
-        return to_transitions(raw)
+
+        def sample() -> Tensor:
+            return generate(
+                self._sampler,
+                config.num_trajectories,
+                self._rows,
+                seed,
+                folder,
+                config.sampling_batch_size,
+                guidance,
+                self._progress,
+            )
+
+        try:
+            trajectories = sample()
+        except CheckpointError as error:
+            # damaged, or begun on another device: nothing is lost but the time to sample it
+            warnings.warn(f"a synthetic set is sampled again: {error}", stacklevel=2)
+            shutil.rmtree(folder)
+            trajectories = sample()
+        return to_transitions(normalizer.unnormalize(trajectories.to(self.device)))
+
+    def close(self) -> None:
+        """Delete the files of the present set, which a finished training needs no more."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def metrics(self) -> dict[str, float]:
         """Return the row that is due, see `Training`."""

@@ -152,6 +152,9 @@ class DiffusionTraining:
             "averages": self._averages.state_dict(),
         }
 
+    def close(self) -> None:
+        """Do nothing: there is nothing that only an unfinished training needs."""
+
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> None:
         """Continue from what `weights` and `state_dict` returned.
 

@@ -46,6 +46,9 @@ class Training(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Return everything else that continues the training exactly."""
 
+    def close(self) -> None:
+        """Delete what only an unfinished training needs."""
+
 
 class Averages:
     """Means of quantities over the updates since they were read last."""
@@ -139,6 +142,8 @@ def run_updates(training: Training, run: Run, progress: bool = True) -> None:
                     unsaved = False
             if unsaved:
                 run.save(training.num_updates, training.weights(), training.state_dict())
+            if training.num_updates == total:
+                training.close()
         except BaseException as error:
             where = f"training stopped after update {training.num_updates:,}"
             explained = run.placed(error, where)

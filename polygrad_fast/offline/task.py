@@ -57,9 +57,10 @@ def load_task(source: str, env_id: str | None = None) -> OfflineTask:
             dimensions, or actions beyond the bounds.
     """
     dataset = load_dataset(source)
-    env_id = env_id or dataset.env_id
+    own, env_id = dataset.env_id, env_id or dataset.env_id
     dims = dataset.observation_dim, dataset.action_dim
-    if env_id is None or env_id in REFERENCE_RETURNS:  # versions that cannot be made any more
+    # D4RL's versions cannot be made any more
+    if env_id is None or (env_id == own and own in REFERENCE_RETURNS):
         space = gymnasium.spaces.Box(-1.0, 1.0, (dataset.action_dim,), np.float32)
     else:
         env = make_environment(env_id)

@@ -20,7 +20,6 @@ import signal
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -155,8 +154,15 @@ def main(arguments: list[str] | None = None) -> int:
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         _find_modules_here()
-        command, run = _parse(arguments)
+        command = _parse(arguments)
         if command is not None:
+            run = {
+                Train: _train,
+                Evaluate: _evaluate,
+                Sample: _sample,
+                Gradient: _gradient,
+                Collect: _collect,
+            } | cli_offline.RUN
             run[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
@@ -194,9 +200,9 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> tuple[Any, dict[type, Callable[[Any], None]]]:
-    """Parse with tyro, whose boxed messages become one line; return the command, None where help
-    was printed, and what runs each."""
+def _parse(arguments: list[str]) -> Any:
+    """Parse with tyro, whose boxed messages become one line; return the command, or None where help
+    was printed."""
     arguments = _join_command(arguments)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
@@ -210,16 +216,8 @@ def _parse(arguments: list[str]) -> tuple[Any, dict[type, Callable[[Any], None]]
         | Annotated[Gradient, tyro.conf.subcommand("gradient")]
         | Annotated[Collect, tyro.conf.subcommand("data collect")]
     )
-    run: dict[type, Callable[[Any], None]] = {
-        Train: _train,
-        Evaluate: _evaluate,
-        Sample: _sample,
-        Gradient: _gradient,
-        Collect: _collect,
-    }
-    offline, run_offline = cli_offline.subcommands(
-        arguments, functools.partial(_flag, arguments), _resumes(arguments)
-    )
+    flag = functools.partial(_flag, arguments)
+    offline = cli_offline.subcommands(arguments[:1], flag, _resumes(arguments))
     commands = functools.reduce(operator.or_, offline, commands)
     complaint = io.StringIO()
     try:
@@ -232,11 +230,11 @@ def _parse(arguments: list[str]) -> tuple[Any, dict[type, Callable[[Any], None]]
             )
     except SystemExit as stop:
         if stop.code in (0, None):
-            return None, {}
+            return None
         raise InputError(_first_sentence(complaint.getvalue())) from None
     if isinstance(command, Train) and command.resume:
         _check_same_run(command, defaults)
-    return command, run | run_offline
+    return command
 
 
 def _join_command(arguments: list[str]) -> list[str]:

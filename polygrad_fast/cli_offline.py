@@ -108,61 +108,50 @@ class OfflineDemo:
 COMMANDS = ("offline diffuse", "offline train", "offline evaluate", "offline demo")
 
 
-def subcommands(
-    arguments: list[str], flag: Callable[[str], str | None], resumes: bool
-) -> tuple[list[Any], dict[type, Callable[[Any], None]]]:
-    """Return the commands for tyro, and what runs each.
+def subcommands(command: list[str], flag: Callable[[str], str | None], resumes: bool) -> list[Any]:
+    """Return the commands for tyro.
 
     Args:
-        arguments: of the command line, the command first.
+        command: the one that is given, or nothing.
         flag: returns the value given for --name, or None.
         resumes: whether --resume is given.
 
     Raises:
         InputError: unknown preset, or --resume without a run directory to continue.
     """
-    command = arguments[0] if arguments else ""
-    defaults = {
-        name: make(flag if name == command else lambda option: None, resumes and name == command)
-        for name, make in zip(COMMANDS, (_diffuse_defaults, _train_defaults), strict=False)
-    }
-
-    def run_diffuse(given: Diffuse) -> None:
-        if given.resume:
-            _check_same_run(given, defaults[COMMANDS[0]])
-        _diffuse(given)
-
-    def run_train(given: OfflineTrain) -> None:
-        if given.resume:
-            _check_same_run(given, defaults[COMMANDS[1]])
-        _train(given)
-
-    commands = [
+    defaults = {}
+    for name, new, stored in (
+        (COMMANDS[0], _new_diffuse, _stored_diffuse),
+        (COMMANDS[1], _new_train, _stored_train),
+    ):
+        if command != [name]:
+            defaults[name] = new("quick")
+        elif not resumes:
+            defaults[name] = new(flag("preset") or "quick")
+        elif run_dir := flag("run-dir"):
+            defaults[name] = stored(Path(run_dir))
+        else:
+            raise InputError("--resume needs --run-dir, the run directory to continue")
+    return [
         Annotated[Diffuse, tyro.conf.subcommand(COMMANDS[0], default=defaults[COMMANDS[0]])],
         Annotated[OfflineTrain, tyro.conf.subcommand(COMMANDS[1], default=defaults[COMMANDS[1]])],
         Annotated[OfflineEvaluate, tyro.conf.subcommand(COMMANDS[2])],
         Annotated[OfflineDemo, tyro.conf.subcommand(COMMANDS[3])],
     ]
-    return commands, {
-        Diffuse: run_diffuse,
-        OfflineTrain: run_train,
-        OfflineEvaluate: _evaluate,
-        OfflineDemo: _demo,
-    }
 
 
-def _stored_run(flag: Callable[[str], str | None], kind: str) -> tuple[Path, dict[str, Any]]:
-    given = flag("run-dir")
-    if not given:
-        raise InputError("--resume needs --run-dir, the run directory to continue")
-    return Path(given), read_run_config(Path(given), kind)
+def _new_diffuse(preset: str) -> Diffuse:
+    return Diffuse(tyro.MISSING, tyro.MISSING, config=DiffuseConfig.from_preset(preset))
 
 
-def _diffuse_defaults(flag: Callable[[str], str | None], resumes: bool) -> Diffuse:
-    if not resumes:
-        config = DiffuseConfig.from_preset(flag("preset") or "quick")
-        return Diffuse(tyro.MISSING, tyro.MISSING, config=config)
-    run_dir, found = _stored_run(flag, COMMANDS[0])
+def _new_train(preset: str) -> OfflineTrain:
+    config = OfflineTrainConfig.from_preset(preset)
+    return OfflineTrain(tyro.MISSING, tyro.MISSING, tyro.MISSING, config=config)
+
+
+def _stored_diffuse(run_dir: Path) -> Diffuse:
+    """Return what a run began with."""
+    found = read_run_config(run_dir, COMMANDS[0])
     with _damage_named(run_dir):
         return Diffuse(
             dataset=found["dataset"],
@@ -174,11 +163,9 @@ def _diffuse_defaults(flag: Callable[[str], str | None], resumes: bool) -> Diffu
         )
 
 
-def _train_defaults(flag: Callable[[str], str | None], resumes: bool) -> OfflineTrain:
-    if not resumes:
-        config = OfflineTrainConfig.from_preset(flag("preset") or "quick")
-        return OfflineTrain(tyro.MISSING, tyro.MISSING, tyro.MISSING, config=config)
-    run_dir, found = _stored_run(flag, COMMANDS[1])
+def _stored_train(run_dir: Path) -> OfflineTrain:
+    """Return what a run began with."""
+    found = read_run_config(run_dir, COMMANDS[1])
     with _damage_named(run_dir):
         return OfflineTrain(
             agent=found["agent"],
@@ -215,6 +202,8 @@ def _check_same_run(given: Diffuse | OfflineTrain, stored: Diffuse | OfflineTrai
 
 
 def _diffuse(command: Diffuse) -> None:
+    if command.resume:
+        _check_same_run(command, _stored_diffuse(command.run_dir))
     with end_on_interrupt():
         from polygrad_fast.offline.runs import diffuse
 
@@ -237,6 +226,8 @@ def _diffuse(command: Diffuse) -> None:
 
 
 def _train(command: OfflineTrain) -> None:
+    if command.resume:
+        _check_same_run(command, _stored_train(command.run_dir))
     if command.data == "ensemble":
         raise InputError(
             "--data ensemble is not there yet: wanted one of real, unguided and guided"
@@ -323,3 +314,12 @@ def _demo(command: OfflineDemo) -> None:
     with end_on_interrupt():
         from polygrad_fast.offline.demo import run_demo
     print(json.dumps(run_demo(command.run_dir, command.agent, command.seed, command.progress)))
+
+
+RUN: dict[type, Callable[[Any], None]] = {
+    Diffuse: _diffuse,
+    OfflineTrain: _train,
+    OfflineEvaluate: _evaluate,
+    OfflineDemo: _demo,
+}
+"""What runs each command."""

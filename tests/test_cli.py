@@ -108,7 +108,7 @@ def test_gradient_prints_a_table_and_json_last(run_dir, capsys):
     [
         ("", "train, evaluate, sample"),
         ("fly", "command must be one of ['train', 'evaluate', 'sample', 'gradient', 'data col"),
-        ("fly", "'data collect'], got 'fly'"),
+        ("fly", "'offline demo'], got 'fly'"),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),
@@ -721,4 +721,6 @@ def test_groups_of_commands(capsys):
     assert cli.main(["data", "--help"]) == 0
     assert "data collect" in capsys.readouterr().out
     assert cli.main(["data"]) == cli.main(["data", "colect"]) == 2
-    assert capsys.readouterr().err.count("'data collect'], got 'data'") == 2
+    assert capsys.readouterr().err.count("'offline demo'], got 'data'") == 2
+    assert cli.main(["offline", "--help"]) == 0
+    assert "offline diffuse" in capsys.readouterr().out

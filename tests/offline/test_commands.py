@@ -20,8 +20,8 @@ from polygrad_fast.runs.metrics import read_metrics
 
 DIFFUSE = (
     "--network.features 24 --network.num-levels 2 --window-length 6 --total-updates 12 "
-    "--training.batch-size 8 --validation-interval 6 --validation-fraction 0.2 --log-interval 4 "
-    "--checkpoint-interval 5 --no-progress"
+    "--training.batch-size 8 --validation-interval 6 --validation-fraction 0.2 "
+    "--validation-windows 16 --log-interval 4 --checkpoint-interval 5 --no-progress"
 ).split()
 TRAIN = (
     "--total-updates 12 --batch-size 16 --num-trajectories 20 --lifetime 4 --eval-interval 6 "
@@ -110,7 +110,7 @@ def test_killed_and_resumed_runs_are_the_same_to_the_bit(
         stdout=subprocess.DEVNULL,
     )
     steps, deadline = killed / "checkpoints", time.monotonic() + 60
-    while not steps.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not list(steps.glob("step_*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(signal.SIGKILL)

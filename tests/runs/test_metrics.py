@@ -90,6 +90,24 @@ def test_a_new_log_does_not_overwrite_an_old_one(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_logs_of_updates(tmp_path):
+    path = tmp_path / "metrics.csv"
+    with MetricsLog(path, step_column="update") as log:
+        log.write(3, {"loss": 0.5})
+        log.write(4, {"loss": 0.25, "env_step": 7})
+    assert path.read_text().splitlines()[0] == "update,loss,env_step"
+    assert read_metrics(path) == [
+        {"update": 3, "loss": 0.5},
+        {"update": 4, "loss": 0.25, "env_step": 7.0},
+    ]
+    with MetricsLog(path, 3, "update") as log:
+        assert log.rows == [{"update": 3, "loss": 0.5}]
+        with pytest.raises(ValueError, match="name other than 'update', got 'update'"):
+            log.write(5, {"update": 1.0})
+    with pytest.raises(InputError, match="with 'env_step' as its first column, got 'update'"):
+        MetricsLog(path, 3)
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "prices.csv").write_text("day,price\n1,2\n")
     with pytest.raises(

@@ -274,9 +274,24 @@ def _train_on(run: OfflineRun, command: Diffuse | OfflineTrain, name: str) -> No
     shown = ("diffusion/loss", "diffusion/validation_loss", "eval/mean_reward", "eval/score")
     told = [f"{key} {last[key]:.4g}" for key in shown if key in last]
     print(f"update {training.num_updates:,}: {', '.join(told) or 'no row of metrics yet'}")
+    if "eval/mean_reward" in last:
+        title = f"{run.run.identity['env_id']}, {run.run.identity['agent']}, seed {command.seed}"
+        print(_plot(command.run_dir, title))
     if training.num_updates < training.total_updates:
         again = f"polygrad-fast offline {name} --resume --run-dir "
         print(f"stopped; `{again}{shlex.quote(str(command.run_dir))}` continues")
+
+
+def _plot(run_dir: Path, title: str) -> str:
+    """Draw a run's learning curve and say where it is."""
+    from polygrad_fast.evaluation.plots import plot_learning_curve
+
+    curve = run_dir / "learning_curve.png"
+    try:
+        plot_learning_curve(run_dir / "metrics.csv", curve, title)
+    except InputError as error:  # matplotlib is an extra
+        return f"no learning curve ({error})"
+    return f"learning curve in {curve}"
 
 
 def _evaluate(command: OfflineEvaluate) -> None:

@@ -12,7 +12,7 @@ from polygrad_fast.errors import InputError
 
 
 def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None:
-    """Plot the return against environment steps and write it to `output_png`.
+    """Plot the return against environment steps, or updates, and write it to `output_png`.
 
     A line with a band of one standard deviation shows `eval/mean_reward` and `eval/std_reward`;
     points show `train/episode_return`. Uses matplotlib's Agg canvas directly: no display, no
@@ -25,7 +25,7 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
     figure, axes = _new_figure(title)
     from matplotlib.ticker import EngFormatter
 
-    from polygrad_fast.runs.metrics import STEP_COLUMN, read_metrics
+    from polygrad_fast.runs.metrics import STEP_NAMES, read_metrics
 
     rows = read_metrics(metrics_csv)
     evaluations = [row for row in rows if math.isfinite(row.get("eval/mean_reward", math.nan))]
@@ -34,13 +34,14 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
         raise InputError(
             f"{metrics_csv} has {len(rows)} rows, none with a finite eval/mean_reward to plot"
         )
-    steps = [row[STEP_COLUMN] for row in evaluations]
+    column = next(iter(rows[0]))
+    steps = [row[column] for row in evaluations]
     mean = [row["eval/mean_reward"] for row in evaluations]
     std = [row.get("eval/std_reward", 0.0) for row in evaluations]
 
     if episodes:
         axes.plot(
-            [row[STEP_COLUMN] for row in episodes],
+            [row[column] for row in episodes],
             [row["train/episode_return"] for row in episodes],
             linestyle="none",
             marker=".",
@@ -58,7 +59,7 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
         label="evaluation, ± 1 standard deviation",
     )
     axes.plot(steps, mean, color="tab:blue", marker="o", markersize=3, label="evaluation, mean")
-    axes.set_xlabel("environment steps")
+    axes.set_xlabel(f"{STEP_NAMES[column]}s")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _write_figure(figure, axes, output_png)
 

@@ -6,7 +6,7 @@ import pytest
 
 from polygrad_fast.errors import InputError
 from polygrad_fast.evaluation import plots
-from polygrad_fast.evaluation.plots import plot_learning_curve
+from polygrad_fast.evaluation.plots import plot_learning_curve, plot_offline_comparison
 from polygrad_fast.runs.metrics import MetricsLog
 
 
@@ -74,3 +74,35 @@ def test_importing_does_not_import_matplotlib():
     root = Path(plots.__file__).parents[2]
     script = "import sys, polygrad_fast.evaluation.plots; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root)
+
+
+def test_runs_that_count_updates(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    with MetricsLog(tmp_path / "metrics.csv", step_column="update") as log:
+        log.write(3, {"eval/mean_reward": 1.0})
+    plot_learning_curve(tmp_path / "metrics.csv", tmp_path / "x.png", "")
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "updates" and list(axes.lines[0].get_xdata()) == [3]
+    write_log(tmp_path / "steps.csv")
+    plot_learning_curve(tmp_path / "steps.csv", tmp_path / "x.png", "")
+    assert drawn[1].axes[0].get_xlabel() == "environment steps"
+
+
+def test_what_a_comparison_shows(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    curves = {"real": ([0, 10], [1.0, 2.0]), "guided": ([0, 10], [3.0, 4.0])}
+    returns = {"real": [1.0, 3.0], "guided": [4.0], "dataset": [-1.0, -2.0]}
+    plot_offline_comparison(curves, returns, tmp_path / "x.png", "A title")
+    (axes,) = drawn[0].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["real data", "guided data", "dataset, mean"]
+    data = {line.get_label(): line for line in axes.lines}
+    assert list(data["guided data"].get_ydata()) == [3.0, 4.0]
+    assert list(data["dataset, mean"].get_ydata()) == [-1.5, -1.5]
+    means = [list(bar.lines[0].get_ydata()) for bar in axes.containers]
+    ends = [[cap.get_ydata()[0] for cap in bar.lines[1]] for bar in axes.containers]
+    assert means == [[2.0], [4.0]] and ends == [[1.0, 3.0], [4.0, 4.0]]

@@ -66,6 +66,7 @@ def test_train_and_evaluate(dataset_file, model_dir, tmp_path, capsys, agent, da
     assert run(train(dataset_file, run_dir, *more, agent=agent)) == 0
     assert "update 12: eval/mean_reward -" in capsys.readouterr().out
     assert not (run_dir / "synthetic").exists()
+    assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     rows = read_metrics(run_dir / "metrics.csv")
     assert f"{agent}/actor_loss" in rows[-1] and rows[-1]["update"] == 12
     assert ("synthetic/set" in rows[-1]) == (data != "real")

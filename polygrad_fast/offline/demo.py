@@ -64,10 +64,11 @@ def run_demo(
         diffuse_config, train_config: default the preset "quick".
 
     Returns:
-        Mean returns by name: dataset, untrained, real, unguided, guided; and seconds.
+        Mean returns by name: dataset, real, unguided, guided; and seconds.
 
     Raises:
-        InputError: the folder is there already, or matplotlib is missing and so on.
+        InputError: the folder is there already.
+        KeyboardInterrupt: Ctrl-C came.
     """
     if run_dir.exists():
         raise InputError(f"--run-dir must be a folder that is not there yet, got {run_dir}")
@@ -78,7 +79,7 @@ def run_demo(
     diffusion = diffuse(
         str(data_file), run_dir / "diffusion", "quick", seed, diffuse_config, device="cpu"
     )
-    diffusion.train(progress)
+    _finish(diffusion, progress)
     tell(f"diffusion model in {run_dir / 'diffusion'} after {_since(begun)}")
     evaluator = OfflineEvaluator(ENVIRONMENT, TEST_EPISODES, TEST_SEED)
     curves = {}
@@ -95,7 +96,7 @@ def run_demo(
             train_config,
             device="cpu",
         )
-        run.train(progress)
+        _finish(run, progress)
         predict, _, _ = load_agent(where, "last", "cpu")
         returns[data] = evaluator.evaluate(predict).episodes.returns
         curves[data] = _curve(run)
@@ -120,6 +121,11 @@ def describe(returns: dict[str, Sequence[float]]) -> str:
     return ", ".join(
         f"{name} {np.mean(values):.0f} ({np.std(values):.0f})" for name, values in returns.items()
     )
+
+
+def _finish(run: OfflineRun, progress: bool) -> None:
+    if not run.train(progress):
+        raise KeyboardInterrupt
 
 
 def _collect(path: Path, seed: int, progress: bool) -> np.ndarray:

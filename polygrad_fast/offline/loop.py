@@ -87,9 +87,12 @@ class Averages:
         self._counts = dict(state["counts"])
 
 
-def run_updates(training: Training, run: Run, progress: bool = True) -> None:
+def run_updates(training: Training, run: Run, progress: bool = True) -> bool:
     """Train until the training's last update, or until Ctrl-C or SIGTERM, which end it after the
     current one; the state is saved at the end.
+
+    Returns:
+        Whether it took its last update.
 
     Raises:
         InputError, NonFiniteError, OSError: naming update and last checkpoint.
@@ -150,6 +153,7 @@ def run_updates(training: Training, run: Run, progress: bool = True) -> None:
             if explained is error:
                 raise
             raise explained from error
+    return training.num_updates == total
 
 
 def named_weights(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

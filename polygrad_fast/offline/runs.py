@@ -37,9 +37,9 @@ class OfflineRun:
     def __init__(self, training: DiffusionTraining | AgentTraining, run: Run):
         self.training, self.run = training, run
 
-    def train(self, progress: bool = True) -> None:
-        """Take the updates that are left; see `run_updates`."""
-        run_updates(self.training, self.run, progress)
+    def train(self, progress: bool = True) -> bool:
+        """Take the updates that are left and return whether none is; see `run_updates`."""
+        return run_updates(self.training, self.run, progress)
 
     def rows(self) -> list[dict[str, float]]:
         """Return the rows of metrics.csv, none where there is no such file yet."""

@@ -13,8 +13,11 @@ import torch
 
 from polygrad_fast import cli
 from polygrad_fast.config import offline as presets
+from polygrad_fast.data.collect import collect_episodes
+from polygrad_fast.data.environment import make_environment
 from polygrad_fast.data.load import load_dataset
 from polygrad_fast.offline import demo
+from polygrad_fast.offline.diffusion import DiffusionTraining
 from polygrad_fast.runs.checkpoint import load_checkpoint
 from polygrad_fast.runs.metrics import read_metrics
 
@@ -278,11 +281,26 @@ def test_demo(tmp_path, capsys, monkeypatch, tiny_diffuse, tiny_train):
     assert "--run-dir must be a folder that is not there yet" in capsys.readouterr().err
 
 
+def test_an_interrupt_ends_the_demo(tmp_path, capsys, monkeypatch, tiny_diffuse):
+    monkeypatch.setitem(presets.DIFFUSE_PRESETS, "quick", lambda: tiny_diffuse)
+    update = DiffusionTraining.update
+
+    def interrupted(training):
+        update(training)
+        if training.num_updates == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(DiffusionTraining, "update", interrupted)
+    assert run(["offline", "demo", "--run-dir", tmp_path / "demo", "--no-progress"]) == 130
+    assert "polygrad-fast: interrupted" in capsys.readouterr().err
+    found = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert found == {"dataset.npz", "diffusion"}
+    saved = [path.name for path in (tmp_path / "demo" / "diffusion" / "checkpoints").iterdir()]
+    assert saved == ["step_000000003"]
+
+
 def test_the_demos_controller_swings_up():
     """Without noise it holds the pendulum upright: about -150 instead of -1200 at random."""
-    from polygrad_fast.data.collect import collect_episodes
-    from polygrad_fast.data.environment import make_environment
-
     env = make_environment("Pendulum-v1")
     good = collect_episodes(env, demo.swing_up, 4, 1).episode_returns()
     noisy = collect_episodes(env, demo.swing_up, 6, 1, demo.NOISE_STD).episode_returns()

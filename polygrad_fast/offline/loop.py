@@ -46,6 +46,9 @@ class Training(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Return everything else that continues the training exactly."""
 
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> None:
+        """Continue from what `weights` and `state_dict` returned; errors name `source`."""
+
     def close(self) -> None:
         """Delete what only an unfinished training needs."""
 

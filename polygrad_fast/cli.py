@@ -12,7 +12,6 @@ import difflib
 import functools
 import io
 import json
-import operator
 import os
 import re
 import shlex
@@ -162,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
                 Sample: _sample,
                 Gradient: _gradient,
                 Collect: _collect,
-            } | cli_offline.RUN
+            } | dict(cli_offline.COMMANDS.values())
             run[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
@@ -217,8 +216,10 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Collect, tyro.conf.subcommand("data collect")]
     )
     flag = functools.partial(_flag, arguments)
-    offline = cli_offline.subcommands(arguments[:1], flag, _resumes(arguments))
-    commands = functools.reduce(operator.or_, offline, commands)
+    offline = cli_offline.defaults(arguments[:1], flag, _resumes(arguments))
+    for name, (options, _) in cli_offline.COMMANDS.items():
+        given = {"default": offline[options]} if options in offline else {}
+        commands |= Annotated[options, tyro.conf.subcommand(name, **given)]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

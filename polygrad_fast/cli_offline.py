@@ -25,6 +25,7 @@ from polygrad_fast.runs.interrupts import end_on_interrupt
 if TYPE_CHECKING:
     from polygrad_fast.offline.runs import OfflineRun
 
+DIFFUSE, TRAIN = "offline diffuse", "offline train"
 EVALUATION_SEED = 1_000_003
 Preset = Literal["quick", "released", "paper"]
 
@@ -105,11 +106,11 @@ class OfflineDemo:
     """Show progress bars."""
 
 
-COMMANDS = ("offline diffuse", "offline train", "offline evaluate", "offline demo")
-
-
-def subcommands(command: list[str], flag: Callable[[str], str | None], resumes: bool) -> list[Any]:
-    """Return the commands for tyro.
+def defaults(
+    command: list[str], flag: Callable[[str], str | None], resumes: bool
+) -> dict[type, Diffuse | OfflineTrain]:
+    """Return what `offline diffuse` and `offline train` start from: a preset's settings, or those
+    of the run to resume.
 
     Args:
         command: the one that is given, or nothing.
@@ -119,25 +120,20 @@ def subcommands(command: list[str], flag: Callable[[str], str | None], resumes: 
     Raises:
         InputError: unknown preset, or --resume without a run directory to continue.
     """
-    defaults = {}
-    for name, new, stored in (
-        (COMMANDS[0], _new_diffuse, _stored_diffuse),
-        (COMMANDS[1], _new_train, _stored_train),
+    found = {}
+    for name, options, new, stored in (
+        (DIFFUSE, Diffuse, _new_diffuse, _stored_diffuse),
+        (TRAIN, OfflineTrain, _new_train, _stored_train),
     ):
         if command != [name]:
-            defaults[name] = new("quick")
+            found[options] = new("quick")
         elif not resumes:
-            defaults[name] = new(flag("preset") or "quick")
+            found[options] = new(flag("preset") or "quick")
         elif run_dir := flag("run-dir"):
-            defaults[name] = stored(Path(run_dir))
+            found[options] = stored(Path(run_dir))
         else:
             raise InputError("--resume needs --run-dir, the run directory to continue")
-    return [
-        Annotated[Diffuse, tyro.conf.subcommand(COMMANDS[0], default=defaults[COMMANDS[0]])],
-        Annotated[OfflineTrain, tyro.conf.subcommand(COMMANDS[1], default=defaults[COMMANDS[1]])],
-        Annotated[OfflineEvaluate, tyro.conf.subcommand(COMMANDS[2])],
-        Annotated[OfflineDemo, tyro.conf.subcommand(COMMANDS[3])],
-    ]
+    return found
 
 
 def _new_diffuse(preset: str) -> Diffuse:
@@ -151,7 +147,7 @@ def _new_train(preset: str) -> OfflineTrain:
 
 def _stored_diffuse(run_dir: Path) -> Diffuse:
     """Return what a run began with."""
-    found = read_run_config(run_dir, COMMANDS[0])
+    found = read_run_config(run_dir, DIFFUSE)
     with _damage_named(run_dir):
         return Diffuse(
             dataset=found["dataset"],
@@ -165,7 +161,7 @@ def _stored_diffuse(run_dir: Path) -> Diffuse:
 
 def _stored_train(run_dir: Path) -> OfflineTrain:
     """Return what a run began with."""
-    found = read_run_config(run_dir, COMMANDS[1])
+    found = read_run_config(run_dir, TRAIN)
     with _damage_named(run_dir):
         return OfflineTrain(
             agent=found["agent"],
@@ -297,7 +293,7 @@ def _plot(run_dir: Path, title: str) -> str:
 def _evaluate(command: OfflineEvaluate) -> None:
     as_integer(command.episodes, "--episodes", 1)
     as_integer(command.seed, "--seed", 0)
-    read_run_config(command.run_dir, COMMANDS[1])
+    read_run_config(command.run_dir, TRAIN)
     with end_on_interrupt():
         from polygrad_fast.evaluation.offline import OfflineEvaluator
         from polygrad_fast.offline.agents import comparable_score, load_agent
@@ -331,10 +327,10 @@ def _demo(command: OfflineDemo) -> None:
     print(json.dumps(run_demo(command.run_dir, command.agent, command.seed, command.progress)))
 
 
-RUN: dict[type, Callable[[Any], None]] = {
-    Diffuse: _diffuse,
-    OfflineTrain: _train,
-    OfflineEvaluate: _evaluate,
-    OfflineDemo: _demo,
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    DIFFUSE: (Diffuse, _diffuse),
+    TRAIN: (OfflineTrain, _train),
+    "offline evaluate": (OfflineEvaluate, _evaluate),
+    "offline demo": (OfflineDemo, _demo),
 }
-"""What runs each command."""
+"""Options of each command, and what runs it."""

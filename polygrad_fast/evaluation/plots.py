@@ -7,8 +7,10 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from polygrad_fast.errors import InputError
+from polygrad_fast.runs.files import write_bytes_atomic
 
 
 def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None:
@@ -22,7 +24,7 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
         InputError: matplotlib is missing, or `metrics_csv` is unreadable or has no finite
             `eval/mean_reward`.
     """
-    figure, axes = _new_figure(title)
+    figure = _figure(7.0, 4.2)
     from matplotlib.ticker import EngFormatter
 
     from polygrad_fast.runs.metrics import STEP_NAMES, read_metrics
@@ -39,6 +41,7 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
     mean = [row["eval/mean_reward"] for row in evaluations]
     std = [row.get("eval/std_reward", 0.0) for row in evaluations]
 
+    axes = figure.add_subplot()
     if episodes:
         axes.plot(
             [row[column] for row in episodes],
@@ -59,9 +62,12 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
         label="evaluation, ± 1 standard deviation",
     )
     axes.plot(steps, mean, color="tab:blue", marker="o", markersize=3, label="evaluation, mean")
+    axes.set_title(title)
     axes.set_xlabel(f"{STEP_NAMES[column]}s")
+    axes.set_ylabel("return of an episode")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _write_figure(figure, axes, output_png)
+    _finish(axes)
+    _write(figure, output_png)
 
 
 def plot_offline_comparison(
@@ -83,9 +89,10 @@ def plot_offline_comparison(
     Raises:
         InputError: matplotlib is missing.
     """
-    figure, axes = _new_figure(title)
+    figure = _figure(7.0, 4.2)
     from matplotlib.ticker import EngFormatter
 
+    axes = figure.add_subplot()
     end = max(updates[-1] for updates, _ in curves.values())
     for number, (name, (updates, means)) in enumerate(curves.items()):
         (line,) = axes.plot(updates, means, marker="o", markersize=3, label=f"{name} data")
@@ -103,13 +110,16 @@ def plot_offline_comparison(
         )
     dataset = sum(returns["dataset"]) / len(returns["dataset"])
     axes.axhline(dataset, color="0.4", linestyle="--", linewidth=1, label="dataset, mean")
+    axes.set_title(title)
     axes.set_xlabel("updates of the agent (squares: test episodes, ± 1 standard deviation)")
+    axes.set_ylabel("return of an episode")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _write_figure(figure, axes, output_png)
+    _finish(axes)
+    _write(figure, output_png)
 
 
-def _new_figure(title: str):
-    """Return a figure and its axes.
+def _figure(width: float, height: float) -> Any:
+    """Return a figure in inches, on matplotlib's Agg canvas: no display, no change to pyplot.
 
     Raises:
         InputError: matplotlib is missing.
@@ -121,20 +131,18 @@ def _new_figure(title: str):
         raise InputError(
             "plots need the extra 'plots': pip install 'polygrad-fast[plots]'"
         ) from error
-    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    return figure, axes
+    return figure
 
 
-def _write_figure(figure, axes, output_png: Path) -> None:
-    from polygrad_fast.runs.files import write_bytes_atomic
-
-    axes.set_ylabel("return of an episode")
+def _finish(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(framealpha=0.85, edgecolor="none", fontsize="small")
+
+
+def _write(figure: Any, output_png: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_bytes_atomic(output_png, image.getvalue())

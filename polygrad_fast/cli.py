@@ -139,7 +139,27 @@ class Collect:
     """Show a progress bar."""
 
 
-COMMANDS = ("train", "evaluate", "sample", "gradient", "data collect")
+@dataclass(frozen=True)
+class Baseline:
+    """Train a model-free algorithm of Stable-Baselines3 with its default settings; metrics.csv is
+    that of a training here. Needs the extra "baselines". The last line printed is JSON."""
+
+    env_id: str
+    """Gymnasium environment with Box observations and actions, e.g. Hopper-v5."""
+    algo: Literal["a2c", "ppo", "sac", "td3", "trpo"] = "ppo"
+    run_dir: str = ""
+    """Where metrics, models and the learning curve go; default runs/ENV_ID-ALGO-SEED."""
+    seed: int = 0
+    total_timesteps: int = 100_000
+    """Environment steps."""
+    eval_interval: int = 5000
+    """Environment steps between two evaluations of the policy's mean."""
+    eval_episodes: int = 10
+    progress: bool = True
+    """Show a progress bar."""
+
+
+COMMANDS = ("train", "evaluate", "sample", "gradient", "baseline", "data collect")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
                 Evaluate: _evaluate,
                 Sample: _sample,
                 Gradient: _gradient,
+                Baseline: _baseline,
                 Collect: _collect,
             }
             run[type(command)](command)
@@ -197,7 +218,9 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | Collect | None:
+def _parse(
+    arguments: list[str],
+) -> Train | Evaluate | Sample | Gradient | Baseline | Collect | None:
     """Parse with tyro, whose boxed messages become one line; return None where it printed help."""
     arguments = _join_command(arguments)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
@@ -210,6 +233,7 @@ def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | Colle
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Gradient, tyro.conf.subcommand("gradient")]
+        | Annotated[Baseline, tyro.conf.subcommand("baseline")]
         | Annotated[Collect, tyro.conf.subcommand("data collect")]
     )
     complaint = io.StringIO()
@@ -475,6 +499,31 @@ def _sample(command: Sample) -> None:
     write_bytes_atomic(command.out, data.getvalue())
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     print(f"{command.num} imagined trajectories in {command.out}: {shapes}")
+
+
+def _baseline(command: Baseline) -> None:
+    with end_on_interrupt():
+        from polygrad_fast.baselines import train_baseline
+    name = re.sub(r"[^\w.-]+", "-", command.env_id)
+    run_dir = Path(command.run_dir or f"runs/{name}-{command.algo}-{command.seed}")
+    train_baseline(
+        command.algo,
+        command.env_id,
+        run_dir,
+        command.total_timesteps,
+        command.seed,
+        command.eval_interval,
+        command.eval_episodes,
+        command.progress,
+    )
+    rows = [row for row in read_metrics(run_dir / "metrics.csv") if "eval/mean_reward" in row]
+    names = ("best_mean_reward", "mean_reward", "std_reward")
+    found = {name: rows[-1][f"eval/{name}"] for name in names}
+    best, last = found["best_mean_reward"], found["mean_reward"]
+    print(
+        f"{command.env_id}, {command.algo}: mean return {best:.0f} at best, {last:.0f} at the last"
+    )
+    print(json.dumps(found))
 
 
 def _gradient(command: Gradient) -> None:

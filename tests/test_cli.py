@@ -107,8 +107,12 @@ def test_gradient_prints_a_table_and_json_last(run_dir, capsys):
     "arguments, message",
     [
         ("", "train, evaluate, sample"),
-        ("fly", "command must be one of ['train', 'evaluate', 'sample', 'gradient', 'data col"),
+        ("fly", "command must be one of ['train', 'evaluate', 'sample', 'gradient', 'baselin"),
         ("fly", "'data collect'], got 'fly'"),
+        ("baseline --env-id Nope-v1 --run-dir none", "Nope-v1"),
+        ("baseline --env-id Pendulum-v1 --algo dqn", "dqn"),
+        ("baseline --env-id Pendulum-v1 --total-timesteps 0 --run-dir none", "total_timesteps"),
+        ("baseline --env-id CartPole-v1 --run-dir none", "Box"),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),

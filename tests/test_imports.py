@@ -15,7 +15,8 @@ PACKAGE = "polygrad_fast"
 # A room of the package (a folder, or a file beside them) imports from those it can reach here.
 ARROWS = {
     "__main__": "cli runs",
-    "cli": "agent",
+    "cli": "agent baselines",
+    "baselines": "evaluation runs",
     "compat": "agent",
     "agent": "training",
     "offline": "sampling runs",

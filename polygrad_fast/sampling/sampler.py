@@ -55,6 +55,11 @@ class TrajectoryBatch:
     those returned; in standard deviations, root mean square over the batch. Actions and states have
     settled on each other where it is small."""
 
+    def first_steps(self, horizon: int) -> TrajectoryBatch:
+        """Return the first steps of all trajectories, without a chain."""
+        parts = (self.observations, self.actions, self.rewards, self.terminals)
+        return TrajectoryBatch(*(part[:, :horizon] for part in parts))
+
 
 class PolicyGuidedSampler:
     """Diffuse random trajectories into on-policy ones (Algorithm 2).

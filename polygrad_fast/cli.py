@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, sample, gradient.
+"""Command line: train, evaluate, sample, errors, actions, gradient.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -7,10 +7,13 @@ is quick and an interrupt is answered.
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import difflib
+import functools
 import io
 import json
+import operator
 import os
 import re
 import shlex
@@ -20,12 +23,12 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from polygrad_fast._version import __version__
-from polygrad_fast.arguments import as_integer, as_output_file
+from polygrad_fast.arguments import as_integer, as_number_list, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.runs.directory import difference, read_run_config
@@ -96,6 +99,49 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Errors:
+    """Measure how wrong imagined trajectories are: from real states of fresh episodes, their
+    actions replayed in MuJoCo; the last line printed is JSON."""
+
+    run_dir: tyro.conf.Positional[Path]
+    horizons: str = "10"
+    """Steps, e.g. 10,50; beyond the training's own only for world models that can."""
+    num: int = 256
+    """Number of trajectories."""
+    seed: int = 0
+    """Of episodes, starts and imagination."""
+    checkpoint: str = "last"
+    """The last or the best checkpoint, or the name of one in RUN_DIR/checkpoints."""
+    out: Path | None = None
+    """Write the errors of every step as .csv."""
+    plot: Path | None = None
+    """Write a figure of them as .png; needs the extra "plots"."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Actions:
+    """Measure whether imagined actions are the policy's, at several standard deviations; the last
+    line printed is JSON."""
+
+    run_dir: tyro.conf.Positional[Path]
+    sigmas: str = "1.0,0.3,0.1"
+    """Standard deviations that replace the policy's own, in its units."""
+    num: int = 1024
+    """Trajectories imagined at each, from observations in the replay buffer."""
+    action_update: Literal["score", "sample", "exact", "none"] | None = None
+    """Of the sampler, instead of the run's own; trajectory diffusion only."""
+    guidance_scale: float | None = None
+    """Instead of the run's own; action update "score" only."""
+    seed: int = 0
+    checkpoint: str = "last"
+    """The last checkpoint, or the name of one in RUN_DIR/checkpoints."""
+    plot: Path | None = None
+    """Write histograms as .png; needs the extra "plots"."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
 class Gradient:
     """Compare the imagined policy gradient with the simulator's, from the same observations in the
     replay buffer; the last line printed is JSON."""
@@ -122,8 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         _find_modules_here()
         command = _parse(arguments)
         if command is not None:
-            run = {Train: _train, Evaluate: _evaluate, Sample: _sample, Gradient: _gradient}
-            run[type(command)](command)
+            COMMANDS[type(command).__name__.lower()][1](command)
     except InputError as error:
         return _fail(str(error), 2)
     except NonFiniteError as error:
@@ -160,20 +205,21 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Evaluate | Sample | Gradient | None:
+def _parse(arguments: list[str]) -> Any:
     """Parse with tyro, whose boxed messages become one line; return None where it printed help."""
-    names = ("train", "evaluate", "sample", "gradient")
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        close = difflib.get_close_matches(arguments[0], names, n=1)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
-        raise InputError(f"command must be one of {list(names)}, got {arguments[0]!r}{hint}")
+        raise InputError(f"command must be one of {list(COMMANDS)}, got {arguments[0]!r}{hint}")
     defaults = _train_defaults(arguments)
-    commands = (
-        Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Sample, tyro.conf.subcommand("sample")]
-        | Annotated[Gradient, tyro.conf.subcommand("gradient")]
-    )
+    subcommands = [
+        Annotated[
+            options,
+            tyro.conf.subcommand(name, **({"default": defaults} if options is Train else {})),
+        ]
+        for name, (options, _) in COMMANDS.items()
+    ]
+    commands = functools.reduce(operator.or_, subcommands)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -428,34 +474,234 @@ def _sample(command: Sample) -> None:
     print(f"{command.num} imagined trajectories in {command.out}: {shapes}")
 
 
+def _load(command: Errors | Actions | Gradient) -> PolyGRAD:
+    """Load the agent of the run and checkpoint that a command names."""
+    from polygrad_fast.agent import PolyGRAD
+
+    which = command.checkpoint
+    if which in ("last", "best"):
+        return PolyGRAD.load(command.run_dir, device=command.device, checkpoint=which)
+    return PolyGRAD.load(command.run_dir / "checkpoints" / which, device=command.device)
+
+
+def _describe(agent: PolyGRAD, command: Errors | Actions | Gradient) -> str:
+    return (
+        f"{agent.env_id}, {agent.config.world_model}, {command.checkpoint} checkpoint (environment "
+        f"step {agent.num_timesteps:,}), horizon {agent.config.horizon}"
+    )
+
+
+def _warn_of_guidance(agent: PolyGRAD, command: Errors | Actions) -> None:
+    """Warn where the checkpoint lacks the guidance scale that the run had tuned."""
+    config = agent.config
+    guided = config.sampler.action_update == "score" and config.guidance.rule != "none"
+    if config.world_model == "trajectory_diffusion" and guided and command.checkpoint == "best":
+        warnings.warn(
+            f"the best checkpoint does not hold the guidance scale of the run: imagining with the "
+            f"initial one, {config.guidance.initial:g}; the last checkpoint has its own",
+            stacklevel=2,
+        )
+
+
+def _check_plot(path: Path | None) -> None:
+    """Check, before any work, that a figure can be drawn and written."""
+    if path is None:
+        return
+    as_output_file(path, "--plot")
+    if path.suffix != ".png":
+        raise InputError(f"--plot must be a .png file, got {path}")
+    from polygrad_fast.evaluation.plots import check_plots
+
+    check_plots()
+
+
+def _errors(command: Errors) -> None:
+    horizons = as_number_list(command.horizons, "--horizons", int)
+    as_integer(command.num, "--num", 1)
+    as_integer(command.seed, "--seed", 0, below=2**32)
+    if command.out is not None:
+        as_output_file(command.out, "--out")
+    _check_plot(command.plot)
+    read_run_config(command.run_dir)
+    with end_on_interrupt():
+        from polygrad_fast.diagnostics.dynamics import dynamics_report, dynamics_table
+        from polygrad_fast.evaluation.plots import plot_dynamics_errors
+        from polygrad_fast.training.threads import available_cpus, cpu_threads
+
+        agent = _load(command)
+    _warn_of_guidance(agent, command)
+    threads = agent.config.cpu_threads
+    with cpu_threads(threads, agent.device):
+        report = dynamics_report(
+            agent.make_evaluation_environment(),
+            agent.world_model,
+            agent.policy,
+            agent.normalizer,
+            agent.action_scaler,
+            horizons,
+            command.num,
+            command.seed,
+            agent.config.imagined_batch_size,
+            threads or available_cpus(),
+            progress=sys.stderr.isatty(),
+        )
+    rows = report.rows()
+    if command.out is not None:
+        write_bytes_atomic(command.out, _as_csv(rows))
+        print(f"errors of every step in {command.out}")
+    if command.plot is not None:
+        title = f"{agent.env_id}, {agent.config.world_model}, seed {agent.seed}"
+        plot_dynamics_errors(rows, command.plot, title)
+        print(f"figure in {command.plot}")
+    simulator = "mujoco.rollout" if report.is_native else "gymnasium's loop"
+    print(
+        f"{_describe(agent, command)}, {command.num:,} trajectories from {report.num_episodes} "
+        f"fresh episodes, simulated by {simulator}"
+    )
+    print(dynamics_table(report))
+    print(json.dumps(report.summary()))
+
+
+def _as_csv(rows: list[dict[str, float | None]]) -> bytes:
+    """Return rows as CSV with a header; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _actions(command: Actions) -> None:
+    sigmas = as_number_list(command.sigmas, "--sigmas", float)
+    for sigma in sigmas:
+        if not 0 < sigma < float("inf"):
+            raise InputError(f"--sigmas must be positive finite numbers, got {sigma}")
+    as_integer(command.num, "--num", 4)
+    as_integer(command.seed, "--seed", 0, below=2**32)
+    _check_plot(command.plot)
+    read_run_config(command.run_dir)
+    with end_on_interrupt():
+        import torch
+
+        from polygrad_fast.diagnostics.actions import action_report, action_table
+        from polygrad_fast.evaluation.plots import plot_standardized_actions
+        from polygrad_fast.training.threads import cpu_threads
+
+        agent = _load(command)
+    config = agent.config
+    scale = _change_sampler(agent, command)
+    generator = torch.Generator(agent.device).manual_seed(command.seed)
+    if agent.replay.num_windows == 0:
+        raise InputError(
+            "the actions need start observations in the replay buffer, got none; the best "
+            "checkpoint has no replay buffer, the last one has"
+        )
+    starts = agent.replay.sample_initial_observations(
+        command.num, generator, config.newest_start_states, config.share_of_newest
+    )
+    # the same noise at each sigma, and not the numbers that drew the starts
+    noise_seed = int(torch.randint(2**62, (), generator=generator, device=agent.device))
+    with cpu_threads(config.cpu_threads, agent.device):
+        reports = [
+            action_report(
+                agent.world_model,
+                agent.policy,
+                agent.normalizer,
+                starts,
+                sigma,
+                noise_seed,
+                config.imagined_batch_size,
+                progress=sys.stderr.isatty(),
+            )
+            for sigma in sigmas
+        ]
+    if command.plot is not None:
+        samples = [
+            (f"sigma {report.sigma:g}: std {report.statistics.std:.3f}", report.values)
+            for report in reports
+        ]
+        title = f"{agent.env_id}, {config.world_model}, seed {agent.seed}"
+        plot_standardized_actions(samples, command.plot, title)
+        print(f"figure in {command.plot}")
+    print(f"{_describe(agent, command)}, {command.num:,} trajectories at each sigma")
+    if scale:
+        print(f"the sampler's {scale}")
+    print(action_table(reports))
+    print(json.dumps([report.summary() for report in reports]))
+
+
+def _change_sampler(agent: PolyGRAD, command: Actions) -> str:
+    """Let the agent imagine with the action update and guidance scale asked for; return in words
+    what it imagines with, where it has a sampler.
+
+    Raises:
+        InputError: the world model has no sampler, or its actions follow no guidance scale.
+    """
+    from polygrad_fast.world_models import TrajectoryDiffusion
+
+    model = agent.world_model
+    asked = {"--action-update": command.action_update, "--guidance-scale": command.guidance_scale}
+    if not isinstance(model, TrajectoryDiffusion):
+        for flag, value in asked.items():
+            if value is not None:
+                raise InputError(
+                    f"{flag} must be left out for a run whose world model is "
+                    f"{agent.config.world_model!r}, which has no sampler, got {value!r}"
+                )
+        return ""
+    if command.action_update is not None:
+        model.use_action_update(command.action_update)
+    update = model.config.sampler.action_update
+    if command.guidance_scale is not None:
+        if update != "score":
+            raise InputError(
+                f"--guidance-scale must be left out with action update {update!r}, got "
+                f"{command.guidance_scale:g}"
+            )
+        if not 0 <= command.guidance_scale < float("inf"):
+            raise InputError(
+                f"--guidance-scale must be a finite number of at least 0, got "
+                f"{command.guidance_scale}"
+            )
+        model.guidance.value = command.guidance_scale
+    scale = f", guidance scale {model.guidance.value:.4g}" if update == "score" else ""
+    return f"action update is {update!r}{scale}"
+
+
 def _gradient(command: Gradient) -> None:
     as_integer(command.num, "--num", 8)
     as_integer(command.newest, "--newest", 1)
     as_integer(command.seed, "--seed", 0, below=2**32)
     read_run_config(command.run_dir)
     with end_on_interrupt():
-        from polygrad_fast.agent import PolyGRAD
         from polygrad_fast.diagnostics.gradient import policy_gradient_report
         from polygrad_fast.diagnostics.table import table
+        from polygrad_fast.training.threads import cpu_threads
 
-        last = command.checkpoint == "last"
-        path = command.run_dir if last else command.run_dir / "checkpoints" / command.checkpoint
-        agent = PolyGRAD.load(path, device=command.device)
-    report = policy_gradient_report(
-        agent.make_evaluation_environment(),
-        agent.world_model,
-        agent.training.learner,
-        agent.replay,
-        agent.action_scaler,
-        command.num,
-        command.newest,
-        command.seed,
-        agent.config.imagined_batch_size,
-    )
-    print(
-        f"{agent.env_id}, {agent.config.world_model}, {command.checkpoint} checkpoint (environment "
-        f"step {agent.num_timesteps:,}), horizon {agent.config.horizon}, {command.num:,} "
-        f"trajectories per gradient"
-    )
+        agent = _load(command)
+    with cpu_threads(agent.config.cpu_threads, agent.device):
+        report = policy_gradient_report(
+            agent.make_evaluation_environment(),
+            agent.world_model,
+            agent.training.learner,
+            agent.replay,
+            agent.action_scaler,
+            command.num,
+            command.newest,
+            command.seed,
+            agent.config.imagined_batch_size,
+        )
+    print(f"{_describe(agent, command)}, {command.num:,} trajectories per gradient")
     print(table(report))
     print(json.dumps(report.summary()))
+
+
+COMMANDS = {
+    "train": (Train, _train),
+    "evaluate": (Evaluate, _evaluate),
+    "sample": (Sample, _sample),
+    "errors": (Errors, _errors),
+    "actions": (Actions, _actions),
+    "gradient": (Gradient, _gradient),
+}
+"""Name -> its options, and what runs it."""

@@ -4,6 +4,7 @@ imagines."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,6 +87,16 @@ class TrajectoryDiffusion:
                 action_bounds=self._action_bounds,
             )
         return self._sampler
+
+    def use_action_update(self, action_update: str) -> None:
+        """Imagine with another `SamplerConfig.action_update` from now on.
+
+        Raises:
+            InputError: an unknown one, or one that does not fit the other options.
+        """
+        sampler = replace(self.config.sampler, action_update=action_update)
+        self.config = replace(self.config, sampler=sampler)
+        self._sampler = None  # its engine is built for its options
 
     def update(
         self, windows: Windows, generator: torch.Generator | None = None

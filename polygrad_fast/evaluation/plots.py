@@ -16,6 +16,9 @@ import numpy as np
 from polygrad_fast.errors import InputError
 from polygrad_fast.runs.files import write_bytes_atomic
 
+FAR_BELOW = 1e-3
+"""A floor of so little of the lowest error is told in the legend, not drawn."""
+
 
 def check_plots() -> None:
     """Raise InputError where figures cannot be drawn: matplotlib is an extra."""
@@ -109,7 +112,11 @@ def plot_dynamics_errors(
     )
     axes.plot(steps, columns["mse"], color="tab:blue", marker="o", markersize=3, label="mean")
     axes.plot(steps, columns["median"], color="tab:blue", linestyle="--", label="median")
-    axes.plot(steps, columns["floor_mse"], color="0.4", label="the simulator's own, mean")
+    floor = np.nanmax(columns["floor_mse"], initial=0.0)
+    if floor < FAR_BELOW * np.nanmin(columns["quartile_1"], initial=math.inf):
+        axes.plot([], [], color="0.4", label=f"the simulator's own: below {floor:.0e}")
+    else:
+        axes.plot(steps, columns["floor_mse"], color="0.4", label="the simulator's own, mean")
     axes.set_yscale("log")
     axes.set_title(title)
     axes.set_xlabel("step of the trajectory")

@@ -104,8 +104,8 @@ class Errors:
     actions replayed in MuJoCo; the last line printed is JSON."""
 
     run_dir: tyro.conf.Positional[Path]
-    horizons: str = "10"
-    """Steps, e.g. 10,50; beyond the training's own only for world models that can."""
+    horizons: str | None = None
+    """Steps, e.g. 10,50; default the run's own. Only some world models can imagine more."""
     num: int = 256
     """Number of trajectories."""
     seed: int = 0
@@ -516,7 +516,9 @@ def _check_plot(path: Path | None) -> None:
 
 
 def _errors(command: Errors) -> None:
-    horizons = as_number_list(command.horizons, "--horizons", int)
+    horizons = None
+    if command.horizons is not None:
+        horizons = as_number_list(command.horizons, "--horizons", int)
     as_integer(command.num, "--num", 1)
     as_integer(command.seed, "--seed", 0, below=2**32)
     if command.out is not None:
@@ -538,7 +540,7 @@ def _errors(command: Errors) -> None:
             agent.policy,
             agent.normalizer,
             agent.action_scaler,
-            horizons,
+            horizons or [agent.config.horizon],
             command.num,
             command.seed,
             agent.config.imagined_batch_size,

@@ -1,4 +1,4 @@
-"""Command line: train, evaluate, sample, errors, actions, gradient.
+"""Command line: train, evaluate, sample, errors, actions, gradient, dream.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -13,6 +13,7 @@ import difflib
 import functools
 import io
 import json
+import math
 import operator
 import os
 import re
@@ -38,7 +39,10 @@ from polygrad_fast.runs.metrics import read_metrics
 from polygrad_fast.training.estimate import num_updates
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from polygrad_fast.agent import PolyGRAD
+    from polygrad_fast.diagnostics.dream import Dream as DreamFound
 
 EVALUATION_SEED = 1_000_003
 SPEEDS = {
@@ -154,6 +158,27 @@ class Gradient:
     seed: int = 0
     checkpoint: str = "last"
     """The last checkpoint, or the name of one in RUN_DIR/checkpoints, e.g. step_000006000."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Dream:
+    """Show one imagined trajectory above the real one of the same actions, with its error; where
+    observations do not fix the pose, plot them."""
+
+    run_dir: tyro.conf.Positional[Path]
+    out: Path = Path("dream.mp4")
+    """A video (.mp4 or .gif) or a strip of frames (.png); needs the extra "video"."""
+    horizon: int | None = None
+    """Steps; default the run's own. Only some world models can imagine more."""
+    start: int = 0
+    """Steps of the policy before the dream begins."""
+    fps: float = 10.0
+    """Frames per second of the video, one per step."""
+    seed: int = 0
+    """Of the episode, its actions and the imagination."""
+    checkpoint: str = "last"
+    """The last or the best checkpoint, or the name of one in RUN_DIR/checkpoints."""
     device: str = "auto"
 
 
@@ -474,7 +499,7 @@ def _sample(command: Sample) -> None:
     print(f"{command.num} imagined trajectories in {command.out}: {shapes}")
 
 
-def _load(command: Errors | Actions | Gradient) -> PolyGRAD:
+def _load(command: Errors | Actions | Gradient | Dream) -> PolyGRAD:
     """Load the agent of the run and checkpoint that a command names."""
     from polygrad_fast.agent import PolyGRAD
 
@@ -484,14 +509,14 @@ def _load(command: Errors | Actions | Gradient) -> PolyGRAD:
     return PolyGRAD.load(command.run_dir / "checkpoints" / which, device=command.device)
 
 
-def _describe(agent: PolyGRAD, command: Errors | Actions | Gradient) -> str:
+def _describe(agent: PolyGRAD, command: Errors | Actions | Gradient | Dream) -> str:
     return (
         f"{agent.env_id}, {agent.config.world_model}, {command.checkpoint} checkpoint (environment "
         f"step {agent.num_timesteps:,}), horizon {agent.config.horizon}"
     )
 
 
-def _warn_of_guidance(agent: PolyGRAD, command: Errors | Actions) -> None:
+def _warn_of_guidance(agent: PolyGRAD, command: Errors | Dream) -> None:
     """Warn where the checkpoint lacks the guidance scale that the run had tuned."""
     config = agent.config
     guided = config.sampler.action_update == "score" and config.guidance.rule != "none"
@@ -698,6 +723,98 @@ def _gradient(command: Gradient) -> None:
     print(json.dumps(report.summary()))
 
 
+def _dream(command: Dream) -> None:
+    from polygrad_fast.evaluation.video import VIDEOS, check_video
+
+    if command.horizon is not None:
+        as_integer(command.horizon, "--horizon", 2)
+    as_integer(command.start, "--start", 0)
+    as_integer(command.seed, "--seed", 0, below=2**32)
+    if not 0 < command.fps <= 1000:
+        raise InputError(f"--fps must be in (0, 1000], got {command.fps}")
+    as_output_file(command.out, "--out")
+    if command.out.suffix not in (*VIDEOS, ".png"):
+        raise InputError(f"--out must be a .mp4, .gif or .png file, got {command.out}")
+    check_video("dream")
+    read_run_config(command.run_dir)
+    with end_on_interrupt():
+        from polygrad_fast.diagnostics.dream import dream, pose_simulator
+        from polygrad_fast.evaluation.plots import check_plots, plot_observations
+        from polygrad_fast.evaluation.video import check_rendering, write_strip, write_video
+        from polygrad_fast.training.threads import cpu_threads
+        from polygrad_fast.world_models import check_horizon
+
+        agent = _load(command)
+    _warn_of_guidance(agent, command)
+    horizon = check_horizon(agent.world_model, command.horizon or agent.config.horizon)
+    parts = agent.policy, agent.normalizer, agent.action_scaler
+    with cpu_threads(agent.config.cpu_threads, agent.device):
+        environment = agent.make_evaluation_environment()
+        simulator = pose_simulator(environment, *parts, command.seed)
+        if simulator is None:
+            if command.out.suffix != ".png":
+                raise InputError(
+                    f"--out must be a .png file for {agent.env_id}, whose observations do not fix "
+                    f"the pose and are plotted instead, got {command.out}"
+                )
+            check_plots()
+        else:
+            environment = agent.make_evaluation_environment(render_mode="rgb_array")
+            simulator = pose_simulator(environment, *parts, command.seed)
+            check_rendering(environment)
+        found = dream(
+            environment,
+            simulator,
+            agent.world_model,
+            *parts,
+            horizon,
+            command.start,
+            command.seed,
+        )
+    title = f"{agent.env_id}, {agent.config.world_model}, seed {agent.seed}"
+    ends = found.imagined_length, found.real_length
+    if simulator is None:
+        plot_observations(found.imagined, found.real, ends, command.out, title)
+        what = "observations plotted"
+    else:
+        frames = _dream_frames(found)
+        if command.out.suffix == ".png":
+            write_strip(frames, command.out)
+        else:
+            write_video(frames, command.out, command.fps)
+        what = f"{len(frames)} frames"
+    print(f"{_describe(agent, command)}: {what} in {command.out}")
+    last = min(ends)
+    print(
+        f"error after {last - 1} steps: {found.errors[last - 1]:.3g} (squared, normalized "
+        f"observations); {_end_in_words('imagined', ends[0], len(found.errors))}, "
+        f"{_end_in_words('simulated', ends[1], len(found.errors))}"
+    )
+
+
+def _end_in_words(name: str, length: int, horizon: int) -> str:
+    return f"{name} goes on" if length == horizon else f"{name} ends at step {length - 1}"
+
+
+def _dream_frames(found: DreamFound) -> list[np.ndarray]:
+    """Return frames with captions."""
+    from polygrad_fast.evaluation.video import captioned
+
+    frames = []
+    for t, (imagined, real) in enumerate(found.frames):
+        error = "" if math.isnan(found.errors[t]) else f", error {found.errors[t]:.2g}"
+        ended = [" (ended)" if t >= n else "" for n in (found.imagined_length, found.real_length)]
+        frames.append(
+            captioned(
+                [
+                    (f"imagined, step {t}{error}{ended[0]}", imagined),
+                    (f"simulated, same actions{ended[1]}", real),
+                ]
+            )
+        )
+    return frames
+
+
 COMMANDS = {
     "train": (Train, _train),
     "evaluate": (Evaluate, _evaluate),
@@ -705,5 +822,6 @@ COMMANDS = {
     "errors": (Errors, _errors),
     "actions": (Actions, _actions),
     "gradient": (Gradient, _gradient),
+    "dream": (Dream, _dream),
 }
 """Name -> its options, and what runs it."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 import polygrad_fast as pg
 from polygrad_fast import cli
@@ -163,6 +164,66 @@ def test_actions_prints_a_table_and_json_last(run_dir, tmp_path, capsys):
         assert entry["ks"] < 3 * entry["ks_floor"]
 
 
+@pytest.mark.parametrize("name", ["dream.mp4", "dream.gif", "strip.png"])
+def test_dream_shows_imagined_above_simulated(run_dir, tmp_path, capsys, monkeypatch, name):
+    imageio = pytest.importorskip("imageio.v2")
+
+    def render(self):  # without pygame
+        return np.full((500, 500, 3), 150 + 80 * np.cos(self.state[0]), dtype=np.uint8)
+
+    monkeypatch.setattr(PendulumEnv, "render", render)
+    out = tmp_path / name
+    arguments = ["dream", str(run_dir), "--out", str(out), "--start", "5"]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"4 frames in {out}" in lines[0] and lines[1].startswith("error after ")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    if name == "strip.png":
+        assert imageio.imread(out).shape == (518, 4 * 240, 3)  # of 512 x 1104 each
+        return
+    frames = [frame[..., :3] for frame in imageio.mimread(out, memtest=False)]
+    assert len(frames) == 4 and frames[0].shape == (1104, 512, 3)
+    assert frames[0][:50].max() > 150  # the caption
+    for top in (50, 600):  # both begin in the same pose
+        assert frames[0][top + 9 : top + 490, 9:490].std() < 5
+    poses = [[frame[top + 250, 250, 0] for top in (50, 600)] for frame in map(np.int32, frames)]
+    assert abs(poses[0][0] - poses[0][1]) <= 3 and abs(poses[3][0] - poses[3][1]) > 3
+
+
+def test_observations_that_do_not_fix_the_pose_are_plotted(tmp_path, capsys):
+    words = train(tmp_path / "run", "--env-id", "MountainCarContinuous-v0", total=45)
+    assert cli.main([*words, "--eval-interval", "1000", "--eval-episodes", "1"]) == 0
+    capsys.readouterr()
+    arguments = ["dream", str(tmp_path / "run"), "--out"]
+    assert cli.main([*arguments, str(tmp_path / "dream.mp4")]) == 2
+    err = capsys.readouterr().err
+    assert "must be a .png file for MountainCarContinuous-v0, whose observations do not fix" in err
+    assert cli.main([*arguments, str(tmp_path / "dream.png")]) == 0
+    assert "observations plotted in" in capsys.readouterr().out
+    assert (tmp_path / "dream.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "dream.mp4").exists()
+
+
+def test_where_nothing_can_be_rendered_a_dream_says_so(cheetah_run, tmp_path):
+    """With a renderer that cannot be, or with one that is missing."""
+    for backend in ("", "osmesa", "egl"):
+        out = tmp_path / "dream.gif"
+        result = subprocess.run(
+            [sys.executable, "-m", "polygrad_fast", "dream", str(cheetah_run), "--out", str(out)],
+            capture_output=True,
+            text=True,
+            env={**ONE_THREAD, "MUJOCO_GL": backend},
+        )
+        assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+        if result.returncode == 0:
+            assert backend and out.exists()
+        else:
+            sentence = [line for line in result.stderr.splitlines() if line][-1]
+            assert result.returncode == 2 and "MUJOCO_GL" in sentence
+            assert sentence.startswith("polygrad-fast: ")
+            assert not out.exists()
+
+
 def test_what_a_run_has_no_use_for_is_refused(cheetah_run, capsys):
     for flag, value in (("--action-update", "exact"), ("--guidance-scale", "1")):
         assert cli.main(["actions", str(cheetah_run), flag, value]) == 2
@@ -190,7 +251,7 @@ def test_the_best_checkpoint_has_no_guidance_scale(tmp_path, capsys):
         (
             "fly",
             "command must be one of ['train', 'evaluate', 'sample', 'errors', 'actions', "
-            "'gradient'], got 'fly'",
+            "'gradient', 'dream'], got 'fly'",
         ),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
@@ -258,6 +319,15 @@ def test_the_best_checkpoint_has_no_guidance_scale(tmp_path, capsys):
         ("actions {run} --plot {tmp}/x.txt", "--plot must be a .png file, got {tmp}/x.txt"),
         ("actions {run} --checkpoint best", "got none; the best checkpoint has no replay buffer"),
         ("actions {run} --checkpoint first", "first does not exist, wanted a run or checkpoint"),
+        ("dream {tmp}/none", "none is not a run directory"),
+        ("dream {run} --out {tmp}/none/x.mp4", "--out must be in an existing directory, got"),
+        ("dream {run} --out {tmp}/x.txt", "--out must be a .mp4, .gif or .png file, got {tmp}/x"),
+        ("dream {run} --horizon 1", "--horizon must be an integer of at least 2, got 1"),
+        ("dream {run} --horizon 5", "horizon must be at most 4, the whole trajectory that"),
+        ("dream {run} --start -1", "--start must be an integer of at least 0, got -1"),
+        ("dream {run} --fps 0", "--fps must be in (0, 1000], got 0"),
+        ("dream {run} --seed -1", "--seed must be an integer in [0, 4294967296), got -1"),
+        ("dream {run} --checkpoint first", "first does not exist, wanted a run or checkpoint"),
         ("gradient {tmp}/none", "none is not a run directory"),
         ("gradient {run} --num 7", "--num must be an integer of at least 8, got 7"),
         ("gradient {run} --newest 0", "--newest must be an integer of at least 1, got 0"),

@@ -55,7 +55,6 @@ class RecordedWindows:
     """From which they are."""
 
 
-@torch.no_grad()
 def record_windows(
     replay: MujocoReplay,
     policy: Any,
@@ -113,7 +112,6 @@ def _play(
 ) -> Episode:
     environment, size = replay.environment, replay.observation_dim
     place = f"{replay.name}, {where}"
-    device = normalizer.observations_mean.device
     observation = reset_environment(environment, seed, size, f"{place}, reset")
     states, observations, actions, rewards = [], [observation], [], []
     terminated = truncated = False
@@ -124,10 +122,7 @@ def _play(
                 f"{MAX_EPISODE_STEPS:,} steps without an end"
             )
         states.append(replay.state())
-        seen = torch.from_numpy(observation).to(device)
-        mean, std = policy_moments(policy, normalizer, seen, normalized=False)
-        drawn = mean.cpu() + std.cpu() * torch.randn(mean.shape, generator=noise)
-        actions.append(action_scaler.to_environment(drawn.numpy()))
+        actions.append(draw_action(policy, normalizer, action_scaler, observation, noise))
         step = f"{place}, step {len(actions)}"
         observation, reward, terminated, truncated = step_environment(
             environment, actions[-1], size, step
@@ -136,6 +131,22 @@ def _play(
         rewards.append(reward)
     columns = (states, observations, actions, rewards)
     return Episode(*(np.array(column) for column in columns), terminated)
+
+
+@torch.no_grad()
+def draw_action(
+    policy: Any,
+    normalizer: Normalizer,
+    action_scaler: ActionScaler,
+    observation: np.ndarray,
+    noise: torch.Generator,
+) -> np.ndarray:
+    """Return an action [A] in the environment's units, drawn from the policy at a raw observation
+    [S] with normals of a generator on the CPU."""
+    seen = torch.from_numpy(observation).to(normalizer.observations_mean.device)
+    mean, std = policy_moments(policy, normalizer, seen, normalized=False)
+    drawn = mean.cpu() + std.cpu() * torch.randn(mean.shape, generator=noise)
+    return action_scaler.to_environment(drawn.numpy())
 
 
 def _windows(starts: list[tuple[Episode, int]], num_steps: int) -> RecordedWindows:

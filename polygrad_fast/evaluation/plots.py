@@ -160,6 +160,35 @@ def plot_standardized_actions(
     _write(figure, output_png)
 
 
+def plot_observations(
+    imagined: np.ndarray, real: np.ndarray, ends: tuple[int, int], output_png: Path, title: str
+) -> None:
+    """Plot every entry of two sequences of observations [H, S], imagined and real, against the
+    step, at most 24 of them, and write it to `output_png`.
+
+    Args:
+        ends: how many observations come up to the end of either, or H.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    num = min(imagined.shape[1], 24)
+    num_columns = min(num, 4)
+    num_rows = math.ceil(num / num_columns)
+    figure = _figure(2.6 * num_columns + 0.4, 1.7 * num_rows + 0.5)
+    for i in range(num):
+        axes = figure.add_subplot(num_rows, num_columns, i + 1)
+        for values, end, style, label in (
+            (real, ends[1], {"color": "black"}, "simulated"),
+            (imagined, ends[0], {"color": "tab:blue", "linestyle": "--"}, "imagined"),
+        ):
+            axes.plot(range(end), values[:end, i], label=label, **style)
+        axes.set_title(f"observation {i}", fontsize="small")
+        _finish(axes, legend=i == 0)
+    figure.suptitle(title)
+    _write(figure, output_png)
+
+
 def _figure(width: float, height: float) -> Any:
     """Return a figure in inches, on matplotlib's Agg canvas: no display, no change to pyplot."""
     check_plots()
@@ -171,10 +200,11 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, legend: bool = True) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(framealpha=0.85, edgecolor="none", fontsize="small")
+    if legend:
+        axes.legend(framealpha=0.85, edgecolor="none", fontsize="small")
 
 
 def _write(figure: Any, output_png: Path) -> None:

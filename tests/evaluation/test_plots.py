@@ -109,6 +109,18 @@ def test_what_is_drawn_of_standardized_actions(tmp_path, monkeypatch):
     assert max(axes.lines[0].get_ydata()) == pytest.approx(0.39894, abs=1e-4)
 
 
+def test_what_is_drawn_of_observations(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    imagined = np.arange(90.0).reshape(3, 30)
+    plots.plot_observations(imagined, imagined + 1, (2, 3), tmp_path / "x.png", "A title")
+    assert len(drawn[0].axes) == 24
+    real, dreamt = drawn[0].axes[5].lines
+    assert list(real.get_ydata()) == [6, 36, 66] and list(dreamt.get_ydata()) == [5, 35]
+    assert (real.get_label(), dreamt.get_label()) == ("simulated", "imagined")
+
+
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -164,9 +164,7 @@ class MujocoReplay:
         waiting = iter(states)
 
         def take_next(control: np.ndarray, n_frames: int) -> None:
-            data = self._bare.data
-            data.ctrl[:] = control
-            self._mujoco.mj_setState(self._bare.model, data, next(waiting), self._kind)
+            self._mujoco.mj_setState(self._bare.model, self._bare.data, next(waiting), self._kind)
 
         self._bare.do_simulation = take_next  # hides the method
         try:

@@ -19,8 +19,8 @@ class KnownModel:
 
     longest_horizon = H
 
-    def __init__(self, normalizer, z):
-        self.normalizer, self.z = normalizer, z
+    def __init__(self, normalizer, z, end=H):
+        self.normalizer, self.z, self.end = normalizer, z, end
 
     @torch.no_grad()
     def imagine(self, initial_observations, policy, generator=None, normalized=False, horizon=None):
@@ -31,7 +31,8 @@ class KnownModel:
         mean, std = policy(self.normalizer.unnormalize(states, "observations"))
         z = self.z(torch.randn(batch, H, A, generator=generator), states)
         actions = self.normalizer.normalize(mean + std * z, "actions")
-        return TrajectoryBatch(states, actions, torch.zeros(batch, H), torch.zeros(batch, H))
+        terminals = (torch.arange(H) >= self.end).float().expand(batch, H)
+        return TrajectoryBatch(states, actions, torch.zeros(batch, H), terminals)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,11 @@ def policy():
     return pg.GaussianPolicy(S, A, 16, init_std=0.6, min_std=0.2)
 
 
-def found(normalizer, policy, z, sigma=0.3, seed=0, num=N):
+def found(normalizer, policy, z, sigma=0.3, seed=0, num=N, end=H):
     starts = torch.randn(num, S, generator=torch.Generator().manual_seed(9))
     starts = normalizer.unnormalize(starts, "observations")
-    return action_report(KnownModel(normalizer, z), policy, normalizer, starts, sigma, seed, 700)
+    model = KnownModel(normalizer, z, end)
+    return action_report(model, policy, normalizer, starts, sigma, seed, 700)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.3, 0.02])
@@ -107,6 +109,15 @@ def test_values_are_those_of_the_numbers_and_seeds_give_them_again(normalizer, p
     lines = action_table([first, other]).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert lines[1].split()[-1] == f"{first.statistics.autocorrelation:.4f}"
+
+
+def test_what_follows_an_end_does_not_count(normalizer, policy):
+    def late(normals, states):
+        return torch.where(torch.arange(H)[:, None] > 2, 50.0, normals)
+
+    ended = found(normalizer, policy, late, end=2)
+    assert len(ended.values) == N * 3 * A and np.abs(ended.values).max() < 10
+    assert ended.kurtosis == pytest.approx(3.0, abs=0.2)
 
 
 def test_bad_arguments_are_refused(normalizer, policy):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 import polygrad_fast as pg
@@ -109,6 +110,7 @@ def cheetah_run(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "cheetah"
     words = train(path, "--env-id", "HalfCheetah-v5", "--world-model", "autoregressive", total=80)
     sizes = "--autoregressive.hidden-dim 8 --eval-interval 1000 --eval-episodes 1".split()
+    sizes += ["--cpu-threads", "3"]
     assert cli.main([*words, *sizes]) == 0
     return path
 
@@ -222,6 +224,28 @@ def test_where_nothing_can_be_rendered_a_dream_says_so(cheetah_run, tmp_path):
             assert result.returncode == 2 and "MUJOCO_GL" in sentence
             assert sentence.startswith("polygrad-fast: ")
             assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "command, function",
+    [
+        ("errors", "dynamics.dynamics_report"),
+        ("actions", "actions.action_report"),
+        ("gradient", "gradient.policy_gradient_report"),
+    ],
+)
+def test_diagnostics_take_the_runs_own_threads(cheetah_run, monkeypatch, command, function):
+    before, seen = torch.get_num_threads(), []
+
+    def report(*arguments, **options):
+        seen.append((torch.get_num_threads(), *arguments[-1:]))
+        raise pg.InputError("that is all")
+
+    monkeypatch.setattr(f"polygrad_fast.diagnostics.{function}", report)
+    assert cli.main([command, str(cheetah_run)]) == 2
+    assert seen[0][0] == 3 != before == torch.get_num_threads()
+    if command == "errors":
+        assert seen[0][1] == 3  # of the simulator
 
 
 def test_what_a_run_has_no_use_for_is_refused(cheetah_run, capsys):

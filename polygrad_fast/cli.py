@@ -740,7 +740,7 @@ def _dream(command: Dream) -> None:
     with end_on_interrupt():
         from polygrad_fast.diagnostics.dream import dream, pose_simulator
         from polygrad_fast.evaluation.plots import check_plots, plot_observations
-        from polygrad_fast.evaluation.video import check_rendering, write_strip, write_video
+        from polygrad_fast.evaluation.video import prepare_rendering, write_strip, write_video
         from polygrad_fast.training.threads import cpu_threads
         from polygrad_fast.world_models import check_horizon
 
@@ -761,7 +761,7 @@ def _dream(command: Dream) -> None:
         else:
             environment = agent.make_evaluation_environment(render_mode="rgb_array")
             simulator = pose_simulator(environment, *parts, command.seed)
-            check_rendering(environment)
+            prepare_rendering(environment)
         found = dream(
             environment,
             simulator,

@@ -49,7 +49,7 @@ def record_episode(
     check_video("--video")
     environment = environments.make(render_mode="rgb_array")
     environment.reset(seed=seed)
-    check_rendering(environment)
+    prepare_rendering(environment)
     fps = environment.metadata.get("render_fps", 30)
     with contextlib.ExitStack() as stack:
         if not environments.is_given(environment):
@@ -73,8 +73,13 @@ def check_video(what: str) -> None:
         ) from None
 
 
-def check_rendering(environment: gymnasium.Env) -> None:
-    """Raise InputError where an environment, which has been reset, cannot render here."""
+def prepare_rendering(environment: gymnasium.Env) -> None:
+    """Let the camera of an environment, which has been reset, follow what moves.
+
+    Raises:
+        InputError: it cannot render here.
+    """
+    _follow(environment.unwrapped)
     try:
         environment.render()
     except Exception as error:  # no display, no GL library, no pygame: many kinds of errors
@@ -84,6 +89,20 @@ def check_rendering(environment: gymnasium.Env) -> None:
             f"; for MuJoCo without a display MUJOCO_GL must be egl or osmesa, whichever is "
             f"installed, got {os.environ.get('MUJOCO_GL', '')!r}"
         ) from error
+
+
+def _follow(bare: Any) -> None:
+    """Look through the model's own camera "track" where the environment has one, but looks from a
+    fixed point, as gymnasium 1.4 at HalfCheetah, Ant and Swimmer, which run out of the picture."""
+    renderer = getattr(bare, "mujoco_renderer", None)
+    if getattr(renderer, "camera_id", None) != -1:  # not of MuJoCo, or a camera of the model
+        return
+    chosen = getattr(bare, "camera_id", None) is not None
+    if not chosen and "trackbodyid" not in (renderer.default_cam_config or {}):
+        import mujoco
+
+        camera = mujoco.mj_name2id(bare.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        renderer.camera_id = camera  # -1 where there is none
 
 
 def _forget_locals(error: Exception) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import polygrad_fast as pg
-from polygrad_fast.evaluation.video import captioned, check_rendering, write_strip, write_video
+from polygrad_fast.evaluation.video import captioned, prepare_rendering, write_strip, write_video
 
 imageio = pytest.importorskip("imageio.v2")
 
@@ -54,6 +54,29 @@ def test_a_video_is_there_whole_or_not_at_all(tmp_path):
         write_video([picture(0)], tmp_path / "x.gif" / "y.gif", fps=5)
 
 
+@pytest.mark.parametrize(
+    ("env_id", "options", "follows"),
+    [
+        ("HalfCheetah-v5", {}, True),
+        ("Ant-v5", {}, True),
+        ("HalfCheetah-v5", {"camera_id": -1}, False),  # as asked for
+        ("Hopper-v5", {}, False),  # its own view follows a body
+        ("InvertedPendulum-v5", {}, False),  # there is no such camera
+    ],
+)
+def test_the_camera_follows_what_would_leave_the_picture(monkeypatch, env_id, options, follows):
+    mujoco = pytest.importorskip("mujoco")
+    environment = gymnasium.make(env_id, **options)
+    bare = environment.unwrapped
+    monkeypatch.setattr(type(bare), "render", lambda self: picture(0))  # without a GL library
+    bare.mujoco_renderer.camera_id = -1  # older versions of gymnasium look through it themselves
+    environment.reset(seed=0)
+    prepare_rendering(environment)
+    camera = mujoco.mj_name2id(bare.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    assert bare.mujoco_renderer.camera_id == (camera if follows else -1)
+    assert (camera >= 0) == (env_id != "InvertedPendulum-v5")
+
+
 def test_what_fails_to_render_is_told_in_a_sentence(capsys):
     class Viewer:
         def __init__(self):
@@ -68,5 +91,5 @@ def test_what_fails_to_render_is_told_in_a_sentence(capsys):
 
     message = r"Blind cannot render here \(RuntimeError: no display\); for MuJoCo without"
     with pytest.raises(pg.InputError, match=message):
-        check_rendering(Blind())
+        prepare_rendering(Blind())
     assert capsys.readouterr().err == ""

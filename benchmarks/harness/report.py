@@ -387,9 +387,9 @@ def _on_policy(rows: list[Row]) -> str:
 def _on_policy_caption(rows: list[Row]) -> str:
     return (
         "Standardized imagined actions z = (a - mu) / sigma: their standard deviation (1\n"
-        "on-policy), Kolmogorov-Smirnov distance to N(0, 1) over that of as many true normals (1),\n"
-        "and R2 of z on its own state (0, slightly negative where there is nothing). Residual MLP\n"
-        "256 x 3, 16 steps."
+        "on-policy), Kolmogorov-Smirnov distance to N(0, 1) over that of as many true normals\n"
+        "(1), and R2 of z on its own state (0, slightly negative where there is nothing). Residual\n"
+        "MLP 256 x 3, 16 steps."
     )
 
 

@@ -32,6 +32,7 @@ from polygrad_fast.config import (
 from polygrad_fast.diagnostics.gradient import policy_gradient_report
 from polygrad_fast.errors import InputError
 from polygrad_fast.learners.advantages import spread
+from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.world_models import WorldModel
 from polygrad_fast.world_models.build import build_world_model
 
@@ -60,12 +61,13 @@ def cases(config: TrainConfig) -> dict[str, tuple[TrainConfig, tuple[int, ...]]]
         )
 
     few, many = (16, 8, 4), (128, 64, 32, 16, 8)
+    settled = tuple(steps for steps in (128, 64, 32, 16) if steps >= config.horizon)
     return {
         "residual MLP, released update": (of(mlp, released, 16), (16,)),
         "residual MLP, exact": (of(mlp, exact, 16), few),
         "residual MLP, exact, K = 128": (of(mlp, exact, 128), many),
-        "rollout, exact": (of(rollout, unscaled, 16), (*few, 2)),
-        "rollout, exact, K = 128": (of(rollout, unscaled, 128), many),
+        "rollout, exact": (of(rollout, unscaled, 16), (16, config.horizon)),
+        "rollout, exact, K = 128": (of(rollout, unscaled, 128), settled),
         "autoregressive": (replace(config, world_model="autoregressive"), (0,)),
     }
 
@@ -81,13 +83,16 @@ def train(world_model: WorldModel, agent: PolyGRAD, config: TrainConfig, seconds
     return updates
 
 
-def tune_guidance(world_model: WorldModel, agent: PolyGRAD, samples: int) -> None:
-    """Let a world model that has a guidance scale find it, as training does (equation 10)."""
+def tune_guidance(
+    world_model: WorldModel, agent: PolyGRAD, samples: int, policy: GaussianPolicy
+) -> None:
+    """Let a world model that has a guidance scale find the one for a policy, as training does
+    (equation 10)."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(samples):
         starts = agent.replay.sample_initial_observations(TIMED_BATCH, generator)
-        batch = world_model.imagine(starts, agent.policy, generator)
-        mean, std = agent.policy(batch.observations)
+        batch = world_model.imagine(starts, policy, generator)
+        mean, std = policy(batch.observations)
         z = ((batch.actions - mean) / std)[:, :-1].detach()
         names = {"action_std": "std", "action_mean_abs": "mean_abs"}
         world_model.feedback({name: spread(z, kind).item() for name, kind in names.items()})
@@ -132,7 +137,7 @@ def measure(agent: PolyGRAD, options: argparse.Namespace, file: RowFile, command
         trained = build(config)
         updates = train(trained, agent, config, options.seconds)
         if config.sampler.action_update == "score":
-            tune_guidance(trained, agent, options.tune)
+            tune_guidance(trained, agent, options.tune, agent.policy)
         for steps in numbers_of_steps:
             world_model = trained
             if steps:

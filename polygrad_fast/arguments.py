@@ -67,3 +67,16 @@ def as_output_file(value: Any, name: str) -> Path:
     if not path.absolute().parent.is_dir():
         raise InputError(f"{name} must be in an existing directory, got {path}")
     return path
+
+
+def as_number_list(text: Any, name: str, kind: type[int] | type[float]) -> list:
+    """Return the numbers in a text such as "10,50".
+
+    Raises:
+        InputError: not a text of at least one number, separated by commas; "10," and "" are none.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except (ValueError, AttributeError):
+        wanted = "integers, e.g. 10,50" if kind is int else "numbers, e.g. 1.0,0.3"
+        raise InputError(f"{name} must be a list of {wanted}, got {text!r}") from None

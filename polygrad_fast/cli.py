@@ -1,4 +1,5 @@
-"""Command line: train, evaluate, sample, gradient, data collect; `cli_offline` has offline ones.
+"""Command line: train, evaluate, sample, errors, actions, gradient, dream, baseline, data collect;
+`cli_offline` has the offline commands.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -7,11 +8,14 @@ is quick and an interrupt is answered.
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import difflib
 import functools
 import io
 import json
+import math
+import operator
 import os
 import re
 import shlex
@@ -27,7 +31,7 @@ import tyro
 
 from polygrad_fast import cli_offline
 from polygrad_fast._version import __version__
-from polygrad_fast.arguments import as_integer, as_output_file
+from polygrad_fast.arguments import as_integer, as_number_list, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.runs.directory import read_run_config, refuse_other_options
@@ -38,9 +42,11 @@ from polygrad_fast.training.estimate import num_updates
 
 if TYPE_CHECKING:
     import gymnasium
+    import numpy as np
 
     from polygrad_fast.agent import PolyGRAD
     from polygrad_fast.data.collect import Act
+    from polygrad_fast.diagnostics.dream import Dream as DreamFound
 
 EVALUATION_SEED = 1_000_003
 SPEEDS = {
@@ -101,6 +107,49 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Errors:
+    """Measure how wrong imagined trajectories are: from real states of fresh episodes, their
+    actions replayed in MuJoCo; the last line printed is JSON."""
+
+    run_dir: tyro.conf.Positional[Path]
+    horizons: str | None = None
+    """Steps, e.g. 10,50; default the run's own. Only some world models can imagine more."""
+    num: int = 256
+    """Number of trajectories."""
+    seed: int = 0
+    """Of episodes, starts and imagination."""
+    checkpoint: str = "last"
+    """The last or the best checkpoint, or the name of one in RUN_DIR/checkpoints."""
+    out: Path | None = None
+    """Write the errors of every step as .csv."""
+    plot: Path | None = None
+    """Write a figure of them as .png; needs the extra "plots"."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Actions:
+    """Measure whether imagined actions are the policy's, at several standard deviations; the last
+    line printed is JSON."""
+
+    run_dir: tyro.conf.Positional[Path]
+    sigmas: str = "1.0,0.3,0.1"
+    """Standard deviations that replace the policy's own, in its units."""
+    num: int = 1024
+    """Trajectories imagined at each, from observations in the replay buffer."""
+    action_update: Literal["score", "sample", "exact", "none"] | None = None
+    """Of the sampler, instead of the run's own; trajectory diffusion only."""
+    guidance_scale: float | None = None
+    """Instead of the run's own; action update "score" only."""
+    seed: int = 0
+    checkpoint: str = "last"
+    """The last checkpoint, or the name of one in RUN_DIR/checkpoints."""
+    plot: Path | None = None
+    """Write histograms as .png; needs the extra "plots"."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
 class Gradient:
     """Compare the imagined policy gradient with the simulator's, from the same observations in the
     replay buffer; the last line printed is JSON."""
@@ -113,6 +162,27 @@ class Gradient:
     seed: int = 0
     checkpoint: str = "last"
     """The last checkpoint, or the name of one in RUN_DIR/checkpoints, e.g. step_000006000."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Dream:
+    """Show one imagined trajectory above the real one of the same actions, with its error; where
+    observations do not fix the pose, plot them."""
+
+    run_dir: tyro.conf.Positional[Path]
+    out: Path = Path("dream.mp4")
+    """A video (.mp4 or .gif) or a strip of frames (.png); needs the extra "video"."""
+    horizon: int | None = None
+    """Steps; default the run's own. Only some world models can imagine more."""
+    start: int = 0
+    """Steps of the policy before the dream begins."""
+    fps: float = 10.0
+    """Frames per second of the video, one per step."""
+    seed: int = 0
+    """Of the episode, its actions and the imagination."""
+    checkpoint: str = "last"
+    """The last or the best checkpoint, or the name of one in RUN_DIR/checkpoints."""
     device: str = "auto"
 
 
@@ -141,7 +211,24 @@ class Collect:
     """Show a progress bar."""
 
 
-COMMANDS = ("train", "evaluate", "sample", "gradient", "data collect", *cli_offline.COMMANDS)
+@dataclass(frozen=True)
+class Baseline:
+    """Train a model-free algorithm of Stable-Baselines3 with its default settings; metrics.csv is
+    that of a training here. Needs the extra "baselines". The last line printed is JSON."""
+
+    env_id: str
+    """Gymnasium environment with Box observations and actions, e.g. Hopper-v5."""
+    algo: Literal["a2c", "ppo", "sac", "td3", "trpo"] = "ppo"
+    run_dir: str = ""
+    """Where metrics, models and the learning curve go; default runs/ENV_ID-ALGO-SEED."""
+    seed: int = 0
+    total_timesteps: int = 100_000
+    """Environment steps."""
+    eval_interval: int = 5000
+    """Environment steps between two evaluations of the policy's mean."""
+    eval_episodes: int = 10
+    progress: bool = True
+    """Show a progress bar."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,14 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
         _find_modules_here()
         command = _parse(arguments)
         if command is not None:
-            run = {
-                Train: _train,
-                Evaluate: _evaluate,
-                Sample: _sample,
-                Gradient: _gradient,
-                Collect: _collect,
-            } | dict(cli_offline.COMMANDS.values())
-            run[type(command)](command)
+            runs = dict(COMMANDS.values())
+            runs[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
     except NonFiniteError as error:
@@ -200,26 +281,25 @@ def _fail(message: str, code: int) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    """Parse with tyro, whose boxed messages become one line; return the command, or None where help
-    was printed."""
+    """Parse with tyro, whose boxed messages become one line; return None where it printed help."""
     arguments = _join_command(arguments)
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
         raise InputError(f"command must be one of {list(COMMANDS)}, got {arguments[0]!r}{hint}")
-    defaults = _train_defaults(arguments)
-    commands = (
-        Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Sample, tyro.conf.subcommand("sample")]
-        | Annotated[Gradient, tyro.conf.subcommand("gradient")]
-        | Annotated[Collect, tyro.conf.subcommand("data collect")]
-    )
     flag = functools.partial(_flag, arguments)
-    offline = cli_offline.defaults(arguments[:1], flag, _resumes(arguments))
-    for name, (options, _) in cli_offline.COMMANDS.items():
-        given = {"default": offline[options]} if options in offline else {}
-        commands |= Annotated[options, tyro.conf.subcommand(name, **given)]
+    defaults = {Train: _train_defaults(arguments)}
+    defaults |= cli_offline.defaults(arguments[:1], flag, _resumes(arguments))
+    subcommands = [
+        Annotated[
+            options,
+            tyro.conf.subcommand(
+                name, **({"default": defaults[options]} if options in defaults else {})
+            ),
+        ]
+        for name, (options, _) in COMMANDS.items()
+    ]
+    commands = functools.reduce(operator.or_, subcommands)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -234,7 +314,7 @@ def _parse(arguments: list[str]) -> Any:
             return None
         raise InputError(_first_sentence(complaint.getvalue())) from None
     if isinstance(command, Train) and command.resume:
-        _check_same_run(command, defaults)
+        _check_same_run(command, defaults[Train])
     return command
 
 
@@ -484,35 +564,251 @@ def _sample(command: Sample) -> None:
     print(f"{command.num} imagined trajectories in {command.out}: {shapes}")
 
 
+def _baseline(command: Baseline) -> None:
+    with end_on_interrupt():
+        from polygrad_fast.baselines import train_baseline
+    name = re.sub(r"[^\w.-]+", "-", command.env_id)
+    run_dir = Path(command.run_dir or f"runs/{name}-{command.algo}-{command.seed}")
+    train_baseline(
+        command.algo,
+        command.env_id,
+        run_dir,
+        command.total_timesteps,
+        command.seed,
+        command.eval_interval,
+        command.eval_episodes,
+        command.progress,
+    )
+    rows = [row for row in read_metrics(run_dir / "metrics.csv") if "eval/mean_reward" in row]
+    names = ("best_mean_reward", "mean_reward", "std_reward")
+    found = {name: rows[-1][f"eval/{name}"] for name in names}
+    best, last = found["best_mean_reward"], found["mean_reward"]
+    print(
+        f"{command.env_id}, {command.algo}: mean return {best:.0f} at best, {last:.0f} at the last"
+    )
+    print(json.dumps(found))
+
+
+def _load(command: Errors | Actions | Gradient | Dream) -> PolyGRAD:
+    """Load the agent of the run and checkpoint that a command names."""
+    from polygrad_fast.agent import PolyGRAD
+
+    which = command.checkpoint
+    if which in ("last", "best"):
+        return PolyGRAD.load(command.run_dir, device=command.device, checkpoint=which)
+    return PolyGRAD.load(command.run_dir / "checkpoints" / which, device=command.device)
+
+
+def _describe(agent: PolyGRAD, command: Errors | Actions | Gradient | Dream) -> str:
+    return (
+        f"{agent.env_id}, {agent.config.world_model}, {command.checkpoint} checkpoint (environment "
+        f"step {agent.num_timesteps:,}), horizon {agent.config.horizon}"
+    )
+
+
+def _warn_of_guidance(agent: PolyGRAD, command: Errors | Dream) -> None:
+    """Warn where the checkpoint lacks the guidance scale that the run had tuned."""
+    config = agent.config
+    guided = config.sampler.action_update == "score" and config.guidance.rule != "none"
+    if config.world_model == "trajectory_diffusion" and guided and command.checkpoint == "best":
+        warnings.warn(
+            f"the best checkpoint does not hold the guidance scale of the run: imagining with the "
+            f"initial one, {config.guidance.initial:g}; the last checkpoint has its own",
+            stacklevel=2,
+        )
+
+
+def _check_plot(path: Path | None) -> None:
+    """Check, before any work, that a figure can be drawn and written."""
+    if path is None:
+        return
+    as_output_file(path, "--plot")
+    if path.suffix != ".png":
+        raise InputError(f"--plot must be a .png file, got {path}")
+    from polygrad_fast.evaluation.plots import check_plots
+
+    check_plots()
+
+
+def _errors(command: Errors) -> None:
+    horizons = None
+    if command.horizons is not None:
+        horizons = as_number_list(command.horizons, "--horizons", int)
+    as_integer(command.num, "--num", 1)
+    as_integer(command.seed, "--seed", 0, below=2**32)
+    if command.out is not None:
+        as_output_file(command.out, "--out")
+    _check_plot(command.plot)
+    read_run_config(command.run_dir)
+    with end_on_interrupt():
+        from polygrad_fast.diagnostics.dynamics import dynamics_report, dynamics_table
+        from polygrad_fast.evaluation.plots import plot_dynamics_errors
+        from polygrad_fast.training.threads import available_cpus, cpu_threads
+
+        agent = _load(command)
+    _warn_of_guidance(agent, command)
+    threads = agent.config.cpu_threads
+    with cpu_threads(threads, agent.device):
+        report = dynamics_report(
+            agent.make_evaluation_environment(),
+            agent.world_model,
+            agent.policy,
+            agent.normalizer,
+            agent.action_scaler,
+            horizons or [agent.config.horizon],
+            command.num,
+            command.seed,
+            agent.config.imagined_batch_size,
+            threads or available_cpus(),
+            progress=sys.stderr.isatty(),
+        )
+    rows = report.rows()
+    if command.out is not None:
+        write_bytes_atomic(command.out, _as_csv(rows))
+        print(f"errors of every step in {command.out}")
+    if command.plot is not None:
+        title = f"{agent.env_id}, {agent.config.world_model}, seed {agent.seed}"
+        plot_dynamics_errors(rows, command.plot, title)
+        print(f"figure in {command.plot}")
+    simulator = "mujoco.rollout" if report.is_native else "gymnasium's loop"
+    print(
+        f"{_describe(agent, command)}, {command.num:,} trajectories from {report.num_episodes} "
+        f"fresh episodes, simulated by {simulator}"
+    )
+    print(dynamics_table(report))
+    print(json.dumps(report.summary()))
+
+
+def _as_csv(rows: list[dict[str, float | None]]) -> bytes:
+    """Return rows as CSV with a header; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _actions(command: Actions) -> None:
+    sigmas = as_number_list(command.sigmas, "--sigmas", float)
+    for sigma in sigmas:
+        if not 0 < sigma < float("inf"):
+            raise InputError(f"--sigmas must be positive finite numbers, got {sigma}")
+    as_integer(command.num, "--num", 4)
+    as_integer(command.seed, "--seed", 0, below=2**32)
+    _check_plot(command.plot)
+    read_run_config(command.run_dir)
+    with end_on_interrupt():
+        import torch
+
+        from polygrad_fast.diagnostics.actions import action_report, action_table
+        from polygrad_fast.evaluation.plots import plot_standardized_actions
+        from polygrad_fast.training.threads import cpu_threads
+
+        agent = _load(command)
+    config = agent.config
+    scale = _change_sampler(agent, command)
+    generator = torch.Generator(agent.device).manual_seed(command.seed)
+    if agent.replay.num_windows == 0:
+        raise InputError(
+            "the actions need start observations in the replay buffer, got none; the best "
+            "checkpoint has no replay buffer, the last one has"
+        )
+    starts = agent.replay.sample_initial_observations(
+        command.num, generator, config.newest_start_states, config.share_of_newest
+    )
+    # the same noise at each sigma, and not the numbers that drew the starts
+    noise_seed = int(torch.randint(2**62, (), generator=generator, device=agent.device))
+    with cpu_threads(config.cpu_threads, agent.device):
+        reports = [
+            action_report(
+                agent.world_model,
+                agent.policy,
+                agent.normalizer,
+                starts,
+                sigma,
+                noise_seed,
+                config.imagined_batch_size,
+                progress=sys.stderr.isatty(),
+            )
+            for sigma in sigmas
+        ]
+    if command.plot is not None:
+        samples = [
+            (f"sigma {report.sigma:g}: std {report.statistics.std:.3f}", report.values)
+            for report in reports
+        ]
+        title = f"{agent.env_id}, {config.world_model}, seed {agent.seed}"
+        plot_standardized_actions(samples, command.plot, title)
+        print(f"figure in {command.plot}")
+    print(f"{_describe(agent, command)}, {command.num:,} trajectories at each sigma")
+    if scale:
+        print(f"the sampler's {scale}")
+    print(action_table(reports))
+    print(json.dumps([report.summary() for report in reports]))
+
+
+def _change_sampler(agent: PolyGRAD, command: Actions) -> str:
+    """Let the agent imagine with the action update and guidance scale asked for; return in words
+    what it imagines with, where it has a sampler.
+
+    Raises:
+        InputError: the world model has no sampler, or its actions follow no guidance scale.
+    """
+    from polygrad_fast.world_models import TrajectoryDiffusion
+
+    model = agent.world_model
+    asked = {"--action-update": command.action_update, "--guidance-scale": command.guidance_scale}
+    if not isinstance(model, TrajectoryDiffusion):
+        for flag, value in asked.items():
+            if value is not None:
+                raise InputError(
+                    f"{flag} must be left out for a run whose world model is "
+                    f"{agent.config.world_model!r}, which has no sampler, got {value!r}"
+                )
+        return ""
+    if command.action_update is not None:
+        model.use_action_update(command.action_update)
+    update = model.config.sampler.action_update
+    if command.guidance_scale is not None:
+        if update != "score":
+            raise InputError(
+                f"--guidance-scale must be left out with action update {update!r}, got "
+                f"{command.guidance_scale:g}"
+            )
+        if not 0 <= command.guidance_scale < float("inf"):
+            raise InputError(
+                f"--guidance-scale must be a finite number of at least 0, got "
+                f"{command.guidance_scale}"
+            )
+        model.guidance.value = command.guidance_scale
+    scale = f", guidance scale {model.guidance.value:.4g}" if update == "score" else ""
+    return f"action update is {update!r}{scale}"
+
+
 def _gradient(command: Gradient) -> None:
     as_integer(command.num, "--num", 8)
     as_integer(command.newest, "--newest", 1)
     as_integer(command.seed, "--seed", 0, below=2**32)
     read_run_config(command.run_dir)
     with end_on_interrupt():
-        from polygrad_fast.agent import PolyGRAD
         from polygrad_fast.diagnostics.gradient import policy_gradient_report
         from polygrad_fast.diagnostics.table import table
+        from polygrad_fast.training.threads import cpu_threads
 
-        last = command.checkpoint == "last"
-        path = command.run_dir if last else command.run_dir / "checkpoints" / command.checkpoint
-        agent = PolyGRAD.load(path, device=command.device)
-    report = policy_gradient_report(
-        agent.make_evaluation_environment(),
-        agent.world_model,
-        agent.training.learner,
-        agent.replay,
-        agent.action_scaler,
-        command.num,
-        command.newest,
-        command.seed,
-        agent.config.imagined_batch_size,
-    )
-    print(
-        f"{agent.env_id}, {agent.config.world_model}, {command.checkpoint} checkpoint (environment "
-        f"step {agent.num_timesteps:,}), horizon {agent.config.horizon}, {command.num:,} "
-        f"trajectories per gradient"
-    )
+        agent = _load(command)
+    with cpu_threads(agent.config.cpu_threads, agent.device):
+        report = policy_gradient_report(
+            agent.make_evaluation_environment(),
+            agent.world_model,
+            agent.training.learner,
+            agent.replay,
+            agent.action_scaler,
+            command.num,
+            command.newest,
+            command.seed,
+            agent.config.imagined_batch_size,
+        )
+    print(f"{_describe(agent, command)}, {command.num:,} trajectories per gradient")
     print(table(report))
     print(json.dumps(report.summary()))
 
@@ -594,3 +890,110 @@ def _behaviour(command: Collect, env: gymnasium.Env) -> tuple[Act, dict[str, Any
     generator = None if command.deterministic else torch.Generator().manual_seed(command.seed)
     actor = agent.training.actor
     return lambda observation: actor.predict(observation, generator), recipe
+
+
+def _dream(command: Dream) -> None:
+    from polygrad_fast.evaluation.video import VIDEOS, check_video
+
+    if command.horizon is not None:
+        as_integer(command.horizon, "--horizon", 2)
+    as_integer(command.start, "--start", 0)
+    as_integer(command.seed, "--seed", 0, below=2**32)
+    if not 0 < command.fps <= 1000:
+        raise InputError(f"--fps must be in (0, 1000], got {command.fps}")
+    as_output_file(command.out, "--out")
+    if command.out.suffix not in (*VIDEOS, ".png"):
+        raise InputError(f"--out must be a .mp4, .gif or .png file, got {command.out}")
+    check_video("dream")
+    read_run_config(command.run_dir)
+    with end_on_interrupt():
+        from polygrad_fast.diagnostics.dream import dream, pose_simulator
+        from polygrad_fast.evaluation.plots import check_plots, plot_observations
+        from polygrad_fast.evaluation.video import prepare_rendering, write_strip, write_video
+        from polygrad_fast.training.threads import cpu_threads
+        from polygrad_fast.world_models import check_horizon
+
+        agent = _load(command)
+    _warn_of_guidance(agent, command)
+    horizon = check_horizon(agent.world_model, command.horizon or agent.config.horizon)
+    parts = agent.policy, agent.normalizer, agent.action_scaler
+    with cpu_threads(agent.config.cpu_threads, agent.device):
+        environment = agent.make_evaluation_environment()
+        simulator = pose_simulator(environment, *parts, command.seed)
+        if simulator is None:
+            if command.out.suffix != ".png":
+                raise InputError(
+                    f"--out must be a .png file for {agent.env_id}, whose observations do not fix "
+                    f"the pose and are plotted instead, got {command.out}"
+                )
+            check_plots()
+        else:
+            environment = agent.make_evaluation_environment(render_mode="rgb_array")
+            simulator = pose_simulator(environment, *parts, command.seed)
+            prepare_rendering(environment)
+        found = dream(
+            environment,
+            simulator,
+            agent.world_model,
+            *parts,
+            horizon,
+            command.start,
+            command.seed,
+        )
+    title = f"{agent.env_id}, {agent.config.world_model}, seed {agent.seed}"
+    ends = found.imagined_length, found.real_length
+    if simulator is None:
+        plot_observations(found.imagined, found.real, ends, command.out, title)
+        what = "observations plotted"
+    else:
+        frames = _dream_frames(found)
+        if command.out.suffix == ".png":
+            write_strip(frames, command.out)
+        else:
+            write_video(frames, command.out, command.fps)
+        what = f"{len(frames)} frames"
+    print(f"{_describe(agent, command)}: {what} in {command.out}")
+    last = min(ends)
+    print(
+        f"error after {last - 1} steps: {found.errors[last - 1]:.3g} (squared, normalized "
+        f"observations); {_end_in_words('imagined', ends[0], len(found.errors))}, "
+        f"{_end_in_words('simulated', ends[1], len(found.errors))}"
+    )
+
+
+def _end_in_words(name: str, length: int, horizon: int) -> str:
+    return f"{name} goes on" if length == horizon else f"{name} ends at step {length - 1}"
+
+
+def _dream_frames(found: DreamFound) -> list[np.ndarray]:
+    """Return frames with captions."""
+    from polygrad_fast.evaluation.video import captioned
+
+    frames = []
+    for t, (imagined, real) in enumerate(found.frames):
+        error = "" if math.isnan(found.errors[t]) else f", error {found.errors[t]:.2g}"
+        ended = [" (ended)" if t >= n else "" for n in (found.imagined_length, found.real_length)]
+        frames.append(
+            captioned(
+                [
+                    (f"imagined, step {t}{error}{ended[0]}", imagined),
+                    (f"simulated, same actions{ended[1]}", real),
+                ]
+            )
+        )
+    return frames
+
+
+COMMANDS = {
+    "train": (Train, _train),
+    "evaluate": (Evaluate, _evaluate),
+    "sample": (Sample, _sample),
+    "errors": (Errors, _errors),
+    "actions": (Actions, _actions),
+    "gradient": (Gradient, _gradient),
+    "dream": (Dream, _dream),
+    "baseline": (Baseline, _baseline),
+    "data collect": (Collect, _collect),
+    **cli_offline.COMMANDS,
+}
+"""Name -> its options, and what runs it."""

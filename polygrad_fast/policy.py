@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -72,6 +73,21 @@ class GaussianPolicy(nn.Module):
     def std(self) -> Tensor:
         """Standard deviation [A] of the raw actions, the same at every state."""
         return self.log_std.exp() + self.min_std
+
+    def with_std(self, std: float) -> GaussianPolicy:
+        """Return a copy whose standard deviation is another one at every state and in every action;
+        means and normalizer are this policy's.
+
+        Raises:
+            InputError: std is not a positive finite number.
+        """
+        if not (isinstance(std, (int, float)) and 0 < std < math.inf):
+            raise InputError(f"std must be a positive finite number, got {std!r}")
+        changed = copy.deepcopy(self, {id(self.normalizer): self.normalizer})
+        changed.min_std = 0.0
+        with torch.no_grad():
+            changed.log_std.fill_(math.log(std))
+        return changed
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the raw actions, [..., A] each, at raw observations

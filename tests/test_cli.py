@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 import polygrad_fast as pg
 from polygrad_fast import cli
@@ -103,12 +105,184 @@ def test_gradient_prints_a_table_and_json_last(run_dir, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) != result
 
 
+@pytest.fixture(scope="module")
+def cheetah_run(tmp_path_factory):
+    """Of an autoregressive world model on a MuJoCo environment whose episodes do not terminate."""
+    path = tmp_path_factory.mktemp("runs") / "cheetah"
+    words = train(path, "--env-id", "HalfCheetah-v5", "--world-model", "autoregressive", total=80)
+    sizes = "--autoregressive.hidden-dim 8 --eval-interval 1000 --eval-episodes 1".split()
+    sizes += ["--cpu-threads", "3"]
+    assert cli.main([*words, *sizes]) == 0
+    return path
+
+
+def test_errors_prints_a_table_and_json_last(cheetah_run, tmp_path, capsys):
+    arguments = ["errors", str(cheetah_run), "--horizons", "12,3", "--num", "16"]
+    out, plot = tmp_path / "errors.csv", tmp_path / "errors.png"
+    assert cli.main([*arguments, "--out", str(out), "--plot", str(plot)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert list(result["mse"]) == list(result["floor"]) == ["3", "12"]
+    assert 0 <= result["floor"]["12"] < 1e-9 < result["mse"]["3"] < result["mse"]["12"]
+    assert result["left_out"]["12"] == 0 and result["terminal_agreement"]["12"] <= 1
+    assert any("simulated by mujoco.rollout" in line for line in lines)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    header, *rows = (line.split(",") for line in out.read_text().splitlines())
+    assert header[:3] == ["step", "num", "mse"] and len(rows) == 11
+    columns = {name: [float(row[i]) for row in rows] for i, name in enumerate(header)}
+    assert columns["step"] == list(range(1, 12)) and set(columns["num"]) == {16.0}
+    assert np.mean(columns["mse"]) == pytest.approx(result["mse"]["12"])
+    assert np.mean(columns["mse"][:2]) == pytest.approx(result["mse"]["3"])
+    assert cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert cli.main([*arguments, "--seed", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["mse"] != result["mse"]
+    assert cli.main([*arguments, "--checkpoint", "best"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["mse"] != result["mse"]
+
+
+def test_actions_prints_a_table_and_json_last(run_dir, tmp_path, capsys):
+    plot = tmp_path / "actions.png"
+    arguments = ["actions", str(run_dir), "--sigmas", "1.0,0.05", "--num", "64"]
+    assert cli.main([*arguments, "--plot", str(plot)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert [entry["sigma"] for entry in result] == [1.0, 0.05]
+    for entry in result:
+        assert {"sigma", "std", "ks", "ks_floor", "r2", "autocorrelation"} <= set(entry)
+        assert np.isfinite(list(entry.values())).all() and 0 < entry["ks"] < 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert any(line.startswith("the sampler's action update is 'score', guid") for line in lines)
+    assert cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert cli.main([*arguments, "--seed", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) != result
+    assert cli.main([*arguments, "--guidance-scale", "0"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) != result
+    assert cli.main([*arguments, "--action-update", "exact"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert any(line == "the sampler's action update is 'exact'" for line in lines)
+    for entry in json.loads(last):
+        assert entry["std"] == pytest.approx(1.0, abs=0.2)
+        assert entry["ks"] < 3 * entry["ks_floor"]
+
+
+@pytest.mark.parametrize("name", ["dream.mp4", "dream.gif", "strip.png"])
+def test_dream_shows_imagined_above_simulated(run_dir, tmp_path, capsys, monkeypatch, name):
+    imageio = pytest.importorskip("imageio.v2")
+
+    def render(self):  # without pygame
+        return np.full((500, 500, 3), 150 + 80 * np.cos(self.state[0]), dtype=np.uint8)
+
+    monkeypatch.setattr(PendulumEnv, "render", render)
+    out = tmp_path / name
+    arguments = ["dream", str(run_dir), "--out", str(out), "--start", "5"]
+    assert cli.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"4 frames in {out}" in lines[0] and lines[1].startswith("error after ")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    if name == "strip.png":
+        assert imageio.imread(out).shape == (518, 4 * 240, 3)  # of 512 x 1104 each
+        return
+    frames = [frame[..., :3] for frame in imageio.mimread(out, memtest=False)]
+    assert len(frames) == 4 and frames[0].shape == (1104, 512, 3)
+    assert frames[0][:50].max() > 150  # the caption
+    for top in (50, 600):  # both begin in the same pose
+        assert frames[0][top + 9 : top + 490, 9:490].std() < 5
+    poses = [[frame[top + 250, 250, 0] for top in (50, 600)] for frame in map(np.int32, frames)]
+    assert abs(poses[0][0] - poses[0][1]) <= 3 and abs(poses[3][0] - poses[3][1]) > 3
+
+
+def test_observations_that_do_not_fix_the_pose_are_plotted(tmp_path, capsys):
+    words = train(tmp_path / "run", "--env-id", "MountainCarContinuous-v0", total=45)
+    assert cli.main([*words, "--eval-interval", "1000", "--eval-episodes", "1"]) == 0
+    capsys.readouterr()
+    arguments = ["dream", str(tmp_path / "run"), "--out"]
+    assert cli.main([*arguments, str(tmp_path / "dream.mp4")]) == 2
+    err = capsys.readouterr().err
+    assert "must be a .png file for MountainCarContinuous-v0, whose observations do not fix" in err
+    assert cli.main([*arguments, str(tmp_path / "dream.png")]) == 0
+    assert "observations plotted in" in capsys.readouterr().out
+    assert (tmp_path / "dream.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "dream.mp4").exists()
+
+
+def test_where_nothing_can_be_rendered_a_dream_says_so(cheetah_run, tmp_path):
+    """With a renderer that cannot be, or with one that is missing."""
+    for backend in ("", "osmesa", "egl"):
+        out = tmp_path / "dream.gif"
+        result = subprocess.run(
+            [sys.executable, "-m", "polygrad_fast", "dream", str(cheetah_run), "--out", str(out)],
+            capture_output=True,
+            text=True,
+            env={**ONE_THREAD, "MUJOCO_GL": backend},
+        )
+        assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+        if result.returncode == 0:
+            assert backend and out.exists()
+        else:
+            sentence = [line for line in result.stderr.splitlines() if line][-1]
+            assert result.returncode == 2 and "MUJOCO_GL" in sentence
+            assert sentence.startswith("polygrad-fast: ")
+            assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "command, function",
+    [
+        ("errors", "dynamics.dynamics_report"),
+        ("actions", "actions.action_report"),
+        ("gradient", "gradient.policy_gradient_report"),
+    ],
+)
+def test_diagnostics_take_the_runs_own_threads(cheetah_run, monkeypatch, command, function):
+    before, seen = torch.get_num_threads(), []
+
+    def report(*arguments, **options):
+        seen.append((torch.get_num_threads(), *arguments[-1:]))
+        raise pg.InputError("that is all")
+
+    monkeypatch.setattr(f"polygrad_fast.diagnostics.{function}", report)
+    assert cli.main([command, str(cheetah_run)]) == 2
+    assert seen[0][0] == 3 != before == torch.get_num_threads()
+    if command == "errors":
+        assert seen[0][1] == 3  # of the simulator
+
+
+def test_what_a_run_has_no_use_for_is_refused(cheetah_run, capsys):
+    for flag, value in (("--action-update", "exact"), ("--guidance-scale", "1")):
+        assert cli.main(["actions", str(cheetah_run), flag, value]) == 2
+        err = capsys.readouterr().err
+        assert f"{flag} must be left out for a run whose world model is 'autoregressive'" in err
+        assert err.count("\n") == 1
+
+
+def test_the_best_checkpoint_has_no_guidance_scale(tmp_path, capsys):
+    sizes = "--denoiser.kind residual_mlp --eval-interval 1000 --eval-episodes 1".split()
+    words = train(tmp_path / "run", "--env-id", "InvertedPendulum-v5", *sizes, total=45)
+    assert cli.main(words) == 0
+    capsys.readouterr()
+    arguments = ["errors", str(tmp_path / "run"), "--num", "8", "--checkpoint"]
+    assert cli.main([*arguments, "last"]) == 0
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["mse"]) == ["4"]
+    with pytest.warns(UserWarning, match="does not hold the guidance scale of the run: imagining"):
+        assert cli.main([*arguments, "best"]) == 0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ("", "train, evaluate, sample"),
-        ("fly", "command must be one of ['train', 'evaluate', 'sample', 'gradient', 'data col"),
-        ("fly", "'offline demo'], got 'fly'"),
+        (
+            "fly",
+            "command must be one of ['train', 'evaluate', 'sample', 'errors', 'actions', "
+            "'gradient', 'dream', 'baseline', 'data collect', 'offline diffuse', 'offline train', "
+            "'offline evaluate', 'offline demo'], got 'fly'",
+        ),
+        ("baseline --env-id Nope-v1 --run-dir none", "Nope-v1"),
+        ("baseline --env-id Pendulum-v1 --algo dqn", "dqn"),
+        ("baseline --env-id Pendulum-v1 --total-timesteps 0 --run-dir none", "total_timesteps"),
+        ("baseline --env-id CartPole-v1 --run-dir none", "Box"),
         ("trian --env-id Pendulum-v1", "did you mean train?"),
         ("train", "--env-id"),
         ("train --env-id Nope-v1", "Nope-v1"),
@@ -147,6 +321,43 @@ def test_gradient_prints_a_table_and_json_last(run_dir, capsys):
             "train --resume --run-dir {run} --total-timesteps 60",
             "must be at least 120, the environment step the run is at, got 60",
         ),
+        ("errors {tmp}/none", "none is not a run directory"),
+        ("errors {run}", "must be one of gymnasium's MuJoCo environments, whose state can be set"),
+        ("errors {run} --horizons ten", "--horizons must be a list of integers, e.g. 10,50, got"),
+        ("errors {run} --horizons 10,", "--horizons must be a list of integers, e.g. 10,50, got"),
+        ("errors {run} --horizons 1.5", "--horizons must be a list of integers, e.g. 10,50, got"),
+        ("errors {run} --horizons 1", "horizon must be an integer of at least 2, got 1"),
+        ("errors {run} --horizons 4,50", "horizon must be at most 4, the whole trajectory that"),
+        ("errors {run} --num 0", "--num must be an integer of at least 1, got 0"),
+        ("errors {run} --seed -1", "--seed must be an integer in [0, 4294967296), got -1"),
+        ("errors {run} --checkpoint first", "first does not exist, wanted a run or checkpoint"),
+        ("errors {run} --out {tmp}/none/x.csv", "--out must be in an existing directory, got"),
+        ("errors {run} --plot {tmp}/none/x.png", "--plot must be in an existing directory, got"),
+        ("errors {run} --plot {tmp}/x.pdf", "--plot must be a .png file, got {tmp}/x.pdf"),
+        ("actions {tmp}/none", "none is not a run directory"),
+        ("actions {run} --sigmas 1,x", "--sigmas must be a list of numbers, e.g. 1.0,0.3, got"),
+        ("actions {run} --sigmas 1,0", "--sigmas must be positive finite numbers, got 0.0"),
+        ("actions {run} --sigmas nan", "--sigmas must be positive finite numbers, got nan"),
+        ("actions {run} --num 3", "--num must be an integer of at least 4, got 3"),
+        ("actions {run} --seed -1", "--seed must be an integer in [0, 4294967296), got -1"),
+        ("actions {run} --action-update fast", "fast"),
+        (
+            "actions {run} --action-update exact --guidance-scale 1",
+            "--guidance-scale must be left out with action update 'exact', got 1",
+        ),
+        ("actions {run} --guidance-scale -1", "--guidance-scale must be a finite number of at"),
+        ("actions {run} --plot {tmp}/x.txt", "--plot must be a .png file, got {tmp}/x.txt"),
+        ("actions {run} --checkpoint best", "got none; the best checkpoint has no replay buffer"),
+        ("actions {run} --checkpoint first", "first does not exist, wanted a run or checkpoint"),
+        ("dream {tmp}/none", "none is not a run directory"),
+        ("dream {run} --out {tmp}/none/x.mp4", "--out must be in an existing directory, got"),
+        ("dream {run} --out {tmp}/x.txt", "--out must be a .mp4, .gif or .png file, got {tmp}/x"),
+        ("dream {run} --horizon 1", "--horizon must be an integer of at least 2, got 1"),
+        ("dream {run} --horizon 5", "horizon must be at most 4, the whole trajectory that"),
+        ("dream {run} --start -1", "--start must be an integer of at least 0, got -1"),
+        ("dream {run} --fps 0", "--fps must be in (0, 1000], got 0"),
+        ("dream {run} --seed -1", "--seed must be an integer in [0, 4294967296), got -1"),
+        ("dream {run} --checkpoint first", "first does not exist, wanted a run or checkpoint"),
         ("gradient {tmp}/none", "none is not a run directory"),
         ("gradient {run} --num 7", "--num must be an integer of at least 8, got 7"),
         ("gradient {run} --newest 0", "--newest must be an integer of at least 1, got 0"),

@@ -15,8 +15,9 @@ PACKAGE = "polygrad_fast"
 # A room of the package (a folder, or a file beside them) imports from those it can reach here.
 ARROWS = {
     "__main__": "cli runs",
-    "cli": "agent cli_offline",
+    "cli": "agent baselines cli_offline",
     "cli_offline": "offline",
+    "baselines": "evaluation runs",
     "compat": "agent",
     "agent": "training",
     "offline": "sampling learners data evaluation",

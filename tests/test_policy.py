@@ -67,6 +67,24 @@ def test_std_is_exp_log_std_plus_min_std(init_std, share, log_std):
     assert (std > min_std).all()
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_another_std_leaves_the_means_and_the_policy_as_they_are(normed):
+    options = {"normed_inputs": True, "normalizer": make_normalizer()} if normed else {}
+    policy = pg.GaussianPolicy(S, A, 8, 1, init_std=0.7, min_std=0.2, **options)
+    observations = torch.randn(5, 2, S)
+    mean, std = policy(observations)
+    for wanted in (0.02, 0.7, 3):
+        other = policy.with_std(wanted)
+        got_mean, got_std = other(observations)
+        assert torch.equal(got_mean, mean)
+        assert got_std.flatten().tolist() == pytest.approx([wanted] * 30, rel=1e-6)
+        assert other.normalizer is policy.normalizer
+    assert torch.equal(policy(observations)[1], std) and policy.min_std == 0.2
+    for wrong in (0, -1.0, math.inf, math.nan, "1"):
+        with pytest.raises(pg.InputError, match="std must be a positive finite number, got"):
+            policy.with_std(wrong)
+
+
 def test_mean_is_tanh_of_the_released_trunk():
     policy = pg.GaussianPolicy(S, A, hidden_dim=8, num_layers=2)
     w = {n: p.double() for n, p in policy.network.state_dict().items()}

@@ -134,8 +134,9 @@ class DenoiserConfig(Options):
     """Denoising network and its training (tables 2 and 3)."""
 
     kind: Literal["residual_mlp", "transformer", "rollout"] = "residual_mlp"
-    """The paper's two, or one step's network rolled out over the horizon, which diffusion corrects:
-    it predicts clean states ("sample") from actions as they are (`sampler.scale_actions` False)."""
+    """The paper's two, or one step's network rolled out over the horizon, for dynamics without
+    chance: it predicts clean states ("sample") from actions as they are (`sampler.scale_actions`
+    False)."""
     hidden_dim: int | None = None
     """None: the paper's 1024 (horizon up to 10) or 2048 for the residual MLP, 312 for the
     transformer; 256 for the rollout."""

@@ -109,6 +109,13 @@ class TrainConfig(Options):
                         f"sampler.{option} must be {wanted!r} for a denoiser of kind 'rollout', "
                         f"got {got!r}"
                     )
+            num_steps = self.sampler.num_inference_steps or self.schedule.num_train_timesteps
+            if num_steps < self.horizon:
+                raise InputError(
+                    f"sampler.num_inference_steps must be at least the horizon, {self.horizon}, "
+                    f"for a denoiser of kind 'rollout', whose states and actions agree on one more "
+                    f"step in each, got {num_steps}"
+                )
         self._check(0 <= self.share_of_newest <= 1, "share_of_newest", "in [0, 1]")
         self._check_positive("cpu_threads")
         self._check(
@@ -263,8 +270,8 @@ def _quick(env_id: str) -> TrainConfig:
 def _laptop(env_id: str) -> TrainConfig:
     """Locomotion on two CPU cores: one configuration for all environments.
 
-    Actions are exactly on-policy (action update "exact"), the denoiser corrects a rollout of one
-    step's network, half of the imagined trajectories start in the newest states, moments are
+    Actions are exactly on-policy (action update "exact"), the denoiser rolls one step's
+    network out, half of the imagined trajectories start in the newest states, moments are
     refreshed without a change of policy and values, the step that ends a trajectory counts and what
     follows it does not, and updates become smaller towards the end of the run.
     """
@@ -276,7 +283,7 @@ def _laptop(env_id: str) -> TrainConfig:
             clip_state_change=None,
             denoiser_actions="clipped",
             scale_actions=False,
-            num_inference_steps=8,
+            num_inference_steps=10,
         ),
         denoiser=DenoiserConfig(
             kind="rollout",

@@ -1,28 +1,25 @@
-"""A denoiser that knows dynamics: one step's prediction rolled out, corrected by diffusion."""
+"""A denoiser that knows dynamics: one step's prediction, rolled out."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polygrad_fast.arguments import as_integer
 from polygrad_fast.denoisers.one_step import OneStepNetwork, one_step_losses
-from polygrad_fast.denoisers.step_embedding import RandomFourierFeatures, check_inputs, step_mlp
+from polygrad_fast.denoisers.step_embedding import check_inputs
 from polygrad_fast.structure import structure
-
-CORRECTION_DIM = 128
 
 
 class RolloutDenoiser(nn.Module):
-    """Predict clean states as a rollout from the first observation under the given actions, plus a
-    correction.
+    """Predict clean states as a rollout from the first observation under the given actions.
 
     The rollout is that of one network for all steps (`OneStepNetwork`), so its states depend on
-    earlier actions only. It learns from every transition of the windows, by losses of its own
-    (`auxiliary_losses`); the denoising loss does not reach it. What no rollout can know, as what
-    chance adds to the dynamics, the correction reads from the noisy trajectory's deviation from the
-    rollout; it learns from the denoising loss and starts as zero.
+    earlier actions only, and the network learns from every transition of the windows, by losses of
+    its own (`transition_losses`) in place of the denoising loss. The noisy states and the diffusion
+    step are not read: without chance the first observation and the actions say all, and what
+    diffusion does is to make states and actions agree, one more step of the horizon in each
+    diffusion step (action update "exact").
 
     Args:
         observation_dim, action_dim, horizon: S, A and H.
@@ -55,13 +52,6 @@ class RolloutDenoiser(nn.Module):
         self.step = OneStepNetwork(observation_dim, action_dim, hidden_dim, num_layers)
         # The normalized terminal flags 0 and 1, as far as windows have shown them.
         self.register_buffer("flags", torch.zeros(2))
-        in_dim = horizon * (2 * self.state_dim + action_dim)
-        self.correct_input = nn.Linear(in_dim, CORRECTION_DIM)
-        self.step_mlp = step_mlp(RandomFourierFeatures(16), 17, CORRECTION_DIM)
-        self.hidden = nn.Linear(CORRECTION_DIM, CORRECTION_DIM)
-        self.output = nn.Linear(CORRECTION_DIM, horizon * self.state_dim)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
         self.built = structure(self)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
@@ -72,11 +62,7 @@ class RolloutDenoiser(nn.Module):
             InputError: shapes or dtypes do not fit.
         """
         check_inputs(self, trajectory, actions, timesteps)
-        rollout = self.rollout(trajectory[:, 0, : self.observation_dim], actions)
-        x = torch.cat([trajectory - rollout, rollout, actions], dim=-1).flatten(1)
-        x = F.silu(self.correct_input(x) + self.step_mlp(timesteps))
-        x = F.silu(self.hidden(x))
-        return rollout + self.output(x).view(trajectory.shape)
+        return self.rollout(trajectory[:, 0, : self.observation_dim], actions)
 
     @torch.no_grad()
     def rollout(self, initial_observations: Tensor, actions: Tensor) -> Tensor:
@@ -95,7 +81,7 @@ class RolloutDenoiser(nn.Module):
             observation = observation + goes_on * scale * difference
         return torch.stack(states, dim=1)
 
-    def auxiliary_losses(self, trajectory: Tensor, actions: Tensor) -> dict[str, Tensor]:
+    def transition_losses(self, trajectory: Tensor, actions: Tensor) -> dict[str, Tensor]:
         """Return the losses of the step's network on clean windows [B, H, D], [B, H, A], three
         scalars by name (see `one_step_losses`); what the flags look like is noted.
 

@@ -16,7 +16,7 @@ def check_inputs(
     """Raise InputError unless the shapes are [B, H, D], [B, H, A] and [B], and states and actions
     of the weights' dtype (or autocast takes care of it)."""
     batch = trajectory.shape[0] if trajectory.ndim else 0
-    dtype = denoiser.output.weight.dtype
+    dtype = next(denoiser.parameters()).dtype
     for name, tensor, wanted in (
         ("trajectory", trajectory, (batch, denoiser.horizon, denoiser.state_dim)),
         ("actions", actions, (batch, denoiser.horizon, denoiser.action_dim)),

@@ -1,2 +1,2 @@
-"""Is imagination true? Statistics of imagined actions, and the imagined policy gradient against the
-simulator's."""
+"""Is imagination true? Imagined trajectories and the imagined policy gradient against the
+simulator's, and statistics of imagined actions."""

@@ -17,6 +17,7 @@ from polygrad_fast.diagnostics.agreement import Agreement, agreement, cosine
 from polygrad_fast.diagnostics.on_policy import OnPolicyStatistics, on_policy_statistics
 from polygrad_fast.diagnostics.rollouts import (
     Transitions,
+    imagine,
     simulate,
     simulator_outcomes,
     transitions,
@@ -158,7 +159,7 @@ def policy_gradient_report(
     steps = [ways.transitions(batch) for batch in imagined]
     shown, true, error = ways.simulator_outcomes(steps)
     true_gradients = _each(ways.gradient_of_transitions, true)
-    whole = _joined(imagined)
+    whole = TrajectoryBatch.joined(imagined)
     return GradientReport(
         newest=agreement(_each(own, imagined), _each(own, simulated)),
         newest_lambda_0=agreement(_each(single, imagined), _each(single, simulated)),
@@ -218,12 +219,7 @@ class _BothWays:
         """Imagine from raw observations [B, S]; a normalized batch."""
         observations = self._normalizer.normalize(starts, "observations")
         policy, generator = self._learner.policy, self._on_device
-        return _joined(
-            [
-                self._world_model.imagine(part, policy, generator, normalized=True)
-                for part in observations.split(self._batch_size)
-            ]
-        )
+        return imagine(self._world_model, policy, observations, generator, self._batch_size)
 
     def simulate(self, starts: Tensor) -> TrajectoryBatch:
         """Play from raw observations [B, S]; a normalized batch."""
@@ -321,11 +317,3 @@ def _checked_simulator(
 def _each(gradient: Callable[[Any], Tensor], halves: list[Any]) -> tuple[Tensor, Tensor]:
     first, second = halves
     return gradient(first), gradient(second)
-
-
-def _joined(batches: list[TrajectoryBatch]) -> TrajectoryBatch:
-    """Return all trajectories in one batch."""
-    fields = ("observations", "actions", "rewards", "terminals")
-    return TrajectoryBatch(
-        **{name: torch.cat([getattr(batch, name) for batch in batches]) for name in fields}
-    )

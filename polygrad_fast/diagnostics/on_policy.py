@@ -52,8 +52,7 @@ def on_policy_statistics(
         observations, actions: normalized [B, H, S] and [B, H, A].
         terminals: 0/1 [B, H].
     """
-    mean, std = policy_moments(policy, normalizer, observations, normalized=True)
-    z = (normalizer.unnormalize(actions, "actions") - mean) / std
+    z = standardized_actions(policy, normalizer, observations, actions)
     alive = alive_steps(terminals)
     features = _features(policy, normalizer, observations)
     held_out = torch.arange(len(z), device=z.device) % 4 == 3
@@ -69,6 +68,16 @@ def on_policy_statistics(
         ks_floor=math.sqrt(math.pi / 2) * math.log(2) / math.sqrt(z_alive.numel()),
         autocorrelation=_correlation(now, following),
     )
+
+
+@torch.no_grad()
+def standardized_actions(
+    policy: nn.Module, normalizer: Normalizer, observations: Tensor, actions: Tensor
+) -> Tensor:
+    """Return z = (a - mu(s)) / sigma(s) [B, H, A] of normalized actions at normalized
+    observations."""
+    mean, std = policy_moments(policy, normalizer, observations, normalized=True)
+    return (normalizer.unnormalize(actions, "actions") - mean) / std
 
 
 def kolmogorov_smirnov(values: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What the simulator says to starts and to imagined steps."""
+"""Trajectories imagined from starts, and what the simulator says to starts and imagined steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from polygrad_fast.data import ActionScaler
 from polygrad_fast.diagnostics.simulator import Simulator
@@ -16,6 +17,44 @@ from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.protocols import policy_moments
 from polygrad_fast.sampling import TrajectoryBatch
 from polygrad_fast.terminals import alive_steps
+from polygrad_fast.world_models import WorldModel
+
+
+def imagine(
+    world_model: WorldModel,
+    policy: Any,
+    observations: Tensor,
+    generator: torch.Generator,
+    batch_size: int,
+    horizon: int | None = None,
+    progress: bool = False,
+) -> TrajectoryBatch:
+    """Imagine a normalized trajectory from each normalized observation [B, S].
+
+    Args:
+        generator: on the observations' device.
+        batch_size: trajectories imagined at a time.
+        horizon: as in `WorldModel.imagine`.
+        progress: show a progress bar.
+
+    Raises:
+        NonFiniteError: something imagined is not finite.
+    """
+    parts = []
+    with tqdm(
+        total=len(observations),
+        desc="imagining",
+        unit="trajectory",
+        leave=False,
+        dynamic_ncols=True,
+        disable=not progress,
+    ) as bar:
+        for part in observations.split(batch_size):
+            batch = world_model.imagine(part, policy, generator, normalized=True, horizon=horizon)
+            batch.check_finite()
+            parts.append(batch)
+            bar.update(len(part))
+    return TrajectoryBatch.joined(parts)
 
 
 @torch.no_grad()

@@ -41,8 +41,15 @@ class StateLayout(Protocol):
     def velocities(self, observations: np.ndarray) -> np.ndarray:
         """Return the entries of observations [N, S] that are velocities."""
 
-    def set(self, observation: np.ndarray) -> None:
-        """Put the environment into the state that an observation [S] shows."""
+    num_hidden: int
+    """Leading positions that observations do not show."""
+
+    def set(self, observation: np.ndarray, hidden: np.ndarray) -> None:
+        """Put the environment into the state that an observation [S] shows, with the positions that
+        it hides."""
+
+    def hidden(self) -> np.ndarray:
+        """Return the positions that observations hide, [num_hidden], as they now are."""
 
     def state(self) -> Any:
         """Return the state, for `restore`."""
@@ -55,7 +62,7 @@ class _MujocoLayout:
     """(qpos without `hidden` leading entries, qvel, anything that follows from them)."""
 
     def __init__(self, environment: Any, hidden: int):
-        self._environment, self._hidden = environment, hidden
+        self._environment, self.num_hidden = environment, hidden
         self._num_positions = environment.model.nq - hidden
         self._num_velocities = environment.model.nv
         self._num_shown = self._num_positions
@@ -81,10 +88,13 @@ class _MujocoLayout:
         """Return qpos without its hidden entries."""
         return observation[: self._num_positions]
 
-    def set(self, observation: np.ndarray) -> None:
+    def set(self, observation: np.ndarray, hidden: np.ndarray) -> None:
         observation = observation.astype(np.float64)
-        positions = np.concatenate([np.zeros(self._hidden), self.positions(observation)])
+        positions = np.concatenate([hidden, self.positions(observation)])
         self.restore((positions, self.velocities(observation[None])[0]))
+
+    def hidden(self) -> np.ndarray:
+        return self._environment.data.qpos[: self.num_hidden].copy()
 
     def state(self) -> tuple[np.ndarray, np.ndarray]:
         data = self._environment.data
@@ -110,6 +120,8 @@ class _MujocoAngleLayout(_MujocoLayout):
 class _PendulumLayout:
     """(cos angle, sin angle, velocity), of an environment with `state` = (angle, velocity)."""
 
+    num_hidden = 0
+
     def __init__(self, environment: Any):
         self._environment = environment
         self.velocity_limit = np.full(1, np.inf)  # its state has the clipped velocity itself
@@ -117,7 +129,10 @@ class _PendulumLayout:
     def velocities(self, observations: np.ndarray) -> np.ndarray:
         return observations[:, 2:]
 
-    def set(self, observation: np.ndarray) -> None:
+    def hidden(self) -> np.ndarray:
+        return np.zeros(0)
+
+    def set(self, observation: np.ndarray, hidden: np.ndarray) -> None:
         cosine, sine, velocity = observation.astype(np.float64)
         self.restore(np.array([np.arctan2(sine, cosine), velocity]))
 
@@ -200,9 +215,26 @@ class Simulator:
         limits = self._layout.velocity_limit
         return (np.abs(self._layout.velocities(observations)) < limits).all(axis=1)
 
-    def set(self, observation: np.ndarray) -> None:
-        """Put the environment into the state that an observation [S] shows."""
-        self._layout.set(observation)
+    def set(self, observation: np.ndarray, hidden: np.ndarray | None = None) -> None:
+        """Put the environment into the state that an observation [S] shows.
+
+        Args:
+            hidden: the positions that observations do not show; 0 where none are given.
+        """
+        self._layout.set(
+            observation, np.zeros(self._layout.num_hidden) if hidden is None else hidden
+        )
+
+    def hidden(self) -> np.ndarray:
+        """Return the positions that observations do not show, as they now are."""
+        return self._layout.hidden()
+
+    def moved(self, hidden: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        """Return where hidden positions are a step later, by the velocities that the observation
+        [S] after the step shows."""
+        velocities = self._layout.velocities(observation[None])[0]
+        dt = getattr(self.environment.unwrapped, "dt", 0.0)
+        return hidden + dt * velocities[: len(hidden)]
 
     def state(self) -> Any:
         """Return the environment's state, for `restore`."""

@@ -34,7 +34,8 @@ class DenoiserTrainer(AveragedTrainer):
     def update(
         self, trajectory: Tensor, actions: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Take one gradient step of Algorithm 1 on normalized windows.
+        """Take one gradient step of Algorithm 1 on normalized windows; of a denoiser that has
+        losses of its own (see `polygrad_fast.Denoiser`), one on these.
 
         Args:
             trajectory, actions: [B, H, D] and [B, H, A].
@@ -43,6 +44,11 @@ class DenoiserTrainer(AveragedTrainer):
         Returns:
             Detached scalars: the loss, and its parts by name.
         """
+        if hasattr(self.model, "transition_losses"):
+            losses = self.model.transition_losses(trajectory, actions)
+            loss = sum(losses.values())
+            self.minimize(loss)
+            return {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
         device = trajectory.device
         timesteps = torch.randint(
             self.schedule.num_train_timesteps,
@@ -60,9 +66,5 @@ class DenoiserTrainer(AveragedTrainer):
             self.schedule,
             self.sampler_config,
         )
-        if hasattr(self.model, "auxiliary_losses"):
-            own = self.model.auxiliary_losses(trajectory, actions)
-            loss = loss + sum(own.values())
-            parts |= {f"auxiliary_{name}": value.detach() for name, value in own.items()}
         self.minimize(loss)
         return {"loss": loss.detach(), **parts}

@@ -1,7 +1,9 @@
-"""Figures of runs.
+"""Figures: a run's learning curve, and what the diagnostics found.
 
 They need the extra `plots`; matplotlib is imported when a figure is drawn.
 """
+
+from __future__ import annotations
 
 import io
 import math
@@ -9,16 +11,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from polygrad_fast.errors import InputError
 from polygrad_fast.runs.files import write_bytes_atomic
+
+FAR_BELOW = 1e-3
+"""A floor of so little of the lowest error is told in the legend, not drawn."""
+
+
+def check_plots() -> None:
+    """Raise InputError where figures cannot be drawn: matplotlib is an extra."""
+    try:
+        import matplotlib.backends.backend_agg  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "plots need the extra 'plots': pip install 'polygrad-fast[plots]'"
+        ) from error
 
 
 def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None:
     """Plot the return against environment steps, or updates, and write it to `output_png`.
 
     A line with a band of one standard deviation shows `eval/mean_reward` and `eval/std_reward`;
-    points show `train/episode_return`. Uses matplotlib's Agg canvas directly: no display, no
-    change to pyplot's state.
+    points show `train/episode_return`.
 
     Raises:
         InputError: matplotlib is missing, or `metrics_csv` is unreadable or has no finite
@@ -67,6 +83,110 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
     axes.set_ylabel("return of an episode")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _finish(axes)
+    _write(figure, output_png)
+
+
+def plot_dynamics_errors(
+    rows: Sequence[Mapping[str, float | None]], output_png: Path, title: str
+) -> None:
+    """Plot squared errors of imagined observations against the step, on a logarithmic axis, and
+    write it to `output_png`.
+
+    Args:
+        rows: of each step, with step, mse, quartile_1, median, quartile_3 and floor_mse, in
+            normalized units; None where nothing counts.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    figure = _figure(7.0, 4.2)
+    axes = figure.add_subplot()
+    # a logarithmic axis has no zero: an error of 0 leaves a gap
+    columns = {
+        name: np.array([math.nan if not row[name] else row[name] for row in rows])
+        for name in ("step", "mse", "quartile_1", "median", "quartile_3", "floor_mse")
+    }
+    steps = columns["step"]
+    band = columns["quartile_1"], columns["quartile_3"]
+    axes.fill_between(
+        steps, *band, color="tab:blue", alpha=0.2, linewidth=0, label="imagined, middle half"
+    )
+    axes.plot(steps, columns["mse"], color="tab:blue", marker="o", markersize=3, label="mean")
+    axes.plot(steps, columns["median"], color="tab:blue", linestyle="--", label="median")
+    floor = np.nanmax(columns["floor_mse"], initial=0.0)
+    if floor < FAR_BELOW * np.nanmin(columns["quartile_1"], initial=math.inf):
+        axes.plot([], [], color="0.4", label=f"the simulator's own: below {floor:.0e}")
+    else:
+        axes.plot(steps, columns["floor_mse"], color="0.4", label="the simulator's own, mean")
+    axes.set_yscale("log")
+    axes.set_title(title)
+    axes.set_xlabel("step of the trajectory")
+    axes.set_ylabel("squared error, normalized observations")
+    _finish(axes)
+    _write(figure, output_png)
+
+
+def plot_standardized_actions(
+    samples: Sequence[tuple[str, np.ndarray]], output_png: Path, title: str
+) -> None:
+    """Plot histograms of standardized actions against the standard normal, one panel each, and
+    write it to `output_png`.
+
+    Args:
+        samples: (heading, values [n]) of each panel; values beyond 5 are shown at 5.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    num_columns = min(len(samples), 3)
+    num_rows = math.ceil(len(samples) / num_columns)
+    figure = _figure(3.0 * num_columns + 0.6, 2.6 * num_rows + 0.4)
+    grid = np.linspace(-5, 5, 201)
+    normal = np.exp(-0.5 * grid**2) / math.sqrt(2 * math.pi)
+    for i, (heading, values) in enumerate(samples, 1):
+        axes = figure.add_subplot(num_rows, num_columns, i)
+        axes.hist(
+            np.clip(values, -5, 5),
+            bins=np.linspace(-5, 5, 81),
+            density=True,
+            color="tab:blue",
+            alpha=0.5,
+            label="imagined",
+        )
+        axes.plot(grid, normal, color="black", linewidth=1, label="N(0, 1)")
+        axes.set_title(heading, fontsize="small")
+        axes.set_xlabel("(a - mean) / sigma", fontsize="small")
+        _finish(axes)
+    figure.suptitle(title)
+    _write(figure, output_png)
+
+
+def plot_observations(
+    imagined: np.ndarray, real: np.ndarray, ends: tuple[int, int], output_png: Path, title: str
+) -> None:
+    """Plot every entry of two sequences of observations [H, S], imagined and real, against the
+    step, at most 24 of them, and write it to `output_png`.
+
+    Args:
+        ends: how many observations come up to the end of either, or H.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    num = min(imagined.shape[1], 24)
+    num_columns = min(num, 4)
+    num_rows = math.ceil(num / num_columns)
+    figure = _figure(2.6 * num_columns + 0.4, 1.7 * num_rows + 0.5)
+    for i in range(num):
+        axes = figure.add_subplot(num_rows, num_columns, i + 1)
+        for values, end, style, label in (
+            (real, ends[1], {"color": "black"}, "simulated"),
+            (imagined, ends[0], {"color": "tab:blue", "linestyle": "--"}, "imagined"),
+        ):
+            axes.plot(range(end), values[:end, i], label=label, **style)
+        axes.set_title(f"observation {i}", fontsize="small")
+        _finish(axes, legend=i == 0)
+    figure.suptitle(title)
     _write(figure, output_png)
 
 
@@ -119,27 +239,21 @@ def plot_offline_comparison(
 
 
 def _figure(width: float, height: float) -> Any:
-    """Return a figure in inches, on matplotlib's Agg canvas: no display, no change to pyplot.
+    """Return a figure in inches, on matplotlib's Agg canvas: no display, no change to pyplot."""
+    check_plots()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    Raises:
-        InputError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "plots need the extra 'plots': pip install 'polygrad-fast[plots]'"
-        ) from error
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _finish(axes: Any) -> None:
+def _finish(axes: Any, legend: bool = True) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(framealpha=0.85, edgecolor="none", fontsize="small")
+    if legend:
+        axes.legend(framealpha=0.85, edgecolor="none", fontsize="small")
 
 
 def _write(figure: Any, output_png: Path) -> None:

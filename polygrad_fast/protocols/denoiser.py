@@ -33,8 +33,8 @@ class Denoiser(Protocol):
     A function gets them by assignment: `denoise.horizon = 10`. Where it also has
     `num_embedded_steps`, schedules of more steps are refused.
 
-    Where it has `auxiliary_losses`, which maps clean windows [B, H, D] and actions [B, H, A] (as it
-    is called with them) to scalars by name, training minimizes their sum beside the denoising loss.
+    Where it has `transition_losses`, which maps clean windows [B, H, D] and actions [B, H, A], all
+    normalized, to scalars by name, training minimizes their sum in place of the denoising loss.
 
     Attributes:
         observation_dim, action_dim, horizon: S, A and H.

@@ -221,7 +221,7 @@ class FoldedTransformer(FoldedDenoiser):
 
 
 class FoldedRollout(FoldedDenoiser):
-    """The rollout denoiser with units, flags and the step's embedding folded into its layers.
+    """The rollout denoiser with the units of differences folded into its last layer.
 
     The input is flat as the residual MLP's, but in float32: the rollout adds its differences to the
     first observation in float32, the products are in the engine's dtype.
@@ -243,40 +243,15 @@ class FoldedRollout(FoldedDenoiser):
             for i, layer in enumerate(hidden)
         ]
         unit = torch.cat([d.step.difference_scale, torch.ones_like(last.bias[:2])])
-        self.last = (
-            self._put_weight("last", last.weight * unit.unsqueeze(1)),
-            put("last.bias", last.bias * unit, dtype),
-        )
+        self.output_weight = self._put_weight("output", last.weight * unit.unsqueeze(1))
+        self.output_bias = put("output.bias", last.bias * unit, dtype)
         self.flags = put("flags", d.flags, torch.float32)
-        tokens = d.correct_input.weight.unflatten(1, (d.horizon, -1))
-        deviation, rollout, actions = tokens.split([d.state_dim, d.state_dim, d.action_dim], dim=2)
-        parts = (deviation, rollout - deviation, actions)  # of states, rollout and actions
-        weight = torch.cat([part.flatten(1) for part in parts], dim=1)
-        self.correct_input = self._put_weight("correct_input", weight)
-        rows = d.step_mlp(self.timesteps) + d.correct_input.bias
-        self.correct_rows = put("correct.rows", rows, dtype).unbind()
-        self.correct_hidden = (
-            self._put_weight("correct_hidden", d.hidden.weight),
-            put("correct_hidden.bias", d.hidden.bias, dtype),
-        )
-        self.output_weight = self._put_weight("output", d.output.weight)
-        self.output_bias = put("output.bias", d.output.bias, dtype)
 
     def __call__(self, buffer: Tensor, k: int) -> Tensor:
         """Predict at step k: an input buffer -> [B, H, D], a new tensor."""
         d, ops = self.denoiser, self.ops
-        sizes = [d.horizon * d.state_dim, d.horizon * d.action_dim]
-        states, actions = buffer.split(sizes, dim=1)
-        rollout = self._rollout(states[:, : d.observation_dim], actions)
-        x = torch.cat([states, rollout.flatten(1), actions], dim=1).to(self.dtype)
-        x = ops.linear(x, self.correct_input, self.correct_rows[k], activation="silu")
-        x = ops.linear(x, *self.correct_hidden, activation="silu")
-        x = ops.linear(x, self.output_weight, self.output_bias)
-        return rollout.add_(x.view(rollout.shape))
-
-    def _rollout(self, observation: Tensor, actions: Tensor) -> Tensor:
-        """Return the states [B, H, D] from o_0 [B, S] under flat actions [B, H A]."""
-        d, ops = self.denoiser, self.ops
+        states, actions = buffer.split([d.horizon * d.state_dim, d.horizon * d.action_dim], dim=1)
+        observation = states[:, : d.observation_dim]
         rollout = observation.new_empty(len(observation), d.horizon, d.state_dim)
         low, high = self.flags
         goes_on = torch.ones_like(observation[:, :1])
@@ -284,7 +259,7 @@ class FoldedRollout(FoldedDenoiser):
             x = torch.cat([observation, action], dim=1).to(self.dtype)
             for weight, bias in self.hidden:
                 x = ops.linear(x, weight, bias, activation="silu")
-            out = ops.linear(x, *self.last).to(torch.float32)
+            out = ops.linear(x, self.output_weight, self.output_bias).to(torch.float32)
             moved, reward, logit = out.split([d.observation_dim, 1, 1], dim=1)
             goes_on = goes_on * torch.sigmoid(-logit)
             flag = torch.addcmul(high, low - high, goes_on)

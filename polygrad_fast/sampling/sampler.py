@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.diffusion.ddpm import NoiseSchedule
-from polygrad_fast.errors import InputError
+from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import Denoiser, Policy, check_normalizer, policy_moments
@@ -54,6 +54,27 @@ class TrajectoryBatch:
     changed between the states of the last step but one, whose actions the denoiser saw last, and
     those returned; in standard deviations, root mean square over the batch. Actions and states have
     settled on each other where it is small."""
+
+    def first_steps(self, horizon: int) -> TrajectoryBatch:
+        """Return the first steps of all trajectories, without a chain."""
+        return TrajectoryBatch(*(part[:, :horizon] for part in self._trajectories()))
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError where something imagined is not finite."""
+        names = ("observations", "actions", "rewards", "terminals")
+        finite = torch.stack([torch.isfinite(part).all() for part in self._trajectories()])
+        for name, fine in zip(names, finite.tolist(), strict=True):
+            if not fine:
+                raise NonFiniteError(f"the imagined {name} are not finite")
+
+    @classmethod
+    def joined(cls, batches: Sequence[TrajectoryBatch]) -> TrajectoryBatch:
+        """Return all trajectories in one batch, without chains."""
+        parts = zip(*(batch._trajectories() for batch in batches), strict=True)
+        return cls(*(torch.cat(part) for part in parts))
+
+    def _trajectories(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.observations, self.actions, self.rewards, self.terminals
 
 
 class PolicyGuidedSampler:

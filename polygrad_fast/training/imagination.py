@@ -172,7 +172,8 @@ class ImaginationTraining:
         with annotate("policy_update"):
             with self.speed.measured("sample"):
                 batch = self.imagine(self.config.imagined_batch_size, normalized=True)
-                _check_finite(batch)
+                with annotate("check_finite"):
+                    batch.check_finite()
             terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
             flags = (terminals > 0.5).to(batch.rewards.dtype)
             interval = self.config.diagnostics_interval
@@ -327,12 +328,3 @@ class ImaginationTraining:
 def _due(steps: int, ratio: float) -> int:
     """Return how many updates fall on the last of `steps` steps at `ratio` updates per step."""
     return num_updates(steps, ratio) - num_updates(steps - 1, ratio)
-
-
-def _check_finite(batch: TrajectoryBatch) -> None:
-    with annotate("check_finite"):
-        fields = ("observations", "actions", "rewards", "terminals")
-        finite = torch.stack([torch.isfinite(getattr(batch, name)).all() for name in fields])
-        for name, fine in zip(fields, finite.tolist(), strict=True):
-            if not fine:
-                raise NonFiniteError(f"the imagined {name} are not finite")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from polygrad_fast.config import TrainConfig
-from polygrad_fast.denoisers.rollout import CORRECTION_DIM
 from polygrad_fast.sampling.folded_networks import ROWS_PER_THREAD
 from polygrad_fast.sampling.torch_step import POLICY_ROWS_PER_THREAD
 
@@ -30,11 +29,7 @@ def denoiser_parameters(config: TrainConfig, observation_dim: int, action_dim: i
         ends = (state_dim + action_dim + 1) * width + (width + 1) * state_dim
         return ends + blocks + embedded + horizon * width
     if c.kind == "rollout":
-        in_dim, out_dim = horizon * (2 * state_dim + action_dim), horizon * state_dim
-        step = (observation_dim + action_dim + 1) * width + (layers - 1) * (width + 1) * width
-        step += (width + 1) * state_dim
-        corrected = CORRECTION_DIM * (in_dim + 1 + 18 + 2 * (CORRECTION_DIM + 1) + out_dim)
-        return step + corrected + out_dim
+        return _one_step_parameters(width, layers, observation_dim, action_dim)
     in_dim, out_dim = horizon * (state_dim + action_dim), horizon * state_dim
     output = (width + 1) * out_dim
     if c.step_conditioning == "layer":
@@ -46,7 +41,11 @@ def denoiser_parameters(config: TrainConfig, observation_dim: int, action_dim: i
 
 def autoregressive_parameters(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
     """Return the number of parameters of the configured one-step network."""
-    width, layers = config.autoregressive.hidden_dim, config.autoregressive.num_layers
+    a = config.autoregressive
+    return _one_step_parameters(a.hidden_dim, a.num_layers, observation_dim, action_dim)
+
+
+def _one_step_parameters(width: int, layers: int, observation_dim: int, action_dim: int) -> int:
     ends = (observation_dim + action_dim + 1) * width + (width + 1) * (observation_dim + 2)
     return ends + (layers - 1) * (width + 1) * width
 
@@ -106,7 +105,7 @@ def _diffusion_update(config: TrainConfig, observation_dim: int, action_dim: int
         return d.batch_size * horizon * (17 * d.num_layers + 12) * d.hidden_dim
     if d.kind == "rollout":
         per_step = 3 * d.num_layers * d.hidden_dim + 6 * pair
-        return d.batch_size * (horizon * per_step + 8 * CORRECTION_DIM)
+        return d.batch_size * horizon * per_step
     kept = 2 if d.step_conditioning == "input" else 1
     embed = max(horizon * pair, 128) if d.step_conditioning == "input" else 0
     return d.batch_size * ((kept * d.num_layers + 6) * d.hidden_dim + 6 * embed)

@@ -7,8 +7,6 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 
-import torch
-
 from polygrad_fast.diagnostics.gradient import policy_gradient_report
 from polygrad_fast.diagnostics.simulator import check_determined
 from polygrad_fast.errors import NonFiniteError
@@ -18,6 +16,7 @@ from polygrad_fast.runs.interrupts import stop_on_signals
 from polygrad_fast.runs.run import Run
 from polygrad_fast.training.estimate import Speed, TimeLeft, remaining_counts, time_left
 from polygrad_fast.training.imagination import ImaginationTraining
+from polygrad_fast.training.threads import cpu_threads
 
 DAY = 86400
 CPU_PRESETS = ("quick", "laptop")
@@ -56,9 +55,7 @@ class Session:
         """
         config, device = self.training.config, self.training.actor.device
         with contextlib.ExitStack() as stack:
-            if config.cpu_threads is not None and device.type == "cpu":
-                stack.callback(torch.set_num_threads, torch.get_num_threads())
-                torch.set_num_threads(config.cpu_threads)
+            stack.enter_context(cpu_threads(config.cpu_threads, device))
             if config.gradient_trajectories:
                 self._simulated = self.evaluator.environments.make()
                 check_determined(self._simulated)

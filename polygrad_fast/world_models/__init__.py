@@ -1,8 +1,14 @@
 """World models: one file each, behind the interface in `base`."""
 
 from polygrad_fast.world_models.autoregressive import Autoregressive
-from polygrad_fast.world_models.base import WorldModel
+from polygrad_fast.world_models.base import WorldModel, check_horizon
 from polygrad_fast.world_models.build import build_world_model
 from polygrad_fast.world_models.trajectory_diffusion import TrajectoryDiffusion
 
-__all__ = ["Autoregressive", "TrajectoryDiffusion", "WorldModel", "build_world_model"]
+__all__ = [
+    "Autoregressive",
+    "TrajectoryDiffusion",
+    "WorldModel",
+    "build_world_model",
+    "check_horizon",
+]

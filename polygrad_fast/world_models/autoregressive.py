@@ -14,6 +14,7 @@ from polygrad_fast.denoisers.one_step import OneStepNetwork, one_step_losses
 from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.sampling import TrajectoryBatch
+from polygrad_fast.world_models.base import check_horizon
 
 
 class Autoregressive:
@@ -31,6 +32,8 @@ class Autoregressive:
         action_bounds: (low, high) of the raw actions, [A] each.
         device: of everything.
     """
+
+    longest_horizon = None
 
     def __init__(
         self,
@@ -87,8 +90,10 @@ class Autoregressive:
         policy: Any,
         generator: torch.Generator | None = None,
         normalized: bool = False,
+        horizon: int | None = None,
     ) -> TrajectoryBatch:
         """Roll the averaged network out under the policy; see `WorldModel.imagine`."""
+        horizon = self.horizon if horizon is None else check_horizon(self, horizon)
         network, normalizer = self.trainer.ema_model, self.normalizer
         if normalized:
             observation = initial_observations
@@ -96,7 +101,7 @@ class Autoregressive:
             observation = normalizer.normalize(initial_observations, "observations")
         ended = torch.zeros(len(observation), dtype=torch.bool, device=observation.device)
         steps = []
-        for _ in range(self.horizon):
+        for _ in range(horizon):
             mean, std = policy(normalizer.unnormalize(observation, "observations"))
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
             action = mean + std * noise

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from polygrad_fast.arguments import as_integer
 from polygrad_fast.data.replay import Windows
+from polygrad_fast.errors import InputError
 from polygrad_fast.sampling import TrajectoryBatch
 
 
@@ -17,7 +19,12 @@ class WorldModel(Protocol):
 
     It holds what it learns and what it tunes; the training loop holds data, policy and counters,
     and `TrainConfig.world_model_training` how many windows and updates there are.
+
+    Attributes:
+        longest_horizon: the most steps that it can imagine; None: as many as are asked for.
     """
+
+    longest_horizon: int | None
 
     def prepare(self, policy: Any) -> None:
         """Build what imagining under `policy` needs, so that errors come before any work.
@@ -44,11 +51,19 @@ class WorldModel(Protocol):
         policy: Any,
         generator: torch.Generator | None = None,
         normalized: bool = False,
+        horizon: int | None = None,
     ) -> TrajectoryBatch:
         """Imagine a trajectory of `policy` from each initial observation [B, S].
 
         Observations are raw, and so are all results, with terminals 0 or 1; with `normalized=True`
         all of them are normalized, the terminal flags included.
+
+        Args:
+            horizon: imagine only the first so many steps, or more than in training; None: as many
+                as in training.
+
+        Raises:
+            InputError: horizon < 1, or above `longest_horizon`.
         """
 
     def feedback(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -63,3 +78,19 @@ class WorldModel(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def check_horizon(world_model: WorldModel, horizon: int) -> int:
+    """Return the horizon, if a world model can imagine as many steps.
+
+    Raises:
+        InputError: horizon < 1, or above the model's `longest_horizon`.
+    """
+    horizon, longest = as_integer(horizon, "horizon", 1), world_model.longest_horizon
+    if longest is not None and horizon > longest:
+        raise InputError(
+            f"horizon must be at most {longest}, the whole trajectory that this world model "
+            f"({type(world_model).__name__}) was trained to imagine at once, got {horizon}: train "
+            f"one with --horizon {horizon}, or an autoregressive one, which imagines any"
+        )
+    return horizon

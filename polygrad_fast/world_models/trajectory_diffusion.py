@@ -4,6 +4,7 @@ imagines."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
+from polygrad_fast.world_models.base import check_horizon
 from polygrad_fast.world_models.guidance import GuidanceTuner
 
 
@@ -53,6 +55,11 @@ class TrajectoryDiffusion:
         self._sampler: PolicyGuidedSampler | None = None
 
     @property
+    def longest_horizon(self) -> int:
+        """The denoiser's horizon: a trajectory is imagined as a whole."""
+        return self.config.horizon
+
+    @property
     def denoiser(self) -> nn.Module:
         """The averaged denoiser, which imagines."""
         return self.trainer.ema_model
@@ -81,6 +88,16 @@ class TrajectoryDiffusion:
             )
         return self._sampler
 
+    def use_action_update(self, action_update: str) -> None:
+        """Imagine with another `SamplerConfig.action_update` from now on.
+
+        Raises:
+            InputError: an unknown one, or one that does not fit the other options.
+        """
+        sampler = replace(self.config.sampler, action_update=action_update)
+        self.config = replace(self.config, sampler=sampler)
+        self._sampler = None  # its engine is built for its options
+
     def update(
         self, windows: Windows, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
@@ -98,12 +115,15 @@ class TrajectoryDiffusion:
         policy: Any,
         generator: torch.Generator | None = None,
         normalized: bool = False,
+        horizon: int | None = None,
     ) -> TrajectoryBatch:
-        """Sample by Algorithm 2 at the current guidance scale; see `WorldModel.imagine`."""
-        sampler = self.sampler(policy)
-        return sampler.sample(
+        """Sample by Algorithm 2 at the current guidance scale; see `WorldModel.imagine`. Of fewer
+        steps than the denoiser's they are the first, and cost the same."""
+        horizon = self.config.horizon if horizon is None else check_horizon(self, horizon)
+        batch = self.sampler(policy).sample(
             initial_observations, self.guidance.value, generator, normalized=normalized
         )
+        return batch if horizon == self.config.horizon else batch.first_steps(horizon)
 
     def feedback(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Tune the guidance scale so that standardized actions spread as the policy's do

@@ -749,6 +749,24 @@ def test_what_a_preset_learns():
     assert "over 100 episodes of the evaluation seed" in each
 
 
+def test_how_far_actions_are_from_the_policys():
+    def row(update, sigma, seed, ks, r2):
+        values = {"std": 1.5, "ks": ks, "ks_floor": 0.01, "r2": r2}
+        case = {"env_id": "Hopper-v5", "update": update, "sigma": sigma, "seed": seed}
+        return make_row(benchmark="on_policy", case=case, ms=None, values=values)
+
+    rows = [
+        row("released", 1.0, 0, 0.02, 0.4),
+        row("released", 1.0, 1, 0.04, 0.6),
+        row("exact", 1.0, 0, 0.01, -0.001),
+        row("exact", 0.1, 0, 0.012, 0.0),
+    ]
+    lines = report.build("on_policy", rows).splitlines()
+    assert "| environment | action update | seeds | sigma 1 | sigma 0.1 |" in lines
+    assert "| Hopper-v5 | released | 2 | 1.50, 3.0, 0.500 | not measured |" in lines
+    assert "| Hopper-v5 | exact | 1 | 1.50, 1.0, -0.001 | 1.50, 1.2, 0.000 |" in lines
+
+
 def test_how_true_each_gradient_is():
     values = {
         "updates": 1234, "train_seconds": 60.0, "seconds_per_1000": 0.256,

@@ -15,14 +15,11 @@ S, A, H, K = 3, 2, 6, 8
 LOW, HIGH = -0.3, 3.0
 
 
-def build(s=S, a=A, h=H, corrected=True, **options) -> pg.RolloutDenoiser:
+def build(s=S, a=A, h=H, **options) -> pg.RolloutDenoiser:
     torch.manual_seed(0)
     denoiser = pg.RolloutDenoiser(s, a, h, **({"hidden_dim": 16, "num_layers": 2} | options))
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    if not corrected:
-        torch.nn.init.zeros_(denoiser.output.weight)
-        torch.nn.init.zeros_(denoiser.output.bias)
     denoiser.step.difference_scale.copy_(torch.linspace(0.2, 0.6, s))
     denoiser.flags.copy_(torch.tensor([LOW, HIGH]))
     return denoiser
@@ -37,7 +34,7 @@ def inputs(batch, s=S, a=A, h=H, seed=0):
     )
 
 
-def windows(batch=64, seed=0, noise=0.0):
+def windows(batch=64, seed=0):
     """Normalized windows of a linear system whose reward is its first entry; some end."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(batch, S, generator=generator)
@@ -48,7 +45,6 @@ def windows(batch=64, seed=0, noise=0.0):
         ended = ((ended > 0) | (states[:, 1:2] > 1.5)).float()
         rows.append(torch.cat([states, states[:, :1], LOW + (HIGH - LOW) * ended], dim=1))
         moved = 0.9 * states + actions[:, t] @ push
-        moved = moved + noise * torch.randn(moved.shape, generator=generator)
         states = torch.where(ended > 0, states, moved)
     return torch.stack(rows, dim=1), actions
 
@@ -62,7 +58,7 @@ def test_output_has_the_trajectory_shape(batch, s, a, h):
 
 
 def test_rollout_against_a_naive_float64_loop():
-    denoiser = build(corrected=False)
+    denoiser = build()
     trajectory, actions, timesteps = inputs(4)
     w = {name: value.double() for name, value in denoiser.state_dict().items()}
 
@@ -87,7 +83,7 @@ def test_rollout_against_a_naive_float64_loop():
 
 @pytest.mark.parametrize("t", range(H))
 def test_the_rollout_depends_on_earlier_actions_only(t):
-    denoiser = build(corrected=False)
+    denoiser = build()
     trajectory, actions, timesteps = inputs(3)
     before = denoiser(trajectory, actions, timesteps)
     actions[:, t] += 1.0
@@ -96,54 +92,31 @@ def test_the_rollout_depends_on_earlier_actions_only(t):
     assert (moved[t, S:] > 1e-4).all() and (moved[t + 1 :, :S] > 1e-5).all()
 
 
-def test_the_correction_reads_the_noisy_trajectory_and_its_step():
-    denoiser, uncorrected = build(), build(corrected=False)
-    trajectory, actions, timesteps = inputs(4)
-    noisier = trajectory.clone()
-    noisier[:, 1:] += 1.0
-    assert torch.equal(
-        uncorrected(noisier, actions, timesteps), uncorrected(trajectory, actions, timesteps)
-    )
-    base = denoiser(trajectory, actions, timesteps)
-    for other in (
-        denoiser(noisier, actions, timesteps),
-        denoiser(trajectory, actions, (timesteps + 1) % K),
-    ):
-        assert ((other - base).abs().amax((1, 2)) > 1e-3).all()
-    alone = torch.cat([denoiser(*(x[i : i + 1] for x in inputs(4))) for i in range(4)])
-    torch.testing.assert_close(alone, base, rtol=1e-4, atol=1e-4)
-
-
-def test_it_starts_as_the_rollout():
-    denoiser = pg.RolloutDenoiser(S, A, H, hidden_dim=16)
-    trajectory, actions, timesteps = inputs(4)
-    got = denoiser(trajectory, actions, timesteps)
-    assert torch.equal(got, denoiser.rollout(trajectory[:, 0, :S], actions))
-
-
-def test_every_parameter_learns_from_one_of_the_two_losses():
+def test_noisy_states_and_the_diffusion_step_are_not_read():
     denoiser = build()
-    trajectory, actions = windows(K)
-    denoiser(trajectory, actions, torch.arange(K)).square().sum().backward()
-    for name, parameter in denoiser.named_parameters():
-        corrects = not name.startswith("step.")
-        assert (parameter.grad is not None) == corrects, name
-        assert not corrects or parameter.grad.abs().max() > 0, name
-    denoiser.zero_grad()
-    losses = denoiser.auxiliary_losses(trajectory, actions)
-    sum(losses.values()).backward()
-    for name, parameter in denoiser.named_parameters():
-        steps = name.startswith("step.")
-        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == steps, name
+    trajectory, actions, timesteps = inputs(4)
+    before = denoiser(trajectory, actions, timesteps)
+    trajectory[:, 1:] += 1.0
+    trajectory[:, 0, S:] += 1.0
+    assert torch.equal(denoiser(trajectory, actions, (timesteps + 1) % K), before)
+    alone = torch.cat([denoiser(*(x[i : i + 1] for x in inputs(4))) for i in range(4)])
+    torch.testing.assert_close(alone, before, rtol=1e-4, atol=1e-4)
 
 
-def test_auxiliary_losses_are_those_of_the_step_on_what_the_flags_stand_for():
+def test_gradients_reach_every_parameter():
+    denoiser = build()
+    sum(denoiser.transition_losses(*windows(K)).values()).backward()
+    for name, parameter in denoiser.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_its_losses_are_those_of_the_step_on_what_the_flags_stand_for():
     denoiser = build()
     trajectory, actions = windows()
     flags = (trajectory[..., -1] == HIGH).float()
     assert 0 < flags.mean() < 1
     wanted = one_step_losses(denoiser.step, trajectory[..., :S], actions, trajectory[..., S], flags)
-    assert denoiser.auxiliary_losses(trajectory, actions) == wanted
+    assert denoiser.transition_losses(trajectory, actions) == wanted
 
 
 def test_flags_are_what_the_windows_show():
@@ -153,7 +126,7 @@ def test_flags_are_what_the_windows_show():
     def seen(low, high):
         shown = trajectory.clone()
         shown[..., -1] = torch.where(trajectory[..., -1] > 0, high, low)
-        denoiser.auxiliary_losses(shown, actions)
+        denoiser.transition_losses(shown, actions)
         return denoiser.flags.tolist()
 
     assert seen(-0.5, -0.5) == [-0.5, 0.0]  # no terminal yet
@@ -212,7 +185,7 @@ def test_the_unit_of_differences_is_their_deviation_in_the_first_batch():
     torch.testing.assert_close(network.difference_scale, wanted, rtol=1e-5, atol=0)
 
 
-def trained(noise: float, updates: int) -> tuple[DenoiserTrainer, dict]:
+def trained(updates: int) -> tuple[DenoiserTrainer, dict]:
     config = DenoiserConfig(
         kind="rollout", hidden_dim=32, num_layers=2, learning_rate=3e-3, ema_decay=0.9, ema_start=0
     )
@@ -223,14 +196,14 @@ def trained(noise: float, updates: int) -> tuple[DenoiserTrainer, dict]:
     )
     generator = torch.Generator().manual_seed(0)
     for update in range(updates):
-        losses = trainer.update(*windows(128, seed=update, noise=noise), generator)
+        losses = trainer.update(*windows(128, seed=update), generator)
     return trainer, losses
 
 
 def test_training_learns_the_dynamics():
-    trainer, losses = trained(noise=0.0, updates=400)
-    names = {f"auxiliary_{name}_loss" for name in ("observation", "reward", "terminal")}
-    assert names < set(losses)
+    trainer, losses = trained(updates=400)
+    assert set(losses) == {"loss", "observation_loss", "reward_loss", "terminal_loss"}
+    assert losses["loss"] == sum(list(losses.values())[1:])
     trajectory, actions = windows(256, seed=10**6)
     denoiser = trainer.ema_model
     assert torch.equal(denoiser.flags, torch.tensor([LOW, HIGH]))
@@ -239,20 +212,6 @@ def test_training_learns_the_dynamics():
     alive = trajectory[..., -1] < 0
     error = (rollout - trajectory)[..., :S].square().mean(-1)[alive].mean().sqrt()
     assert error < 0.15 * trajectory[..., :S].std()
-
-
-def test_the_correction_learns_what_chance_adds():
-    trainer, _ = trained(noise=0.5, updates=400)
-    trajectory, actions = windows(256, seed=10**6, noise=0.5)
-    denoiser, timesteps = trainer.ema_model, torch.zeros(256, dtype=torch.int64)
-    alpha = trainer.schedule.alphas_cumprod[0]  # the least noise
-    noisy = alpha.sqrt() * trajectory + (1 - alpha).sqrt() * torch.randn_like(trajectory)
-    noisy[:, 0, :S] = trajectory[:, 0, :S]
-    with torch.no_grad():
-        rollout = denoiser.rollout(trajectory[:, 0, :S], actions)
-        corrected = denoiser(noisy, actions, timesteps)
-    wrong = [(x - trajectory)[..., :S].square().mean() for x in (rollout, corrected)]
-    assert wrong[1] < 0.5 * wrong[0]
 
 
 @pytest.mark.parametrize("name", ["trajectory", "actions", "timesteps"])
@@ -279,6 +238,10 @@ def test_sizes_below_one_are_refused(name, value):
     "options, message",
     [
         ({}, "sampler.scale_actions must be False for a denoiser of kind 'rollout', got True"),
+        (
+            {"scale_actions": False, "num_inference_steps": 9},
+            "num_inference_steps must be at least the horizon, 10, for a denoiser of kind 'roll",
+        ),
         (
             {"scale_actions": False, "prediction_type": "epsilon"},
             "sampler.prediction_type must be 'sample' for a denoiser of kind 'rollout', got 'eps",

@@ -22,7 +22,7 @@ class TrueModel:
         self.agent, self.environment = agent, agent.make_evaluation_environment()
         self.simulator = None
 
-    def imagine(self, initial_observations, policy, generator=None, normalized=False):
+    def imagine(self, initial_observations, policy, generator=None, normalized=False, horizon=None):
         assert normalized
         agent = self.agent
         if self.simulator is None:
@@ -40,7 +40,7 @@ class TrueModel:
             agent.normalizer,
             agent.action_scaler,
             agent.normalizer.unnormalize(initial_observations, "observations"),
-            agent.config.horizon,
+            agent.config.horizon if horizon is None else horizon,
             generator,
         )
 

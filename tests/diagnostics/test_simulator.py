@@ -86,6 +86,24 @@ def test_a_state_restored_goes_on_as_before():
     assert got[1] == pytest.approx(wanted[1], abs=1e-4) and got[2] == wanted[2]
 
 
+@pytest.mark.parametrize(("env_id", "num_hidden"), [("Hopper-v5", 1), ("Swimmer-v5", 2)])
+def test_hidden_positions_are_set_and_move_by_the_velocities(env_id, num_hidden):
+    steps = collect(gymnasium.make(env_id), 100)
+    simulator = simulator_of(gymnasium.make(env_id), steps)
+    bare = simulator.environment.unwrapped
+    observation = steps["observations"][7]
+    simulator.set(observation)
+    assert np.array_equal(simulator.hidden(), np.zeros(num_hidden))
+    hidden = np.array([3.0, -2.0])[:num_hidden]
+    simulator.set(observation, hidden)
+    assert np.array_equal(simulator.hidden(), hidden)
+    following, _, _ = simulator.step(steps["actions"][7])
+    assert np.array_equal(bare.data.qpos[:num_hidden], simulator.hidden())
+    moved, truly = simulator.moved(hidden, following), simulator.hidden()
+    assert (np.abs(truly - hidden) > 0).all()
+    np.testing.assert_allclose(moved, truly, atol=0.3 * np.abs(truly - hidden).max())
+
+
 def test_clipped_velocities_are_not_taken_for_states():
     """With full torques Walker2d's velocities reach the clip; those steps are not repeated."""
     steps = collect(gymnasium.make("Walker2d-v5"), 300, scale=1.0)

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from polygrad_fast.errors import InputError
@@ -61,6 +62,63 @@ def test_nothing_to_plot(tmp_path):
     with pytest.raises(InputError, match="missing.csv"):
         plot_learning_curve(tmp_path / "missing.csv", tmp_path / "curve.png", "none")
     assert not (tmp_path / "curve.png").exists()
+
+
+def test_what_is_drawn_of_dynamics_errors(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    rows = [
+        {
+            "step": t,
+            "mse": 0.1 * t,
+            "quartile_1": 0.05 * t,
+            "median": 0.08 * t,
+            "quartile_3": 0.2 * t,
+            "floor_mse": 0.01,
+        }
+        for t in (1, 2, 3)
+    ]
+    nothing = dict.fromkeys(rows[0]) | {"step": 4}
+    plots.plot_dynamics_errors([*rows, nothing], tmp_path / "x.png", "A title")
+    plots.plot_dynamics_errors([row | {"floor_mse": 1e-9} for row in rows], tmp_path / "x.png", "")
+    (axes,) = drawn[0].axes
+    mean, median, floor = axes.lines
+    assert axes.get_yscale() == "log" and axes.get_title() == "A title"
+    np.testing.assert_allclose(mean.get_ydata(), [0.1, 0.2, 0.3, np.nan])
+    np.testing.assert_allclose(median.get_ydata(), [0.08, 0.16, 0.24, np.nan])
+    np.testing.assert_allclose(floor.get_ydata(), [0.01, 0.01, 0.01, np.nan])
+    assert list(mean.get_xdata()) == [1, 2, 3, 4]
+    (axes,) = drawn[1].axes  # a floor far below is told, not drawn
+    assert len(axes.lines[2].get_ydata()) == 0
+    assert axes.lines[2].get_label() == "the simulator's own: below 1e-09"
+
+
+def test_what_is_drawn_of_standardized_actions(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    values = np.array([-9.0, 0.1, 0.1, 2.0])
+    plots.plot_standardized_actions([("one", values)] * 4, tmp_path / "x.png", "A title")
+    assert len(drawn[0].axes) == 4 and drawn[0].get_suptitle() == "A title"
+    axes = drawn[0].axes[0]
+    heights = [bar.get_height() for bar in axes.patches]
+    width = axes.patches[0].get_width()
+    assert np.sum(heights) * width == pytest.approx(1.0)
+    assert heights[0] * width == pytest.approx(0.25)  # beyond the axis, shown at its end
+    assert max(axes.lines[0].get_ydata()) == pytest.approx(0.39894, abs=1e-4)
+
+
+def test_what_is_drawn_of_observations(tmp_path, monkeypatch):
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    imagined = np.arange(90.0).reshape(3, 30)
+    plots.plot_observations(imagined, imagined + 1, (2, 3), tmp_path / "x.png", "A title")
+    assert len(drawn[0].axes) == 24
+    real, dreamt = drawn[0].axes[5].lines
+    assert list(real.get_ydata()) == [6, 36, 66] and list(dreamt.get_ydata()) == [5, 35]
+    assert (real.get_label(), dreamt.get_label()) == ("simulated", "imagined")
 
 
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):

@@ -112,6 +112,21 @@ def test_normalized_batches_are_the_same_trajectories(trained):
         assert torch.allclose(back, getattr(raw, name), atol=1e-5), name
 
 
+def test_any_horizon_can_be_imagined(trained):
+    s0 = MEAN + STD * torch.randn(64, S, generator=torch.Generator().manual_seed(7))
+    assert trained.longest_horizon is None
+    usual, longer, shorter = (
+        trained.imagine(s0, policy, torch.Generator().manual_seed(8), horizon=horizon)
+        for horizon in (None, 3 * H, 2)
+    )
+    assert longer.observations.shape == (64, 3 * H, S) and shorter.rewards.shape == (64, 2)
+    for name in ("observations", "actions", "rewards", "terminals"):
+        assert torch.equal(getattr(longer, name)[:, :H], getattr(usual, name)), name
+        assert torch.equal(getattr(shorter, name), getattr(usual, name)[:, :2]), name
+    with pytest.raises(pg.InputError, match="horizon must be an integer of at least 1, got 0"):
+        trained.imagine(s0, policy, horizon=0)
+
+
 def test_padding_and_what_follows_a_terminal_step_do_not_count():
     windows = make_windows(64, 0)
     losses = make_model().update(windows)

@@ -71,6 +71,26 @@ def test_the_commands_take_every_model(name, tmp_path, monkeypatch, capsys):
     assert f"{other!r}" in message and f"{name!r}" in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_steps_are_those_of_the_whole_and_longer_ones_are_refused_or_given(name):
+    model = pg.PolyGRAD("Pendulum-v1", config=small_config(name)).world_model
+    policy, s0 = pg.GaussianPolicy(3, 1, 8), torch.randn(6, 3)
+
+    def imagine(horizon):
+        return model.imagine(s0, policy, torch.Generator().manual_seed(3), horizon=horizon)
+
+    whole, part = imagine(None), imagine(2)
+    assert whole.rewards.shape == (6, 4)
+    for field in ("observations", "actions", "rewards", "terminals"):
+        assert torch.equal(getattr(part, field), getattr(whole, field)[:, :2]), field
+    if model.longest_horizon is None:
+        assert imagine(9).rewards.shape == (6, 9)
+        return
+    assert model.longest_horizon == 4
+    with pytest.raises(pg.InputError, match="horizon must be at most 4, .*, got 9: train one with"):
+        imagine(9)
+
+
 @pytest.mark.parametrize("asked", ["denoiser", "sampler"])
 def test_what_only_diffusion_has_is_refused_of_others(asked):
     for name in NAMES:

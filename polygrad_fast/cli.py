@@ -643,7 +643,7 @@ def _errors(command: Errors) -> None:
     with end_on_interrupt():
         from polygrad_fast.diagnostics.dynamics import dynamics_report, dynamics_table
         from polygrad_fast.evaluation.plots import plot_dynamics_errors
-        from polygrad_fast.training.threads import available_cpus, cpu_threads
+        from polygrad_fast.threads import available_cpus, cpu_threads
 
         agent = _load(command)
     _warn_of_guidance(agent, command)
@@ -702,7 +702,7 @@ def _actions(command: Actions) -> None:
 
         from polygrad_fast.diagnostics.actions import action_report, action_table
         from polygrad_fast.evaluation.plots import plot_standardized_actions
-        from polygrad_fast.training.threads import cpu_threads
+        from polygrad_fast.threads import cpu_threads
 
         agent = _load(command)
     config = agent.config
@@ -793,7 +793,7 @@ def _gradient(command: Gradient) -> None:
     with end_on_interrupt():
         from polygrad_fast.diagnostics.gradient import policy_gradient_report
         from polygrad_fast.diagnostics.table import table
-        from polygrad_fast.training.threads import cpu_threads
+        from polygrad_fast.threads import cpu_threads
 
         agent = _load(command)
     with cpu_threads(agent.config.cpu_threads, agent.device):
@@ -910,7 +910,7 @@ def _dream(command: Dream) -> None:
         from polygrad_fast.diagnostics.dream import dream, pose_simulator
         from polygrad_fast.evaluation.plots import check_plots, plot_observations
         from polygrad_fast.evaluation.video import prepare_rendering, write_strip, write_video
-        from polygrad_fast.training.threads import cpu_threads
+        from polygrad_fast.threads import cpu_threads
         from polygrad_fast.world_models import check_horizon
 
         agent = _load(command)

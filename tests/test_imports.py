@@ -44,6 +44,7 @@ FOUNDATION = {
     "_version": "",
     "structure": "",
     "terminals": "",
+    "threads": "",
     "arguments": "errors",
     "transitions": "arguments errors",
     "trajectory_normalizer": "errors",

@@ -17,6 +17,7 @@ from polygrad_fast.config import DiffuseConfig, OfflineTrainConfig
 from polygrad_fast.errors import CheckpointError, NonFiniteError
 from polygrad_fast.runs.interrupts import stop_on_signals
 from polygrad_fast.runs.run import Run
+from polygrad_fast.threads import cpu_threads
 
 
 class Training(Protocol):
@@ -104,9 +105,7 @@ def run_updates(training: Training, run: Run, progress: bool = True) -> bool:
     stopped: list[bool] = []
     total, config = training.total_updates, training.config
     with contextlib.ExitStack() as stack:
-        if config.cpu_threads is not None and training.device.type == "cpu":
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(config.cpu_threads)
+        stack.enter_context(cpu_threads(config.cpu_threads, training.device))
         stack.enter_context(run.locked())
         signals = (signal.SIGINT, signal.SIGTERM)
         stack.enter_context(stop_on_signals(lambda: stopped.append(True), signals))

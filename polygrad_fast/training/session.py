@@ -14,9 +14,9 @@ from polygrad_fast.evaluation.evaluator import Evaluator
 from polygrad_fast.profiling import annotate
 from polygrad_fast.runs.interrupts import stop_on_signals
 from polygrad_fast.runs.run import Run
+from polygrad_fast.threads import cpu_threads
 from polygrad_fast.training.estimate import Speed, TimeLeft, remaining_counts, time_left
 from polygrad_fast.training.imagination import ImaginationTraining
-from polygrad_fast.training.threads import cpu_threads
 
 DAY = 86400
 CPU_PRESETS = ("quick", "laptop")

@@ -43,6 +43,7 @@ FOUNDATION = {
     "errors": "",
     "_version": "",
     "structure": "",
+    "initialization": "",
     "terminals": "",
     "threads": "",
     "arguments": "errors",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +9,10 @@ from torch import Tensor, nn
 from polygrad_fast.arguments import as_integer
 from polygrad_fast.denoisers.step_embedding import SinusoidalFeatures, step_mlp
 from polygrad_fast.errors import InputError
+from polygrad_fast.initialization import lecun_normal_
 from polygrad_fast.structure import structure
 
 NUM_GROUPS = 8
-TRUNCATED_STD = 0.87962566103423978
-"""Standard deviation of a standard normal truncated at 2."""
 
 
 class RowGroupNorm(nn.GroupNorm):
@@ -126,10 +123,7 @@ class TemporalUNet(nn.Module):
         """Draw fresh weights, from `generator` or torch's."""
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Linear)):
-                std = 1.0 / (TRUNCATED_STD * math.sqrt(module.weight[0].numel()))
-                nn.init.trunc_normal_(
-                    module.weight, std=std, a=-2 * std, b=2 * std, generator=generator
-                )
+                lecun_normal_(module.weight, module.weight[0].numel(), generator)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, RowGroupNorm):
                 module.reset_parameters()

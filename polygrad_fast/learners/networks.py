@@ -6,24 +6,16 @@ standard deviations, of standard deviation 1 / sqrt(inputs); biases 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from polygrad_fast.errors import InputError
+from polygrad_fast.initialization import lecun_normal_
 
-TRUNCATED_STD = 0.87962566103423978
-"""Standard deviation of a standard normal truncated at 2."""
 STD_OFFSET = 1e-3
 """Added to the standard deviation of observations before dividing by it."""
-
-
-def start_kernel(kernel: Tensor, inputs: int, generator: torch.Generator | None) -> None:
-    """Draw a kernel in place (LeCun normal, truncated)."""
-    std = 1 / math.sqrt(inputs) / TRUNCATED_STD
-    nn.init.trunc_normal_(kernel, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
 def relu_mlp(
@@ -39,7 +31,7 @@ def relu_mlp(
         )
     ]
     for linear in linears:
-        start_kernel(linear.weight, linear.in_features, generator)
+        lecun_normal_(linear.weight, linear.in_features, generator)
         nn.init.zeros_(linear.bias)
     return nn.Sequential(
         linears[0], nn.ReLU(inplace=True), linears[1], nn.ReLU(inplace=True), linears[2]
@@ -183,7 +175,7 @@ class TwinCritics(nn.Module):
         self.kernels = nn.ParameterList(torch.empty(2, *size) for size in sizes)
         self.biases = nn.ParameterList(torch.zeros(2, 1, outputs) for _, outputs in sizes)
         for kernel, (inputs, _) in zip(self.kernels, sizes, strict=True):
-            start_kernel(kernel, inputs, generator)
+            lecun_normal_(kernel, inputs, generator)
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Return both critics' values [2, N] at observations, as networks read them, and raw

@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/polygrad-fast train --env-id InvertedPendulum-v5 --preset quick --seed 0 --run-dir $(RUN_DIR)
 	$(VENV)/bin/polygrad-fast evaluate $(RUN_DIR) --episodes 10
 
-# A Hopper learns to hop in about half an hour; the video needs OpenGL (MUJOCO_GL=egl or osmesa without
+# A Hopper learns to hop, on most seeds, in about half an hour; the video needs OpenGL (MUJOCO_GL=egl or osmesa without
 # a display), the returns do not.
 hopper: $(INSTALLED)
 	rm -rf runs/hopper

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from harness.rows import Row
 from polygrad_fast.errors import InputError
 
 MODELS = {"residual_mlp": "residual MLP", "transformer": "transformer"}
+PANELS_PER_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -101,30 +103,33 @@ class LearningFigure(Figure):
         """Draw thin lines of the seeds and their mean."""
         from matplotlib.ticker import EngFormatter
 
-        picture.set_size_inches(2.7 * len(self.panels), 2.8)
-        for axes, (title, models) in zip(
-            picture.subplots(1, len(self.panels), squeeze=False)[0],
-            self.panels.items(),
-            strict=True,
-        ):
-            for i, (model, seeds) in enumerate(models.items()):
+        columns = min(PANELS_PER_ROW, len(self.panels))
+        rows = math.ceil(len(self.panels) / columns)
+        picture.set_size_inches(3.0 * columns, 2.4 * rows)
+        grid = picture.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(self.panels) :]:
+            axes.remove()
+        known = list(dict.fromkeys(model for models in self.panels.values() for model in models))
+        for axes, (title, models) in zip(grid.flat, self.panels.items(), strict=False):
+            for model, seeds in models.items():
+                i = known.index(model)
                 at_step: dict[float, list[float]] = {}
                 for steps, returns in seeds.values():
                     axes.plot(steps, returns, color=f"C{i}", alpha=0.3, linewidth=1)
                     for step, value in zip(steps, returns, strict=True):
                         at_step.setdefault(step, []).append(value)
                 means = {step: sum(at_step[step]) / len(at_step[step]) for step in sorted(at_step)}
-                label = f"{model}, {len(seeds)} seeds and mean"
+                label = f"{model}, {len(seeds)} seeds and mean" if len(seeds) > 1 else model
                 axes.plot(
                     list(means), list(means.values()), color=f"C{i}", linewidth=2, label=label
                 )
             axes.set_title(title, fontsize="medium")
             axes.legend(fontsize="x-small", framealpha=0.85, edgecolor="none")
-            axes.set_xlabel("environment steps")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        picture.axes[0].set_ylabel("return of an episode")
+        picture.supxlabel("environment steps", fontsize="medium")
+        picture.supylabel("return of an episode", fontsize="medium")
 
 
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:

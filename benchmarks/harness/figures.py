@@ -105,7 +105,7 @@ class LearningFigure(Figure):
 
         columns = min(PANELS_PER_ROW, len(self.panels))
         rows = math.ceil(len(self.panels) / columns)
-        picture.set_size_inches(3.0 * columns, 2.4 * rows)
+        picture.set_size_inches(2.7 * columns, 2.2 * rows)
         grid = picture.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(self.panels) :]:
             axes.remove()

@@ -19,15 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from world_models import train, tune_guidance
+from world_models import EXACT, RELEASED, train, trajectory_diffusion, tune_guidance
 
 from harness.rows import Row, RowFile, provenance
 from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.config import (
-    DenoiserConfig,
-    GuidanceConfig,
     SamplerConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 from polygrad_fast.diagnostics.actions import action_report
@@ -37,11 +34,9 @@ from polygrad_fast.world_models.build import build_world_model
 RESULTS = Path(__file__).parent / "results" / "on_policy.jsonl"
 SIGMAS = (1.0, 0.3, 0.1, 0.05, 0.02)
 UPDATES = {
-    "released": SamplerConfig.official(denoiser_actions="clipped"),
+    "released": RELEASED,
     "paper": SamplerConfig.paper(prediction_type="sample", denoiser_actions="clipped"),
-    "exact": SamplerConfig.official(
-        action_update="exact", clip_state_change=None, denoiser_actions="clipped"
-    ),
+    "exact": EXACT,
 }
 
 
@@ -59,20 +54,6 @@ def make_agent(env_id: str, seed: int, total_timesteps: int) -> PolyGRAD:
     return agent.learn(total_timesteps)
 
 
-def world_model_config(config: TrainConfig, sampler: SamplerConfig) -> TrainConfig:
-    """Return the options of trajectory diffusion with an action update."""
-    return replace(
-        config,
-        world_model="trajectory_diffusion",
-        schedule=ScheduleConfig(num_train_timesteps=16, tau=1.0),
-        sampler=sampler,
-        denoiser=DenoiserConfig(
-            hidden_dim=256, num_layers=3, learning_rate=1e-3, ema_decay=0.95, ema_start=0
-        ),
-        guidance=GuidanceConfig(initial=0.05, learning_rate=0.1),
-    )
-
-
 def measure(options: argparse.Namespace, file: RowFile, command: str) -> None:
     """Measure every case and store its row."""
     facts = provenance(torch.device("cpu"), command)
@@ -82,7 +63,7 @@ def measure(options: argparse.Namespace, file: RowFile, command: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         starts = agent.replay.sample_initial_observations(options.num, generator)
         for update, sampler in UPDATES.items():
-            config = world_model_config(agent.config, sampler)
+            config = trajectory_diffusion(agent.config, sampler, guidance_rate=0.1)
             torch.manual_seed(seed)
             world_model = build_world_model(config, agent.normalizer, bounds, torch.device("cpu"))
             train(world_model, agent, config, options.seconds)

@@ -41,33 +41,47 @@ TIMED_BATCH = 256
 SHOWN = ("cosine", "cosine_ceiling", "newest_lambda_0/cosine", "r2", "seconds_per_1000")
 
 
+RESIDUAL_MLP = DenoiserConfig(
+    hidden_dim=256, num_layers=3, learning_rate=1e-3, ema_decay=0.95, ema_start=0
+)
+RELEASED = SamplerConfig.official(denoiser_actions="clipped")
+EXACT = replace(RELEASED, action_update="exact", clip_state_change=None)
+
+
+def trajectory_diffusion(
+    config: TrainConfig,
+    sampler: SamplerConfig,
+    denoiser: DenoiserConfig = RESIDUAL_MLP,
+    num_steps: int = 16,
+    guidance_rate: float = 0.03,
+) -> TrainConfig:
+    """Return the options of trajectory diffusion in K steps, its guidance scale tuned at a rate."""
+    return replace(
+        config,
+        world_model="trajectory_diffusion",
+        schedule=ScheduleConfig(num_train_timesteps=num_steps, tau=1.0),
+        sampler=sampler,
+        denoiser=denoiser,
+        guidance=GuidanceConfig(initial=0.05, learning_rate=guidance_rate),
+    )
+
+
 def cases(config: TrainConfig) -> dict[str, tuple[TrainConfig, tuple[int, ...]]]:
     """Return by name what is trained, and the numbers of diffusion steps it imagines in."""
-    small = dict(hidden_dim=256, num_layers=3, learning_rate=1e-3, ema_decay=0.95, ema_start=0)
-    mlp = DenoiserConfig(**small)
-    rollout = DenoiserConfig(kind="rollout", batch_size=32, **small)
-    exact = SamplerConfig.official(
-        action_update="exact", clip_state_change=None, denoiser_actions="clipped"
-    )
-    unscaled = replace(exact, scale_actions=False)
-    released = SamplerConfig.official(denoiser_actions="clipped")
-    diffusion = replace(config, world_model="trajectory_diffusion")
+    rollout = replace(RESIDUAL_MLP, kind="rollout", batch_size=32)
+    unscaled = replace(EXACT, scale_actions=False)
 
-    def of(denoiser: DenoiserConfig, sampler: SamplerConfig, num_steps: int) -> TrainConfig:
-        schedule = ScheduleConfig(num_train_timesteps=num_steps, tau=1.0)
-        guidance = GuidanceConfig(initial=0.05, learning_rate=0.03)
-        return replace(
-            diffusion, denoiser=denoiser, sampler=sampler, schedule=schedule, guidance=guidance
-        )
+    def of(sampler: SamplerConfig, denoiser: DenoiserConfig, num_steps: int) -> TrainConfig:
+        return trajectory_diffusion(config, sampler, denoiser, num_steps)
 
     few, many = (16, 8, 4), (128, 64, 32, 16, 8)
     settled = tuple(steps for steps in (128, 64, 32, 16) if steps >= config.horizon)
     return {
-        "residual MLP, released update": (of(mlp, released, 16), (16,)),
-        "residual MLP, exact": (of(mlp, exact, 16), few),
-        "residual MLP, exact, K = 128": (of(mlp, exact, 128), many),
-        "rollout, exact": (of(rollout, unscaled, 16), (16, config.horizon)),
-        "rollout, exact, K = 128": (of(rollout, unscaled, 128), settled),
+        "residual MLP, released update": (of(RELEASED, RESIDUAL_MLP, 16), (16,)),
+        "residual MLP, exact": (of(EXACT, RESIDUAL_MLP, 16), few),
+        "residual MLP, exact, K = 128": (of(EXACT, RESIDUAL_MLP, 128), many),
+        "rollout, exact": (of(unscaled, rollout, 16), (16, config.horizon)),
+        "rollout, exact, K = 128": (of(unscaled, rollout, 128), settled),
         "autoregressive": (replace(config, world_model="autoregressive"), (0,)),
     }
 

@@ -129,15 +129,7 @@ class _Evaluations:
         """Evaluate after so many environment steps."""
         seconds = time.perf_counter() - self._since
         self.last = result = self._evaluator.evaluate(self._episodes)
-        if self._evaluator.is_best(result):
-            self._evaluator.best_mean_reward = result.mean_reward
-            _save(self._model, self._run_dir / "best.zip")
-        row = {
-            "eval/mean_reward": result.mean_reward,
-            "eval/std_reward": result.std_reward,
-            "eval/mean_episode_length": float(result.lengths.mean()),
-            "eval/best_mean_reward": self._evaluator.best_mean_reward,
-        }
+        row = self._evaluator.note(result, lambda: _save(self._model, self._run_dir / "best.zip"))
         episodes = [episode["r"] for episode in self._model.ep_info_buffer or ()]
         if episodes:
             row["train/episode_return"] = float(np.mean(episodes))

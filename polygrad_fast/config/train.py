@@ -98,24 +98,11 @@ class TrainConfig(Options):
         self._check_at_least(
             0, "policy_delay_steps", "policy_updates_per_env_step", "diagnostics_interval"
         )
-        few = self.gradient_trajectories
-        self._check(few == 0 or few >= 8, "gradient_trajectories", "0 or at least 8")
+        asked = self.gradient_trajectories
+        self._check(asked == 0 or asked >= 8, "gradient_trajectories", "0 or at least 8")
         self._check_at_least(1, "newest_start_states")
         if self.world_model == "trajectory_diffusion" and self.denoiser.kind == "rollout":
-            for option, wanted in (("prediction_type", "sample"), ("scale_actions", False)):
-                got = getattr(self.sampler, option)
-                if got != wanted:
-                    raise InputError(
-                        f"sampler.{option} must be {wanted!r} for a denoiser of kind 'rollout', "
-                        f"got {got!r}"
-                    )
-            num_steps = self.sampler.num_inference_steps or self.schedule.num_train_timesteps
-            if num_steps < self.horizon:
-                raise InputError(
-                    f"sampler.num_inference_steps must be at least the horizon, {self.horizon}, "
-                    f"for a denoiser of kind 'rollout', whose states and actions agree on one more "
-                    f"step in each, got {num_steps}"
-                )
+            self._check_rollout()
         self._check(0 <= self.share_of_newest <= 1, "share_of_newest", "in [0, 1]")
         self._check_positive("cpu_threads")
         self._check(
@@ -123,6 +110,23 @@ class TrainConfig(Options):
             "imagined_batch_size",
             "at least 4 with diagnostics_interval (R2 is measured on every fourth trajectory)",
         )
+
+    def _check_rollout(self) -> None:
+        """Raise InputError where the sampler's options do not suit a denoiser of kind "rollout"."""
+        for option, wanted in (("prediction_type", "sample"), ("scale_actions", False)):
+            got = getattr(self.sampler, option)
+            if got != wanted:
+                raise InputError(
+                    f"sampler.{option} must be {wanted!r} for a denoiser of kind 'rollout', "
+                    f"got {got!r}"
+                )
+        num_steps = self.sampler.num_inference_steps or self.schedule.num_train_timesteps
+        if num_steps < self.horizon:
+            raise InputError(
+                f"sampler.num_inference_steps must be at least the horizon, {self.horizon}, "
+                f"for a denoiser of kind 'rollout', whose states and actions agree on one more "
+                f"step in each, got {num_steps}"
+            )
 
     @property
     def world_model_training(self) -> DenoiserConfig | AutoregressiveConfig:

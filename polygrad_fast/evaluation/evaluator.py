@@ -45,6 +45,19 @@ class Evaluator:
                 seeds.integers(2**31, size=num_episodes).tolist(),
             )
 
+    def note(self, result: EpisodeStatistics, keep: Callable[[], None]) -> dict[str, float]:
+        """Have the policy of an evaluation kept, by `keep`, if none before was better; return the
+        evaluation's columns of metrics.csv."""
+        if self.is_best(result):
+            keep()
+            self.best_mean_reward = result.mean_reward
+        return {
+            "eval/mean_reward": result.mean_reward,
+            "eval/std_reward": result.std_reward,
+            "eval/mean_episode_length": float(result.lengths.mean()),
+            "eval/best_mean_reward": self.best_mean_reward,
+        }
+
     def is_best(self, result: EpisodeStatistics) -> bool:
         """Whether no evaluation before was better: of equal ones the last counts, whose policy has
         trained longest."""

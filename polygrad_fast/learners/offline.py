@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from polygrad_fast.learners.networks import BoundedPolicy
 from polygrad_fast.transitions import Transitions
 
 
-class OfflineActorCritic:
+class OfflineActorCritic(abc.ABC):
     """Base of the agents that learn from transitions; implements the rest of `OfflineLearner`.
 
     Attributes:
@@ -119,13 +120,13 @@ class OfflineActorCritic:
         for target, source in self.targets():
             torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), share)
 
+    @abc.abstractmethod
     def targets(self) -> Sequence[tuple[nn.Module, nn.Module]]:
         """Return each target network with the one it follows."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by name."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizers' states and the number of updates; weights are saved with

@@ -134,16 +134,12 @@ class Session:
         """Evaluate the policy as of an environment step and keep it if none was better."""
         with self.training.speed.measured("evaluation"):
             result = self.evaluator.evaluate(self.training.config.eval_episodes)
-            if self.evaluator.is_best(result):
-                with annotate("checkpoint"):
-                    self.run.save_best(step, self.training.weights())
-                self.evaluator.best_mean_reward = result.mean_reward
-            return self._compare_gradients() | {
-                "eval/mean_reward": result.mean_reward,
-                "eval/std_reward": result.std_reward,
-                "eval/mean_episode_length": float(result.lengths.mean()),
-                "eval/best_mean_reward": self.evaluator.best_mean_reward,
-            }
+            row = self.evaluator.note(result, lambda: self._save_best(step))
+            return self._compare_gradients() | row
+
+    def _save_best(self, step: int) -> None:
+        with annotate("checkpoint"):
+            self.run.save_best(step, self.training.weights())
 
     def _compare_gradients(self) -> dict[str, float]:
         """Return what the simulator says of the imagined policy gradient, if that is asked for and

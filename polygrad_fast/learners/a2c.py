@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
 
@@ -104,14 +105,14 @@ class ActorCritic:
             [self.log_actor_learning_rate], lr=self.config.actor_learning_rate_lr
         )
 
-    def update(
+    def step(
         self,
         observations: Tensor,
         actions: Tensor,
         rewards: Tensor,
         terminals: Tensor,
         progress: float = 0.0,
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         """Take one actor and one critic step on imagined trajectories.
 
         Advantages come from GAE with the target critic; steps after the first terminal one carry
@@ -119,17 +120,19 @@ class ActorCritic:
         |log pi_new - log pi_old| is within tolerance of `target_update` (appendix A). Unlike the
         released code, the Adam direction is computed once and only scaled, log-std included.
 
+        Where an input, loss, gradient or update size is not finite, one of the metrics is not
+        either, and nothing is changed.
+
         Args:
             observations, actions, rewards: normalized, [B, H, S], [B, H, A] and [B, H].
             terminals: 0/1 [B, H].
             progress: share of training done, for `final_target_update`.
 
         Returns:
-            Metrics as floats (this reads results on the host).
+            Metrics by name: detached scalars on the device.
 
         Raises:
             InputError: shapes differ or H < 2.
-            NonFiniteError: an input, loss or gradient is not finite; nothing was changed.
         """
         config = self.config
         check_trajectories(self.policy, self.normalizer, observations, actions, rewards, terminals)
@@ -154,9 +157,9 @@ class ActorCritic:
             log_std_metrics = {}
             if log_std is not None and log_std.grad is not None:
                 log_std_metrics["log_std_grad_norm"] = log_std.grad.norm()
-            results = {
-                "actor_loss": losses.actor_loss,
-                "critic_loss": losses.critic_loss,
+            metrics = {
+                "actor_loss": losses.actor_loss.detach(),
+                "critic_loss": losses.critic_loss.detach(),
                 "actor_grad_norm": actor_grad_norm,
                 "critic_grad_norm": critic_grad_norm,
                 **log_std_metrics,
@@ -169,19 +172,48 @@ class ActorCritic:
                 "reward": losses.rewards.mean(),
                 "terminal_rate": terminals.mean(),
             }
-            values_on_host = torch.stack(list(results.values())).tolist()  # one synchronization
-            metrics = dict(zip(results, values_on_host, strict=True))
+            if torch.stack(list(metrics.values())).isfinite().all():
+                with annotate("line_search"):
+                    old_log_prob = losses.old_log_prob.detach()
+                    measured = self._step_actor(
+                        losses.policy_inputs, raw_actions, old_log_prob, target_update
+                    )
+                if math.isfinite(measured["update_size_initial"]):
+                    for name, weight in self.target_value_function.named_parameters():
+                        weight.copy_(losses.target_weights[name])
+                    self.critic_optimizer.step()
+                double = functools.partial(torch.tensor, dtype=torch.float64, device=rewards.device)
+                metrics |= {name: double(value) for name, value in measured.items()}
+        return metrics
+
+    def update(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminals: Tensor,
+        progress: float = 0.0,
+    ) -> dict[str, float]:
+        """Take a `step` and read its metrics on the host.
+
+        Args:
+            observations, actions, rewards, terminals, progress: as `step` gets them.
+
+        Returns:
+            Metrics as floats.
+
+        Raises:
+            InputError: shapes differ or H < 2.
+            NonFiniteError: an input, loss, gradient or update size is not finite; nothing was
+                changed.
+        """
+        found = self.step(observations, actions, rewards, terminals, progress)
+        # one synchronization; float64 keeps what a learning rate of a double was
+        values = torch.stack([value.double() for value in found.values()]).tolist()
+        metrics = dict(zip(found, values, strict=True))
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"{name} is {value}")
-
-        for name, weight in self.target_value_function.named_parameters():
-            weight.data.copy_(losses.target_weights[name])
-        self.critic_optimizer.step()
-        with annotate("line_search"):
-            metrics |= self._step_actor(
-                losses.policy_inputs, raw_actions, losses.old_log_prob.detach(), target_update
-            )
         return metrics
 
     def actor_gradient(
@@ -326,10 +358,14 @@ class ActorCritic:
     def _step_actor(
         self, inputs: Tensor, raw_actions: Tensor, old_log_prob: Tensor, target_update: float
     ) -> dict[str, float]:
-        """Step the actor; scale the step until the update size is within tolerance (appendix A)."""
+        """Step the actor; scale the step until the update size is within tolerance (appendix A).
+
+        Where the size is not finite, nothing is changed.
+        """
         config = self.config
         parameters = list(self.policy.parameters())
         before = [p.clone() for p in parameters]
+        optimizer_before = copy.deepcopy(self.actor_optimizer.state_dict())
         self.actor_optimizer.step()
         direction = [p - b for p, b in zip(parameters, before, strict=True)]
 
@@ -348,7 +384,8 @@ class ActorCritic:
         if not math.isfinite(size):
             for p, b in zip(parameters, before, strict=True):
                 p.copy_(b)
-            raise NonFiniteError(f"the update size is {size}")
+            self.actor_optimizer.load_state_dict(optimizer_before)
+            return {"update_size_initial": initial_size}
         trials, scale = 1, 1.0
         low, high = (target_update * (1 + s * config.line_search_tolerance) for s in (-1, 1))
         shrinking = size > target_update

@@ -24,6 +24,28 @@ class Learner(Protocol):
     name: str
     policy: nn.Module
 
+    def step(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        rewards: Tensor,
+        terminals: Tensor,
+        progress: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """Train on normalized trajectories, with no reading on the host; terminals are 0 or 1.
+
+        Where something is not finite, one of the results is not either, and nothing is changed.
+
+        Args:
+            observations, actions, rewards, terminals: [B, H, S], [B, H, A], [B, H], [B, H].
+            progress: share of the training that is over, 0 to 1, for what is annealed.
+
+        Returns:
+            What was measured, by name, detached scalars on the device: "action_std" and
+            "action_mean_abs" among it (see `advantages.spread`), from which trajectory diffusion
+            tunes its guidance scale.
+        """
+
     def update(
         self,
         observations: Tensor,
@@ -32,18 +54,10 @@ class Learner(Protocol):
         terminals: Tensor,
         progress: float = 0.0,
     ) -> dict[str, float]:
-        """Train on normalized trajectories; terminals are 0 or 1.
-
-        Args:
-            observations, actions, rewards, terminals: [B, H, S], [B, H, A], [B, H], [B, H].
-            progress: share of the training that is over, 0 to 1, for what is annealed.
-
-        Returns:
-            What was measured, by name: "action_std" and "action_mean_abs" among it (see
-            `a2c.spread`), from which trajectory diffusion tunes its guidance scale.
+        """Take a `step` and return what was measured as numbers.
 
         Raises:
-            NonFiniteError: an update met NaN.
+            NonFiniteError: something was not finite; nothing was changed.
         """
 
     def keep_functions(self, mean: Tensor, scale: Tensor) -> None:

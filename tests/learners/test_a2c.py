@@ -670,6 +670,35 @@ def test_input_that_is_not_finite_changes_nothing(field, value, t):
     assert_equal(snapshot(actor_critic), snapshot(undisturbed))
 
 
+def test_a_step_measures_on_the_device_what_an_update_returns():
+    stepped, updated = make_actor_critic(), make_actor_critic()
+    for seed in range(2):
+        found, wanted = stepped.step(**make_batch(seed)), updated.update(**make_batch(seed))
+        assert all(value.shape == () and not value.requires_grad for value in found.values())
+        assert {name: value.item() for name, value in found.items()} == wanted
+    assert_equal(snapshot(stepped), snapshot(updated))
+
+
+def test_a_step_on_what_is_not_finite_says_so_and_changes_nothing():
+    actor_critic, batch = make_actor_critic(), make_batch(2)
+    actor_critic.step(**make_batch(1))
+    before = snapshot(actor_critic)
+    batch["rewards"][3, 0] = math.nan
+    assert not all(value.isfinite() for value in actor_critic.step(**batch).values())
+    assert_equal(snapshot(actor_critic), before)
+
+
+def test_an_update_of_a_size_that_is_not_finite_changes_nothing():
+    """Losses and gradients are finite; the policy after the step is not."""
+    actor_critic = make_actor_critic()
+    actor_critic.update(**make_batch(1))
+    actor_critic.actor_optimizer.param_groups[0]["lr"] = 1e30
+    before = snapshot(actor_critic)
+    with pytest.raises(pg.NonFiniteError, match="update_size_initial is (nan|inf)"):
+        actor_critic.update(**make_batch(2))
+    assert_equal(snapshot(actor_critic), before)
+
+
 @pytest.mark.parametrize("network", ["policy", "value_function", "target_value_function"])
 def test_broken_weights_are_reported_and_nothing_else_breaks(network):
     actor_critic = make_actor_critic()

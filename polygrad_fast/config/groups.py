@@ -210,6 +210,50 @@ class AutoregressiveConfig(Options):
 
 
 @dataclass(frozen=True)
+class EnsembleConfig(Options):
+    """The ensemble's probabilistic networks and their training. Sizes, elites, the weights of the
+    bounds and of the decay are MBPO's (arXiv 1906.08253)."""
+
+    num_members: int = 7
+    num_elites: int = 5
+    """Members that imagine: those with the least error on held-out steps."""
+    hidden_dim: int = 200
+    num_layers: int = 4
+    learning_rate: float = 1e-3
+    batch_size: int = 64
+    """Windows per update, or transitions of a dataset; each member trains on a bootstrap of
+    them."""
+    holdout_fraction: float = 0.1
+    """Share of all steps that is never trained on."""
+    holdout_decay: float = 0.99
+    """Of earlier errors on held-out steps, per update."""
+    bound_weight: float = 0.01
+    """Pulls the learned bounds of log variances together."""
+    weight_decay: float = 5e-5
+    """Weight of half the squared weights, for each member."""
+    ema_decay: float = 0.95
+    ema_interval: int = 1
+    updates_per_env_step: float = 0.5
+    pretrain_updates: int = 0
+    """Updates right after the prefill."""
+
+    def _check_ranges(self) -> None:
+        self._check_at_least(1, "num_elites", "hidden_dim", "num_layers", "batch_size")
+        self._check_at_least(1, "num_members", "ema_interval")
+        self._check_at_least(0, "updates_per_env_step", "pretrain_updates", "bound_weight")
+        self._check_at_least(0, "weight_decay")
+        self._check_positive("learning_rate")
+        self._check(0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]")
+        self._check(0 <= self.holdout_decay < 1, "holdout_decay", "in [0, 1)")
+        members = self.num_members
+        self._check(self.num_elites <= members, "num_elites", f"at most num_members, {members}")
+        chooses = self.num_elites < members
+        least = "in (0, 1) to choose elites" if chooses else "in [0, 1)"
+        allowed = 0 < self.holdout_fraction < 1 if chooses else 0 <= self.holdout_fraction < 1
+        self._check(allowed, "holdout_fraction", least)
+
+
+@dataclass(frozen=True)
 class A2CConfig(Options):
     """Advantage actor-critic in imagination (table 1). The defaults are the released settings."""
 

@@ -9,6 +9,7 @@ from polygrad_fast.config.groups import (
     A2CConfig,
     AutoregressiveConfig,
     DenoiserConfig,
+    EnsembleConfig,
     GuidanceConfig,
     NormalizerConfig,
     PolicyConfig,
@@ -23,15 +24,19 @@ from polygrad_fast.errors import InputError
 class TrainConfig(Options):
     """Everything a run of Algorithm 3 needs besides the environment, seed and device."""
 
-    world_model: Literal["trajectory_diffusion", "autoregressive"] = "trajectory_diffusion"
-    """What imagines: policy-guided trajectory diffusion, or a plain one-step network rolled out
-    (options autoregressive). Options of the other have no effect: schedule, sampler, denoiser,
-    guidance, engine and dtype are those of trajectory diffusion."""
+    world_model: Literal["trajectory_diffusion", "autoregressive", "ensemble"] = (
+        "trajectory_diffusion"
+    )
+    """What imagines: policy-guided trajectory diffusion, a plain one-step network rolled out
+    (options autoregressive), or an ensemble of probabilistic ones (options ensemble). Options of
+    the others have no effect: schedule, sampler, denoiser, guidance, engine and dtype are those of
+    trajectory diffusion."""
     horizon: int = 10
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     autoregressive: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     a2c: A2CConfig = field(default_factory=A2CConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -129,7 +134,7 @@ class TrainConfig(Options):
             )
 
     @property
-    def world_model_training(self) -> DenoiserConfig | AutoregressiveConfig:
+    def world_model_training(self) -> DenoiserConfig | AutoregressiveConfig | EnsembleConfig:
         """The options of the world model in use that say how often and on how much it trains:
         batch_size, updates_per_env_step, pretrain_updates."""
         groups = {"trajectory_diffusion": "denoiser"}
@@ -237,6 +242,7 @@ def _quick(env_id: str) -> TrainConfig:
             pretrain_updates=600,
         ),
         autoregressive=AutoregressiveConfig(pretrain_updates=600),
+        ensemble=EnsembleConfig(pretrain_updates=600),
         policy=PolicyConfig(
             hidden_dim=64,
             init_std=1.0 if pendulum else 0.5,
@@ -301,6 +307,7 @@ def _laptop(env_id: str) -> TrainConfig:
             pretrain_updates=1000,
         ),
         autoregressive=AutoregressiveConfig(batch_size=32, pretrain_updates=1000),
+        ensemble=EnsembleConfig(batch_size=32, pretrain_updates=1000),
         policy=PolicyConfig(hidden_dim=64, init_std=0.6, min_std=0.15, normed_inputs=True),
         a2c=A2CConfig(
             actor_learning_rate=3e-3,

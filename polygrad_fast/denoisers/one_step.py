@@ -59,7 +59,7 @@ def one_step_losses(
     wanted = observations[:, 1:] - observations[:, :-1]
     is_real = alive_steps(flags).float()
     goes_on = (is_real * (1.0 - flags))[:, :-1]
-    _measure_scale(network.difference_scale, wanted, goes_on.unsqueeze(-1))
+    measure_scale(network.difference_scale, wanted, goes_on.unsqueeze(-1))
     differences, predicted, logits = network(observations, actions)
     error = differences[:, :-1] - wanted / network.difference_scale
     entropy = F.binary_cross_entropy_with_logits(logits, flags, reduction="none")
@@ -71,10 +71,12 @@ def one_step_losses(
 
 
 @torch.no_grad()
-def _measure_scale(scale: Tensor, differences: Tensor, weights: Tensor) -> None:
-    """Set the unit of differences once, from the first batch: it may not move later."""
-    mean = (differences * weights).sum((0, 1)) / weights.sum().clamp(min=1.0)
-    variance = ((differences - mean).square() * weights).sum((0, 1)) / weights.sum().clamp(1.0)
+def measure_scale(scale: Tensor, differences: Tensor, weights: Tensor) -> None:
+    """Set the unit of differences [..., S], weighted by [..., 1], once, from the first batch: it
+    may not move later."""
+    rows = tuple(range(differences.ndim - 1))
+    mean = (differences * weights).sum(rows) / weights.sum().clamp(min=1.0)
+    variance = ((differences - mean).square() * weights).sum(rows) / weights.sum().clamp(1.0)
     measured = variance.sqrt().clamp(min=MIN_DIFFERENCE_SCALE)
     scale.copy_(torch.where(scale > 0, scale, measured))
 

@@ -45,6 +45,15 @@ def autoregressive_parameters(config: TrainConfig, observation_dim: int, action_
     return _one_step_parameters(a.hidden_dim, a.num_layers, observation_dim, action_dim)
 
 
+def ensemble_parameters(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    """Return the number of parameters of the configured ensemble."""
+    e, outputs = config.ensemble, 2 * (observation_dim + 1) + 1
+    inputs = observation_dim + action_dim
+    ends = (inputs + 1) * e.hidden_dim + (e.hidden_dim + 1) * outputs
+    member = ends + (e.num_layers - 1) * (e.hidden_dim + 1) * e.hidden_dim
+    return e.num_members * member + 2 * (observation_dim + 1)
+
+
 def _one_step_parameters(width: int, layers: int, observation_dim: int, action_dim: int) -> int:
     ends = (observation_dim + action_dim + 1) * width + (width + 1) * (observation_dim + 2)
     return ends + (layers - 1) * (width + 1) * width
@@ -61,6 +70,22 @@ def _autoregressive_sampling(
     # each step's results and the stacked ones, unnormalized too, and one step's activations
     results = batch * config.horizon * 3 * (observation_dim + 2 + action_dim)
     return results + 4 * batch * max(config.autoregressive.hidden_dim, config.policy.hidden_dim)
+
+
+def _ensemble_sampling(
+    config: TrainConfig,
+    observation_dim: int,
+    action_dim: int,
+    batch: int,
+    device_type: str,
+    threads: int,
+) -> int:
+    # as of a one-step network, with the elites' inputs, moments and noise beside it
+    results = batch * config.horizon * 3 * (observation_dim + 2 + action_dim)
+    widest = max(config.ensemble.hidden_dim, config.policy.hidden_dim)
+    gathered = config.ensemble.num_elites / config.ensemble.num_members
+    weights = round(gathered * ensemble_parameters(config, observation_dim, action_dim))
+    return results + batch * (4 * widest + 8 * (observation_dim + 2)) + weights
 
 
 def _diffusion_sampling(
@@ -96,6 +121,12 @@ def _diffusion_sampling(
 def _autoregressive_update(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
     a = config.autoregressive
     return a.batch_size * config.horizon * 3 * a.num_layers * a.hidden_dim
+
+
+def _ensemble_update(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    e = config.ensemble
+    per_row = 3 * e.num_layers * e.hidden_dim + 16 * (observation_dim + 2)
+    return e.num_members * e.batch_size * config.horizon * per_row
 
 
 def _diffusion_update(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
@@ -141,6 +172,13 @@ MODEL_MEMORY = {
         autoregressive_parameters,
         _autoregressive_update,
         _autoregressive_sampling,
+        lambda config: 0,
+    ),
+    "ensemble": ModelMemory(
+        "ensemble",
+        ensemble_parameters,
+        _ensemble_update,
+        _ensemble_sampling,
         lambda config: 0,
     ),
 }

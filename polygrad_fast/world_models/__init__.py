@@ -3,10 +3,12 @@
 from polygrad_fast.world_models.autoregressive import Autoregressive
 from polygrad_fast.world_models.base import WorldModel, check_horizon
 from polygrad_fast.world_models.build import build_world_model
+from polygrad_fast.world_models.ensemble import Ensemble
 from polygrad_fast.world_models.trajectory_diffusion import TrajectoryDiffusion
 
 __all__ = [
     "Autoregressive",
+    "Ensemble",
     "TrajectoryDiffusion",
     "WorldModel",
     "build_world_model",

@@ -11,7 +11,10 @@ from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.protocols import check_denoiser
 from polygrad_fast.world_models.autoregressive import Autoregressive
 from polygrad_fast.world_models.base import WorldModel
+from polygrad_fast.world_models.ensemble import Ensemble
 from polygrad_fast.world_models.trajectory_diffusion import TrajectoryDiffusion
+
+STEPWISE = {"autoregressive": Autoregressive, "ensemble": Ensemble}
 
 
 def build_world_model(
@@ -33,18 +36,17 @@ def build_world_model(
     Raises:
         InputError: the denoiser cannot be used, or this world model has none.
     """
-    if config.world_model == "autoregressive":
+    if config.world_model == "trajectory_diffusion":
         if denoiser is not None:
-            raise InputError(
-                f"world_model must be 'trajectory_diffusion' with a denoiser of your own, got "
-                f"{config.world_model!r}"
-            )
-        return Autoregressive(
-            config.autoregressive, config.horizon, normalizer, action_bounds, device
-        )
+            _check_own_denoiser(denoiser, config, normalizer, device)
+        return TrajectoryDiffusion(config, normalizer, action_bounds, device, denoiser)
     if denoiser is not None:
-        _check_own_denoiser(denoiser, config, normalizer, device)
-    return TrajectoryDiffusion(config, normalizer, action_bounds, device, denoiser)
+        raise InputError(
+            f"world_model must be 'trajectory_diffusion' with a denoiser of your own, got "
+            f"{config.world_model!r}"
+        )
+    options = config.world_model_training
+    return STEPWISE[config.world_model](options, config.horizon, normalizer, action_bounds, device)
 
 
 def _check_own_denoiser(

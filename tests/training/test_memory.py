@@ -14,6 +14,7 @@ import polygrad_fast as pg
 from cases import changed, tiny_config
 from polygrad_fast import cli
 from polygrad_fast.denoisers.build import build_denoiser
+from polygrad_fast.denoisers.ensemble import EnsembleNetwork
 from polygrad_fast.denoisers.one_step import OneStepNetwork
 from polygrad_fast.training import memory, model_memory
 
@@ -29,6 +30,21 @@ def test_parameters_of_the_one_step_network_are_counted_as_they_are_built(hidden
     sizes = {"autoregressive__hidden_dim": hidden_dim, "autoregressive__num_layers": num_layers}
     config = changed(pg.TrainConfig(), **sizes)
     assert model_memory.autoregressive_parameters(config, *WALKER) == wanted
+
+
+@pytest.mark.parametrize("hidden_dim, num_layers, num_members", [(8, 1, 5), (24, 3, 9)])
+def test_parameters_of_the_ensemble_are_counted_as_they_are_built(
+    hidden_dim, num_layers, num_members
+):
+    network = EnsembleNetwork(*WALKER, num_members, 5, hidden_dim, num_layers)
+    wanted = sum(weight.numel() for weight in network.parameters())
+    sizes = {
+        "ensemble__hidden_dim": hidden_dim,
+        "ensemble__num_layers": num_layers,
+        "ensemble__num_members": num_members,
+    }
+    config = changed(pg.TrainConfig(), **sizes)
+    assert model_memory.ensemble_parameters(config, *WALKER) == wanted
 
 
 @pytest.fixture
@@ -254,6 +270,8 @@ print(status("VmHWM") - before[0])
         {"engine": "reference", "imagined_batch_size": 30_000, "denoiser__hidden_dim": 512},
         {"world_model": "autoregressive", "autoregressive__hidden_dim": 512, "horizon": 20,
          "autoregressive__num_layers": 3, "autoregressive__batch_size": 1024},
+        {"world_model": "ensemble", "ensemble__hidden_dim": 256, "horizon": 20,
+         "ensemble__num_layers": 3, "ensemble__batch_size": 512},
     ],
     ids=lambda options: "-".join(map(str, options)) or "tiny",
 )  # fmt: skip

@@ -58,7 +58,8 @@ def test_the_commands_take_every_model(name, tmp_path, monkeypatch, capsys):
         f"--world-model {name} --preset quick --horizon 4 --learning-starts 40 "
         "--eval-episodes 1 --imagined-batch-size 8 --denoiser.hidden-dim 8 "
         "--autoregressive.hidden-dim 8 --denoiser.pretrain-updates 2 "
-        "--autoregressive.pretrain-updates 2 --no-progress --total-timesteps 60"
+        "--autoregressive.pretrain-updates 2 --ensemble.hidden-dim 8 "
+        "--ensemble.pretrain-updates 2 --no-progress --total-timesteps 60"
     )
     assert cli.main(f"train --env-id Pendulum-v1 --run-dir run {tiny}".split()) == 0
     assert cli.main("train --resume --run-dir run --total-timesteps 70 --no-progress".split()) == 0

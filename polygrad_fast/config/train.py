@@ -126,11 +126,11 @@ class TrainConfig(Options):
                     f"got {got!r}"
                 )
         num_steps = self.sampler.num_inference_steps or self.schedule.num_train_timesteps
-        if num_steps < self.horizon:
+        if num_steps <= self.horizon:
             raise InputError(
-                f"sampler.num_inference_steps must be at least the horizon, {self.horizon}, "
-                f"for a denoiser of kind 'rollout', whose states and actions agree on one more "
-                f"step in each, got {num_steps}"
+                f"sampler.num_inference_steps must be above the horizon, {self.horizon}, for a "
+                f"denoiser of kind 'rollout', whose states and actions agree on one more step in "
+                f"each, got {num_steps}"
             )
 
     @property
@@ -293,7 +293,7 @@ def _laptop(env_id: str) -> TrainConfig:
             clip_state_change=None,
             denoiser_actions="clipped",
             scale_actions=False,
-            num_inference_steps=10,
+            num_inference_steps=11,
         ),
         denoiser=DenoiserConfig(
             kind="rollout",

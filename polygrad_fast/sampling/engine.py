@@ -14,7 +14,14 @@ Sampled = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
 
 
 class Engine(Protocol):
-    """One implementation of Algorithm 2. It reads current weights and moments at every call."""
+    """One implementation of Algorithm 2. It reads current weights and moments at every call.
+
+    Attributes:
+        settles: whether the last two diffusion steps have the same actions whatever the weights
+            are, as it is with a rollout in more steps than its horizon.
+    """
+
+    settles: bool
 
     def sample(
         self,

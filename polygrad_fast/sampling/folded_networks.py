@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -220,6 +221,16 @@ class FoldedTransformer(FoldedDenoiser):
         return x.view(batch, horizon, -1)
 
 
+@dataclass
+class Rollout:
+    """A rollout as far as it is computed."""
+
+    states: Tensor  # [B, H, D], normalized
+    observation: Tensor  # after the last step computed [B, S]
+    goes_on: Tensor  # the probability that no step so far was terminal [B, 1]
+    num_steps: int  # computed so far
+
+
 class FoldedRollout(FoldedDenoiser):
     """The rollout denoiser with the units of differences folded into its last layer.
 
@@ -247,25 +258,39 @@ class FoldedRollout(FoldedDenoiser):
         self.output_bias = put("output.bias", last.bias * unit, dtype)
         self.flags = put("flags", d.flags, torch.float32)
 
-    def __call__(self, buffer: Tensor, k: int) -> Tensor:
-        """Predict at step k: an input buffer -> [B, H, D], a new tensor."""
+    def begin(self, buffer: Tensor, states: Tensor) -> Rollout:
+        """Return a rollout with no step computed yet, from the first observations of an input
+        buffer into `states` [B, H, D], which become 0 elsewhere."""
+        observation = buffer[:, : self.denoiser.observation_dim].clone()
+        states.zero_()[:, 0, : observation.shape[1]] = observation
+        return Rollout(states, observation, torch.ones_like(observation[:, :1]), 0)
+
+    def extend(self, rollout: Rollout, buffer: Tensor, stop: int) -> None:
+        """Compute the steps before `stop` that a rollout still lacks, by the actions of an input
+        buffer: rewards and flags of these steps, observations after them."""
         d, ops = self.denoiser, self.ops
-        states, actions = buffer.split([d.horizon * d.state_dim, d.horizon * d.action_dim], dim=1)
-        observation = states[:, : d.observation_dim]
-        rollout = observation.new_empty(len(observation), d.horizon, d.state_dim)
+        actions = buffer[:, d.horizon * d.state_dim :].unflatten(1, (d.horizon, -1))
         low, high = self.flags
-        goes_on = torch.ones_like(observation[:, :1])
-        for t, action in enumerate(actions.unflatten(1, (d.horizon, -1)).unbind(1)):
-            x = torch.cat([observation, action], dim=1).to(self.dtype)
+        for t in range(rollout.num_steps, stop):
+            x = torch.cat([rollout.observation, actions[:, t]], dim=1).to(self.dtype)
             for weight, bias in self.hidden:
                 x = ops.linear(x, weight, bias, activation="silu")
             out = ops.linear(x, self.output_weight, self.output_bias).to(torch.float32)
             moved, reward, logit = out.split([d.observation_dim, 1, 1], dim=1)
-            goes_on = goes_on * torch.sigmoid(-logit)
-            flag = torch.addcmul(high, low - high, goes_on)
-            torch.cat([observation, reward, flag], dim=1, out=rollout[:, t])
-            observation = torch.addcmul(observation, goes_on, moved)
-        return rollout
+            rollout.goes_on = rollout.goes_on * torch.sigmoid(-logit)
+            flag = torch.addcmul(high, low - high, rollout.goes_on)
+            torch.cat([reward, flag], dim=1, out=rollout.states[:, t, d.observation_dim :])
+            rollout.observation = torch.addcmul(rollout.observation, rollout.goes_on, moved)
+            if t + 1 < d.horizon:
+                rollout.states[:, t + 1, : d.observation_dim] = rollout.observation
+        rollout.num_steps = max(rollout.num_steps, stop)
+
+    def __call__(self, buffer: Tensor, k: int) -> Tensor:
+        """Predict at step k: an input buffer -> [B, H, D], a new tensor."""
+        d = self.denoiser
+        states = buffer.new_empty(len(buffer), d.horizon, d.state_dim)
+        self.extend(self.begin(buffer, states), buffer, d.horizon)
+        return states
 
 
 class ForeignDenoiser:

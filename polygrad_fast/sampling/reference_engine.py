@@ -51,6 +51,8 @@ class ReferenceEngine:
     """Run the loop of Algorithm 2 step by step; noise comes from torch's generator in the released
     code's order."""
 
+    settles = False
+
     def __init__(self, components: SamplerComponents):
         self.components = components
 

@@ -222,12 +222,13 @@ class PolicyGuidedSampler:
             with self._lock, torch.inference_mode(False), torch.no_grad(), autocast_off:
                 if _structure(self.components) != self._built_for:
                     self._build()
-                compares = c.config.action_update == "exact" and c.num_steps > 1
+                exact, settles = c.config.action_update == "exact", self._engine.settles
+                compares = exact and c.num_steps > 1 and not settles
                 kept = c.chain_length(return_chain)
                 trajectory, actions, chain = self._engine.sample(
                     s0_norm, guidance_scale, generator, noise, max(kept, 2) if compares else kept
                 )
-                mean_change = None
+                mean_change = trajectory.new_zeros(()) if settles else None
                 with annotate("results"):
                     if compares:
                         mean_change = _mean_change(c, trajectory, *chain[1][-2:])

@@ -12,7 +12,7 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.profiling import annotate
 from polygrad_fast.sampling.components import SamplerComponents
 from polygrad_fast.sampling.engine import Sampled
-from polygrad_fast.sampling.folded_networks import HeldTensors, fold_denoiser
+from polygrad_fast.sampling.folded_networks import FoldedRollout, HeldTensors, fold_denoiser
 from polygrad_fast.sampling.folding import why_foreign
 from polygrad_fast.sampling.graphs import GraphCache
 from polygrad_fast.sampling.linear import LinearOps
@@ -46,6 +46,10 @@ class TorchEngine:
     order, so that on a CPU the same seed gives the same trajectories.
 
     Weights and moments are read anew at every sample, whichever way they were changed.
+
+    With a denoiser of kind "rollout" and the action update "exact" each diffusion step settles one
+    more step of the horizon, whatever the later ones are. Where only what is returned counts
+    (`settles`, and no chain), the one step due is computed in each: the same trajectories.
 
     On a GPU all K steps are one CUDA graph, captured once per batch size, and all normals of a
     sample are drawn before it, in another order than the reference's; they take 8 K B H (D + A)
@@ -90,6 +94,11 @@ class TorchEngine:
             LinearOps.choose(device, DTYPES[dtype]),
         )
         self.step = TorchStep(components, self._held, self._captures)
+        self.settles = (
+            isinstance(self.denoiser, FoldedRollout)
+            and self.step.policy is not None
+            and _settles_stepwise(components)
+        )
         self.constants = step_constants(components)
         self._workspaces: dict[int, Workspace] = {}
         self._graphs = GraphCache()
@@ -181,17 +190,35 @@ class TorchEngine:
             )
         inpaint(ws.trajectory, initial_observations)
         first_kept = len(self.constants) - chain_length
+        stepwise = self.settles and not chain_length
         for step, constants in enumerate(self.constants):
+            due = slice(None)
+            if stepwise:
+                due = slice(step, step + 1) if step < self.components.horizon else None
             with annotate("denoiser"):
                 self.step.write_denoiser_input(ws, constants)
-                prediction = self._predict(ws, constants.k)
+                if stepwise:
+                    prediction = self._extend_rollouts(ws, step)
+                else:
+                    prediction = self._predict(ws, constants.k)
             noises = normals.step(step, constants.k)
             with annotate("guided_step"):
-                self.step(ws, prediction, initial_observations, constants, *noises)
+                self.step(ws, prediction, initial_observations, constants, *noises, due)
             if step >= first_kept:
                 chain[0][step - first_kept].copy_(ws.trajectory)
                 chain[1][step - first_kept].copy_(ws.actions)
         return chain
+
+    def _extend_rollouts(self, ws: Workspace, step: int) -> Tensor:
+        """Return the denoiser's output [B, H, D] as far as the actions are settled before diffusion
+        step number `step`, from 0; what is not settled is 0."""
+        denoiser, num_settled = self.denoiser, min(step, self.components.horizon)
+        parts = row_parts(len(ws.trajectory), denoiser.rows_per_part, self._held.device)
+        if step == 0:
+            ws.rollouts = [denoiser.begin(ws.denoiser_input[p], ws.prediction[p]) for p in parts]
+        for part, rollout in zip(parts, ws.rollouts, strict=True):
+            denoiser.extend(rollout, ws.denoiser_input[part], num_settled)
+        return ws.prediction
 
     def _predict(self, ws: Workspace, k: int) -> Tensor:
         """Return the denoiser's output [B, H, D] at step k, float32; the caller may overwrite
@@ -202,6 +229,19 @@ class TorchEngine:
         for part in parts:
             ws.prediction[part] = self.denoiser(ws.denoiser_input[part], k)
         return ws.prediction
+
+
+def _settles_stepwise(components: SamplerComponents) -> bool:
+    """Return whether, with predictions that at each step of the horizon depend on earlier actions
+    only, what a sample returns depends on nothing but these predictions, settled."""
+    c = components.config
+    return (
+        c.action_update == "exact"
+        and c.prediction_type == "sample"
+        and c.policy_input == "denoised"
+        and c.clip_state_change is None
+        and components.num_steps > components.horizon
+    )
 
 
 @contextlib.contextmanager

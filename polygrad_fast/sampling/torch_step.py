@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from polygrad_fast.config import check_choices
 from polygrad_fast.policy import log_prob
 from polygrad_fast.protocols import policy_moments
 from polygrad_fast.sampling.components import SamplerComponents
-from polygrad_fast.sampling.folded_networks import FoldedPolicy, HeldTensors
+from polygrad_fast.sampling.folded_networks import FoldedPolicy, HeldTensors, Rollout
 from polygrad_fast.sampling.folding import why_foreign
 
 POLICY_ROWS_PER_THREAD = 1024
@@ -99,6 +99,7 @@ class Workspace:
     denoiser_input: object  # in the denoiser's own layout, with two views of it:
     input_states: Tensor  # [B, H, D]
     input_actions: Tensor  # [B, H, A]
+    rollouts: list[Rollout] = field(default_factory=list)  # begun in `prediction`, by parts of B
 
 
 class TorchStep:
@@ -180,9 +181,13 @@ class TorchStep:
         constants: StepConstants,
         trajectory_noise: Tensor,
         action_noise: Tensor | None,
+        due: slice | None = slice(None),
     ) -> None:
-        """Advance `ws.trajectory` and `ws.actions` by one step; overwrites `prediction`
-        [B, H, D]."""
+        """Advance `ws.trajectory` and `ws.actions` by one step; overwrites `prediction` [B, H, D].
+
+        With action update "exact" only the actions at steps `due` of the horizon (None: none) are
+        drawn anew, but in the last step all.
+        """
         config = self.components.config
         check_choices(config)
         denoised = prediction
@@ -199,8 +204,8 @@ class TorchStep:
 
         clips, exact = config.clip_std is not None, config.action_update == "exact"
         if exact:
-            if not constants.is_last:
-                self._draw_actions(ws, policy_states, action_noise)
+            if not constants.is_last and due is not None:
+                self._draw_actions(ws, policy_states, action_noise, due)
         elif constants.is_last:
             if config.clip_final_actions and clips:
                 update = self._policy_at(ws, policy_states)
@@ -234,10 +239,14 @@ class TorchStep:
         torch.mul(denoised, constants.mean_from_denoised, out=ws.mean)
         ws.mean.add_(ws.trajectory, alpha=constants.mean_from_trajectory)
 
-    def _draw_actions(self, ws: Workspace, states: Tensor, action_noise: Tensor) -> None:
-        """Set `ws.actions` to the policy's at normalized states [B, H, D], by given normals."""
-        update = self._policy_at(ws, states)
-        torch.addcmul(ws.policy_mean, update.std, action_noise, out=ws.actions)
+    def _draw_actions(
+        self, ws: Workspace, states: Tensor, action_noise: Tensor, due: slice = slice(None)
+    ) -> None:
+        """Set `ws.actions` at steps `due` to the policy's at normalized states [B, H, D], by given
+        normals."""
+        update = self._policy_at(ws, states, due)
+        mean, std, noise = ws.policy_mean[:, due], update.std[..., due, :], action_noise[:, due]
+        torch.addcmul(mean, std, noise, out=ws.actions[:, due])
 
     @staticmethod
     def _clip(ws: Workspace, update: ActionUpdate) -> None:
@@ -245,23 +254,23 @@ class TorchStep:
         torch.add(ws.policy_mean, update.reach, out=ws.high)
         torch.clamp(ws.actions, ws.low, ws.high, out=ws.actions)
 
-    def _policy_at(self, ws: Workspace, states: Tensor) -> ActionUpdate:
+    def _policy_at(self, ws: Workspace, states: Tensor, due: slice = slice(None)) -> ActionUpdate:
         """Write the policy's mean at normalized states [B, H, D] to `ws.policy_mean`, as normalized
-        actions, and return the update's coefficients."""
+        actions, and return the update's coefficients; of a folded policy at steps `due` only."""
+        means = ws.policy_mean[:, due]
         if self.policy is None:
             c = self.components
             observations = states[..., : c.observation_dim]
             mean, std = policy_moments(c.policy, c.normalizer, observations, normalized=True)
-            ws.policy_mean.copy_(mean)
+            means.copy_(mean)
             update = self._action_update(std)
         else:
-            rows, means = states.flatten(0, 1), ws.policy_mean.flatten(0, 1)
-            for part in row_parts(len(rows), POLICY_ROWS_PER_THREAD, self.held.device):
-                means[part] = self.policy.mean(rows[part])
+            rows = states[:, due].flatten(0, 1)
+            parts = row_parts(len(rows), POLICY_ROWS_PER_THREAD, self.held.device)
+            found = [self.policy.mean(rows[part]) for part in parts]
+            means.copy_((torch.cat(found) if len(found) > 1 else found[0]).view_as(means))
             update = self.update
-        torch.addcmul(
-            self._action_offset, ws.policy_mean, self._inverse_action_scale, out=ws.policy_mean
-        )
+        torch.addcmul(self._action_offset[due], means, self._inverse_action_scale[due], out=means)
         return update
 
     def _likelihood_gradient(self, ws: Workspace, states: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ class TritonEngine:
     those of plain PyTorch in that dtype. See `PolicyWeights` for the policy's precision.
     """
 
+    settles = False
+
     def __init__(self, components: SamplerComponents, dtype: str = "float32"):
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")

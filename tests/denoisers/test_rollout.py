@@ -239,8 +239,8 @@ def test_sizes_below_one_are_refused(name, value):
     [
         ({}, "sampler.scale_actions must be False for a denoiser of kind 'rollout', got True"),
         (
-            {"scale_actions": False, "num_inference_steps": 9},
-            "num_inference_steps must be at least the horizon, 10, for a denoiser of kind 'roll",
+            {"scale_actions": False, "num_inference_steps": 10},
+            "num_inference_steps must be above the horizon, 10, for a denoiser of kind 'rollout'",
         ),
         (
             {"scale_actions": False, "prediction_type": "epsilon"},

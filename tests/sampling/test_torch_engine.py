@@ -17,6 +17,7 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.reference.guided_step import denoiser_actions, guided_step
 from polygrad_fast.sampling import linear, torch_engine, torch_step
 from polygrad_fast.sampling.components import SamplerComponents
+from polygrad_fast.sampling.folded_networks import FoldedRollout
 from polygrad_fast.sampling.linear import LinearOps
 from polygrad_fast.sampling.noise import LoopNormals
 from polygrad_fast.sampling.reference_engine import ReferenceEngine
@@ -104,7 +105,7 @@ def single_step(engine: TorchEngine, step: int, x, u, s0, noise, guidance_scale)
         engine.denoiser.refresh()
         engine.step.refresh(guidance_scale)
         ws = engine._new_workspace(len(s0))
-        engine._loop(ws, s0, normals, 0)
+        engine._loop(ws, s0, normals, 1)
     return ws.trajectory, ws.actions
 
 
@@ -645,3 +646,62 @@ def test_distribution_of_standardized_actions(dtype):
         assert ks_statistic(ours[:, action], theirs[:, action]) < critical
         shifted = theirs[:, action] + 0.1  # the check sees a tenth of a standard deviation
         assert ks_statistic(ours[:, action], shifted) > critical
+
+
+EXACT = pg.SamplerConfig.official(
+    action_update="exact", clip_state_change=None, scale_actions=False, denoiser_actions="clipped"
+)
+
+
+def rollout_sample(monkeypatch, c, batch, stepwise: bool, dtype="float32"):
+    """Return states, actions and how many transitions were computed."""
+    computed = []
+    extend = FoldedRollout.extend
+
+    def counted(self, rollout, buffer, stop):
+        computed.append(len(buffer) * (stop - rollout.num_steps))
+        return extend(self, rollout, buffer, stop)
+
+    monkeypatch.setattr(FoldedRollout, "extend", counted)
+    s0 = torch.randn(batch, S, generator=torch.Generator().manual_seed(3))
+    engine, noise = TorchEngine(c, dtype), make_noise(c, batch)
+    states, actions, _ = engine.sample(s0, 0.05, None, noise, not stepwise)
+    monkeypatch.undo()
+    return states, actions, sum(computed)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 257])
+@pytest.mark.parametrize("horizon, num_steps", [(1, 2), (4, 5), (4, 9)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rollouts_compute_each_step_of_the_horizon_once(
+    monkeypatch, batch, horizon, num_steps, dtype
+):
+    c = make_components("rollout", horizon, num_steps, EXACT, normed_inputs=True)
+    states, actions, computed = rollout_sample(monkeypatch, c, batch, True, dtype)
+    all_states, all_actions, whole = rollout_sample(monkeypatch, c, batch, False, dtype)
+    assert computed == batch * horizon and whole == num_steps * computed
+    tolerance = 1e-5 if dtype == "float32" else 0.1  # products of other numbers of rows
+    assert_close(states, all_states, tolerance)
+    assert_close(actions, all_actions, tolerance)
+    assert states.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy_input": "posterior_mean"},
+        {"policy_input": "noisy"},
+        {"clip_state_change": 0.25},
+        {"num_inference_steps": 4},
+        {"action_update": "sample"},
+    ],
+)
+def test_what_needs_all_of_every_rollout_gets_it(options):
+    c = make_components("rollout", 4, 8, replace(EXACT, **options), normed_inputs=True)
+    engine = TorchEngine(c)
+    assert not engine.settles
+    s0, noise = torch.randn(5, S), make_noise(c, 5)
+    states, actions, _ = engine.sample(s0, 0.05, None, noise, False)
+    wanted_states, wanted_actions, _ = reference(c, s0, noise)
+    assert_close(states, wanted_states, 1e-4)
+    assert_close(actions, wanted_actions, 1e-4)

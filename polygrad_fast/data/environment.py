@@ -15,7 +15,7 @@ import gymnasium
 import numpy as np
 from gymnasium.wrappers.utils import RunningMeanStd
 
-from polygrad_fast.data.checks import as_finite_float32, as_flag
+from polygrad_fast.data.checks import as_finite_float32, as_finite_number, as_flag
 from polygrad_fast.errors import InputError
 
 _LOGGER = logging.getLogger(__name__)
@@ -195,10 +195,10 @@ def step_environment(
         )
     observation, reward, terminated, truncated, _ = returned
     observation = as_finite_float32(observation, (observation_dim,), f"{where}: observation")
-    as_finite_float32(reward, (), f"{where}: reward")
+    reward = as_finite_number(reward, f"{where}: reward")
     terminated = as_flag(terminated, f"{where}: terminated")
     truncated = as_flag(truncated, f"{where}: truncated")
-    return observation, float(reward), terminated, truncated
+    return observation, reward, terminated, truncated
 
 
 def _outline(returned: Any) -> str:

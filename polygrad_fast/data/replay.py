@@ -151,7 +151,7 @@ class ReplayBuffer:
         if self._is_start[slot]:
             self._is_start[slot] = 0
             self._first_start += 1
-        self._steps[slot] = torch.from_numpy(row)
+        self._steps[slot].copy_(torch.from_numpy(row))
         self._total_steps = n + 1
 
         full = n - self.horizon + 1  # the start whose window ends at this step
@@ -379,12 +379,15 @@ class ReplayBuffer:
 
     def _add_starts(self, first: int, stop: int, last: int) -> None:
         """Append the starts first .. stop - 1, whose windows end, or are padded, after `last`."""
+        rows = np.full((stop - first, 2), last)
+        rows[:, 0] = np.arange(first, stop)
         for start in range(first, stop):
             self._is_start[start % self.capacity] = 1
-        steps = torch.arange(first, stop)
-        rows = torch.stack((steps, torch.full_like(steps, last)), dim=1)
-        ring = (steps - first + self._end_start) % self.capacity
-        self._starts[ring.to(self.device)] = rows.to(self.device)
+        ring = self._end_start % self.capacity
+        ahead = self.capacity - ring  # rows before the ring's end
+        for begin, part in ((ring, rows[:ahead]), (0, rows[ahead:])):
+            if len(part):
+                self._starts[begin : begin + len(part)].copy_(torch.from_numpy(part))
         self._end_start += stop - first
 
     def _draw(self, batch_size: int, generator: torch.Generator | None, oldest: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from polygrad_fast.data import ActionScaler
 from polygrad_fast.data.checks import as_finite_float32
 from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.normalizer import Normalizer
-from polygrad_fast.protocols import policy_moments
+from polygrad_fast.training.acting_policy import ActingPolicy, moments_of
 
 
 class Actor:
@@ -21,6 +21,10 @@ class Actor:
         normalizer: for a policy that reads normalized observations.
         action_scaler: from the policy's actions to the environment's.
         device: of policy and normalizer.
+
+    Attributes:
+        acting: the policy that `sample` draws from, which is told of changes by its `refresh`; on
+            another device than a CPU one change older than the policy.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class Actor:
     ):
         self.policy, self.normalizer, self.device = policy, normalizer, device
         self.action_scaler = action_scaler
+        self.acting = ActingPolicy(policy, normalizer)
 
     @torch.no_grad()
     def sample(self, observation: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -41,10 +46,10 @@ class Actor:
             InputError: an observation so large that the policy's mean is not finite.
             NonFiniteError: the policy's weights are not finite.
         """
-        mean, std = self._moments(torch.tensor(observation, device=self.device))
+        mean, std = self.acting.moments(torch.from_numpy(observation))
         noise = torch.randn(mean.shape, generator=generator)
         action = (mean + std * noise).numpy()
-        if not np.isfinite(action).all():
+        if np.count_nonzero(np.isfinite(action)) < action.size:
             self._check_too_large(observation)
             raise NonFiniteError(f"the policy's action is {action.tolist()}")
         return action
@@ -64,12 +69,14 @@ class Actor:
             NonFiniteError: the policy's weights are not finite.
         """
         array = self._checked(observation)
-        mean, std = self._moments(torch.from_numpy(array).to(self.device))
+        moments = moments_of(self.policy, self.normalizer)
+        mean, std = moments(torch.from_numpy(array).to(self.device))
+        mean = mean.cpu()
         if not torch.isfinite(mean).all():
             self._check_too_large(array)
             raise NonFiniteError("the policy's mean is not finite")
         if generator is not None:
-            mean = mean + std * torch.randn(mean.shape, generator=generator)
+            mean = mean + std.cpu() * torch.randn(mean.shape, generator=generator)
         return self.action_scaler.to_environment(mean.numpy())
 
     def _checked(self, observation: np.ndarray) -> np.ndarray:
@@ -87,11 +94,6 @@ class Actor:
         if array.dtype.kind not in "iuf":
             raise InputError(f"observation must be of real numbers, got dtype {array.dtype}")
         return as_finite_float32(array, array.shape, "observation")
-
-    def _moments(self, observations: Tensor) -> Tensor:
-        """Return the policy's mean and std [2, ..., A] at raw observations [..., S], on the CPU."""
-        moments = policy_moments(self.policy, self.normalizer, observations, normalized=False)
-        return torch.stack(moments).cpu()
 
     def _check_too_large(self, observation: np.ndarray) -> None:
         """Blame an observation where a policy of finite weights gave a result that is not."""

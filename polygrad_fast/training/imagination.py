@@ -188,6 +188,7 @@ class ImaginationTraining:
                     flags,
                     progress=min(1.0, (self.num_timesteps + 1) / self.target_timesteps),
                 )
+            self.actor.acting.refresh()
             tuned = self.world_model.feedback(metrics)
             for name, value in metrics.items():
                 self._add_metric(f"{self.learner.name}/{name}", value)
@@ -276,6 +277,7 @@ class ImaginationTraining:
             "actor_critic": self.learner.state_dict(),
             "replay": self.replay.state_dict(),
             "environment": self._environment_state or self.environment.state_dict(),
+            **self.actor.acting.state_dict(),
             **self.streams.state_dict(),
         }
 
@@ -286,6 +288,7 @@ class ImaginationTraining:
         self.world_model.load_state_dict(state)
         self.learner.load_state_dict(state["actor_critic"])
         self.replay.load_state_dict(state["replay"])
+        self.actor.acting.load_state_dict(state)
         self.streams.load_state_dict(state, self.num_timesteps)
         action = state.get("action")
         self._action = None if action is None else action.numpy()
@@ -318,6 +321,7 @@ class ImaginationTraining:
             normalizer.update(self.replay.moments(), c.min_std())
             if c.preserve_functions and self.num_timesteps >= self.config.learning_starts:
                 self.learner.keep_functions(*before)
+            self.actor.acting.refresh()
 
     def _add_metric(self, name: str, value: float) -> None:
         entry = self._sums.setdefault(name, [0.0, 0.0])

@@ -1,5 +1,5 @@
-"""Command line: train, evaluate, sample, errors, actions, gradient, dream, baseline, data collect;
-`cli_offline` has the offline commands.
+"""Command line: train, evaluate, sample, errors, actions, gradient, dream, baseline; `cli_data` has
+data collect, `cli_offline` the offline commands.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from polygrad_fast import cli_offline
+from polygrad_fast import cli_data, cli_offline
 from polygrad_fast._version import __version__
 from polygrad_fast.arguments import as_integer, as_number_list, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
@@ -41,11 +41,9 @@ from polygrad_fast.runs.metrics import read_metrics
 from polygrad_fast.training.estimate import num_updates
 
 if TYPE_CHECKING:
-    import gymnasium
     import numpy as np
 
     from polygrad_fast.agent import PolyGRAD
-    from polygrad_fast.data.collect import Act
     from polygrad_fast.diagnostics.dream import Dream as DreamFound
 
 EVALUATION_SEED = 1_000_003
@@ -184,31 +182,6 @@ class Dream:
     checkpoint: str = "last"
     """The last or the best checkpoint, or the name of one in RUN_DIR/checkpoints."""
     device: str = "auto"
-
-
-@dataclass(frozen=True)
-class Collect:
-    """Play episodes and write them as a Minari dataset, or as .npz."""
-
-    env_id: str
-    """Gymnasium environment with Box observations and actions, e.g. Hopper-v5."""
-    out: Path
-    """A folder that is not there yet, for a Minari dataset, or a file .npz."""
-    policy: str = "random"
-    """"random", the run directory of a trained agent, or a model of Stable-Baselines3 (.zip), whose
-    loading runs code that it holds."""
-    episodes: int = 10
-    seed: int = 0
-    """Seed of the episodes, the policy's draws and the noise."""
-    checkpoint: Literal["best", "last"] = "best"
-    """Of a run directory: the best-evaluated policy, or the last one."""
-    deterministic: bool = False
-    """Take the policy's mean instead of drawing from it."""
-    noise_std: tuple[float, ...] = ()
-    """Gaussian noise added to the actions, in units of half their range; several: for the episodes
-    in turn, as 0 0.2 0.5."""
-    progress: bool = True
-    """Show a progress bar."""
 
 
 @dataclass(frozen=True)
@@ -813,85 +786,6 @@ def _gradient(command: Gradient) -> None:
     print(json.dumps(report.summary()))
 
 
-def _collect(command: Collect) -> None:
-    as_integer(command.episodes, "--episodes", 1)
-    as_integer(command.seed, "--seed", 0, below=2**32)
-    with end_on_interrupt():
-        from tqdm import tqdm
-
-        from polygrad_fast.data.collect import check_noise, collect_episodes
-        from polygrad_fast.data.environment import make_environment
-        from polygrad_fast.data.write import check_output, write_dataset
-
-        check_output(command.out)
-        env = make_environment(command.env_id)
-        act, recipe = _behaviour(command, env)
-        check_noise(env, command.noise_std)
-    with tqdm(total=command.episodes, unit="episode", disable=not command.progress) as bar:
-
-        def show(episode_return: float, length: int) -> None:
-            bar.set_postfix_str(f"return {episode_return:.1f}, {length} steps", refresh=False)
-            bar.update()
-
-        dataset = collect_episodes(
-            env, act, command.episodes, command.seed, command.noise_std, recipe, show
-        )
-    write_dataset(dataset, command.out, env)
-    made = dataset.recipe
-    print(
-        f"{made['steps']:,} steps of {command.episodes:,} episodes in {command.out}: mean return "
-        f"{made['mean_return']:.2f}, standard deviation {made['std_return']:.2f}"
-    )
-    summary = ("episodes", "steps", "mean_return", "std_return")
-    print(json.dumps({name: made[name] for name in summary}))
-
-
-def _behaviour(command: Collect, env: gymnasium.Env) -> tuple[Act, dict[str, Any]]:
-    """Return the policy to collect with, and what the dataset's recipe says of it."""
-    from polygrad_fast.data.collect import random_actions
-    from polygrad_fast.data.environment import check_spaces
-
-    dims = check_spaces(env)
-    if command.policy == "random":
-        if command.deterministic:
-            raise InputError("--deterministic needs a policy with a mean, got --policy random")
-        return random_actions(env, command.seed), {"policy": "random"}
-    path = Path(command.policy)
-    recipe = {"policy": command.policy, "deterministic": command.deterministic}
-    if path.is_file():
-        from polygrad_fast.data.sb3 import load_stable_baselines3
-
-        act = load_stable_baselines3(path, dims, command.deterministic, command.seed)
-        return act, recipe
-    if not path.is_dir():
-        raise InputError(
-            f"--policy must be 'random', a run directory or a file, got {command.policy!r}, which "
-            f"is not there"
-        )
-    stored = read_run_config(path)
-    import torch
-
-    from polygrad_fast.agent import PolyGRAD
-
-    agent = PolyGRAD.load(path, device="cpu", checkpoint=command.checkpoint)
-    found = agent.replay.observation_dim, agent.replay.action_dim
-    if found != dims:
-        raise InputError(
-            f"--policy must be of an environment with (observation, action) dimensions {dims} as "
-            f"{command.env_id}, got {found} of {agent.env_id}"
-        )
-    recipe |= {
-        "checkpoint": command.checkpoint,
-        "env_step": agent.num_timesteps,
-        "trained_in": agent.env_id,
-        "preset": stored["preset"],
-        "training_seed": stored["seed"],
-    }
-    generator = None if command.deterministic else torch.Generator().manual_seed(command.seed)
-    actor = agent.training.actor
-    return lambda observation: actor.predict(observation, generator), recipe
-
-
 def _dream(command: Dream) -> None:
     from polygrad_fast.evaluation.video import VIDEOS, check_video
 
@@ -993,7 +887,7 @@ COMMANDS = {
     "gradient": (Gradient, _gradient),
     "dream": (Dream, _dream),
     "baseline": (Baseline, _baseline),
-    "data collect": (Collect, _collect),
+    **cli_data.COMMANDS,
     **cli_offline.COMMANDS,
 }
 """Name -> its options, and what runs it."""

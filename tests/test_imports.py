@@ -15,10 +15,12 @@ PACKAGE = "polygrad_fast"
 # A room of the package (a folder, or a file beside them) imports from those it can reach here.
 ARROWS = {
     "__main__": "cli runs",
-    "cli": "agent baselines cli_offline",
+    "cli": "agent baselines cli_data cli_offline",
+    "cli_data": "recipes",
     "cli_offline": "offline",
     "baselines": "evaluation runs",
     "compat": "agent",
+    "recipes": "agent",
     "agent": "training",
     "offline": "sampling learners data evaluation",
     "training": "diagnostics world_models learners data evaluation runs",

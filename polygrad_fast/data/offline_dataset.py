@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,26 @@ class OfflineDataset:
         """Return each episode's sum of rewards, float64 [episodes]."""
         starts = np.flatnonzero(np.append(True, self.ends[:-1]))
         return np.add.reduceat(self.rewards.astype(np.float64), starts)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[OfflineDataset]) -> OfflineDataset:
+        """Return the episodes of several datasets in one, which is of the first one's environment.
+
+        Raises:
+            InputError: no dataset, or other dimensions than the first one's.
+        """
+        dims = {(part.observation_dim, part.action_dim) for part in parts}
+        if len(dims) != 1:
+            raise InputError(
+                f"datasets must be of one observation and action dimension to be concatenated, got "
+                f"{sorted(dims)}"
+            )
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in (*FLOATS, *FLAGS, "ends")
+        }
+        true_next = all(part.true_next for part in parts)
+        return dataclasses.replace(parts[0], **arrays, true_next=true_next, recipe=None)
 
     def take_episodes(self, episodes: np.ndarray) -> OfflineDataset:
         """Return the dataset of some episodes, numbered from 0, in the order given.

@@ -59,7 +59,7 @@ def test_levels_are_the_first_evaluations_that_reach_them(behaviour):
 
 def test_other_returns_do_not_take_the_policy_that_is_kept(behaviour):
     behaviour.returns = {"medium": 1e6}
-    message = "medium policy in .* must reach a mean return of 1e.06 .*, got that of step 60, [0-9]+: give"
+    message = "medium policy in .* must reach a mean return of 1e.06 .*, got that of step 60"
     with pytest.raises(pg.InputError, match=message):
         behaviour.reach("medium")
 

@@ -119,7 +119,9 @@ def denoiser_errors(trainer: DenoiserTrainer, trajectory, actions, generator) ->
     """Take one update and return the relative errors of its loss, its gradient and its step (norms
     of the differences) from Algorithm 1, line 6, in float64."""
     exact, schedule = copy.deepcopy(trainer.model).double(), trainer.schedule
-    optimizer, before = copy.deepcopy(trainer.optimizer), weights(trainer.model)
+    optimizer = torch.optim.Adam(copy.deepcopy(trainer.model).parameters())
+    optimizer.load_state_dict(trainer.state_dict()["optimizer"])
+    before = weights(trainer.model)
     config, state = trainer.sampler_config, generator.get_state()
     loss = trainer.update(trajectory, actions, generator)["loss"].double()
     generator.set_state(state)

@@ -31,7 +31,7 @@ ARROWS = {
     "kernels": "diffusion denoisers",
     "learners": "protocols",
     "protocols": "config policy normalizer",
-    "diffusion": "config policy normalizer",
+    "diffusion": "denoisers",
     "denoisers": "config policy normalizer",
     "evaluation": "data runs",
     "data": "runs",

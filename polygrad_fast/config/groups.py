@@ -158,6 +158,9 @@ class DenoiserConfig(Options):
     updates_per_env_step: float = 1.0
     pretrain_updates: int = 0
     """Updates right after the prefill."""
+    train_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the products in training; "bfloat16" rounds their inputs, while weights, their
+    averages and the optimizer stay in float32."""
 
     def _check_ranges(self) -> None:
         paper_style = self._paper_step_conditioning()
@@ -201,6 +204,9 @@ class AutoregressiveConfig(Options):
     updates_per_env_step: float = 0.5
     pretrain_updates: int = 0
     """Updates right after the prefill."""
+    train_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the products in training; "bfloat16" rounds their inputs, while weights, their
+    averages and the optimizer stay in float32."""
 
     def _check_ranges(self) -> None:
         self._check_at_least(1, "hidden_dim", "num_layers", "batch_size", "ema_interval")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polygrad_fast.structure import structure
 from polygrad_fast.terminals import alive_steps
 
 MIN_DIFFERENCE_SCALE = 1e-2
@@ -34,6 +37,7 @@ class OneStepNetwork(nn.Module):
             width = hidden_dim
         self.network = nn.Sequential(*layers, nn.Linear(width, observation_dim + 2))
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.built = structure(self)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map [..., S] and [..., A] to differences in their own units [..., S], rewards [...] and
@@ -43,7 +47,12 @@ class OneStepNetwork(nn.Module):
 
 
 def one_step_losses(
-    network: OneStepNetwork, observations: Tensor, actions: Tensor, rewards: Tensor, flags: Tensor
+    network: OneStepNetwork,
+    observations: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    flags: Tensor,
+    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Return the losses of every step of windows, three scalars by name.
 
@@ -55,12 +64,13 @@ def one_step_losses(
         network: what it predicts is compared; its unit of differences is set if it has none.
         observations, actions, rewards: normalized [B, H, S], [B, H, A] and [B, H].
         flags: terminals [B, H], 0 or 1.
+        evaluate: computes what the network does; None: the network itself.
     """
     wanted = observations[:, 1:] - observations[:, :-1]
     is_real = alive_steps(flags).float()
     goes_on = (is_real * (1.0 - flags))[:, :-1]
     measure_scale(network.difference_scale, wanted, goes_on.unsqueeze(-1))
-    differences, predicted, logits = network(observations, actions)
+    differences, predicted, logits = (evaluate or network)(observations, actions)
     error = differences[:, :-1] - wanted / network.difference_scale
     entropy = F.binary_cross_entropy_with_logits(logits, flags, reduction="none")
     return {

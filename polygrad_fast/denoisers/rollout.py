@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -81,11 +83,20 @@ class RolloutDenoiser(nn.Module):
             observation = observation + goes_on * scale * difference
         return torch.stack(states, dim=1)
 
-    def transition_losses(self, trajectory: Tensor, actions: Tensor) -> dict[str, Tensor]:
+    def transition_losses(
+        self,
+        trajectory: Tensor,
+        actions: Tensor,
+        evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
         """Return the losses of the step's network on clean windows [B, H, D], [B, H, A], three
         scalars by name (see `one_step_losses`); what the flags look like is noted.
 
         A normalized flag above 0 is a terminal: the mean of flags is from 0 to below 1.
+
+        Args:
+            trajectory, actions: normalized.
+            evaluate: computes what `step` does; None: `step` itself.
         """
         states, rewards, flags = trajectory.split([self.observation_dim, 1, 1], dim=-1)
         flags = flags.squeeze(-1)
@@ -100,5 +111,5 @@ class RolloutDenoiser(nn.Module):
             )
         )
         return one_step_losses(
-            self.step, states, actions, rewards.squeeze(-1), ended.to(flags.dtype)
+            self.step, states, actions, rewards.squeeze(-1), ended.to(flags.dtype), evaluate
         )

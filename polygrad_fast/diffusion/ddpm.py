@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.errors import InputError
@@ -254,7 +254,7 @@ def warn_of_amplified_errors(
 
 
 def denoising_loss(
-    denoiser: nn.Module,
+    denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
     trajectory: Tensor,
     actions: Tensor,
     timesteps: Tensor,
@@ -287,7 +287,7 @@ def denoising_loss(
     noisy[:, 0, :observation_dim] = trajectory[:, 0, :observation_dim]
     if config.scale_actions:
         actions = alphas_cumprod.sqrt() * actions
-    prediction = denoiser(noisy, actions.clone(), timesteps).clone()
+    prediction = denoiser(noisy, actions.clone(), timesteps).to(trajectory.dtype, copy=True)
     prediction[:, 0, :observation_dim] = trajectory[:, 0, :observation_dim]
     target = noise if config.prediction_type == "epsilon" else trajectory
     squared_error = (prediction - target).square()

@@ -29,7 +29,15 @@ class DenoiserTrainer(AveragedTrainer):
     ):
         self.schedule, self.sampler_config = schedule, sampler_config
         self.config = c = config.resolved(model.horizon)
-        super().__init__(model, c.learning_rate, c.ema_decay, c.ema_interval, c.ema_start)
+        super().__init__(
+            model,
+            c.learning_rate,
+            c.ema_decay,
+            c.ema_interval,
+            c.ema_start,
+            train_dtype=c.train_dtype,
+            num_train_timesteps=schedule.num_train_timesteps,
+        )
 
     def update(
         self, trajectory: Tensor, actions: Tensor, generator: torch.Generator | None = None
@@ -45,7 +53,9 @@ class DenoiserTrainer(AveragedTrainer):
             Detached scalars: the loss, and its parts by name.
         """
         if hasattr(self.model, "transition_losses"):
-            losses = self.model.transition_losses(trajectory, actions)
+            with self.network() as network:
+                given = () if network is self.model else (network,)
+                losses = self.model.transition_losses(trajectory, actions, *given)
             loss = sum(losses.values())
             self.minimize(loss)
             return {name: value.detach() for name, value in ({"loss": loss} | losses).items()}
@@ -57,14 +67,15 @@ class DenoiserTrainer(AveragedTrainer):
             device=device,
         )
         noise = torch.randn(trajectory.shape, generator=generator, device=device)
-        loss, parts = denoising_loss(
-            self.model,
-            trajectory,
-            actions,
-            timesteps,
-            noise,
-            self.schedule,
-            self.sampler_config,
-        )
+        with self.network() as network:
+            loss, parts = denoising_loss(
+                network,
+                trajectory,
+                actions,
+                timesteps,
+                noise,
+                self.schedule,
+                self.sampler_config,
+            )
         self.minimize(loss)
         return {"loss": loss.detach(), **parts}

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polygrad_fast.denoisers.products import onednn_offers
+
 ACTIVATIONS = {
     "relu": torch.relu_,
     "tanh": torch.tanh_,
@@ -51,7 +53,7 @@ class LinearOps:
     @classmethod
     def choose(cls, device: torch.device, dtype: torch.dtype) -> LinearOps:
         """Return oneDNN's path where this build and processor have it, PyTorch's own elsewhere."""
-        onednn = device.type == "cpu" and _onednn_offers(dtype)
+        onednn = device.type == "cpu" and onednn_offers(dtype)
         return cls(onednn, 2**20 if dtype == torch.float32 else 0)
 
     def pack(self, weight: Tensor, num_uses: int) -> Weight:
@@ -91,18 +93,3 @@ class LinearOps:
         if packed is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, "add")
         return residual.add_(F.linear(x, weight.plain, bias))
-
-
-def _onednn_offers(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    weight = torch.ones(1, 1, dtype=dtype)
-    try:  # the operators are PyTorch's own, but private: another version may lack or change them
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
-        ones = torch.ops.mkldnn._linear_pointwise(weight, weight, None, "tanh", [], "none")
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        twos = torch.ops.mkldnn._linear_pointwise.binary(weight, weight, packed, None, "add")
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
-        return False
-    return bool((ones > 0.7).all() and (twos == 2).all())

@@ -33,7 +33,11 @@ class Autoregressive(StepwiseModel):
         dims = normalizer.observation_dim, normalizer.action_dim
         network = OneStepNetwork(*dims, config.hidden_dim, config.num_layers)
         trainer = AveragedTrainer(
-            network.to(device), config.learning_rate, config.ema_decay, config.ema_interval
+            network.to(device),
+            config.learning_rate,
+            config.ema_decay,
+            config.ema_interval,
+            train_dtype=config.train_dtype,
         )
         super().__init__(trainer, horizon, normalizer, action_bounds, device)
 
@@ -47,13 +51,15 @@ class Autoregressive(StepwiseModel):
         trajectory = self.normalizer.normalize_trajectory(
             windows.observations, windows.rewards, windows.terminals
         )
-        losses = one_step_losses(
-            self.trainer.model,
-            trajectory[..., :-2],
-            self.seen(windows.actions),
-            trajectory[..., -2],
-            windows.terminals,
-        )
+        with self.trainer.network() as network:
+            losses = one_step_losses(
+                self.trainer.model,
+                trajectory[..., :-2],
+                self.seen(windows.actions),
+                trajectory[..., -2],
+                windows.terminals,
+                network,
+            )
         loss = sum(losses.values())
         self.trainer.minimize(loss)
         losses = {"loss": loss, **losses}

@@ -205,8 +205,17 @@ def test_the_averaged_copy_is_changed_in_place():
             "num_heads": 2,
             "step_conditioning": "learned",
         },
+        {"hidden_dim": 48, "train_dtype": "bfloat16"},
+        {"hidden_dim": 32, "kind": "transformer", "num_heads": 2, "train_dtype": "bfloat16"},
     ],
-    ids=["mlp", "mlp-layer", "transformer", "transformer-learned"],
+    ids=[
+        "mlp",
+        "mlp-layer",
+        "transformer",
+        "transformer-learned",
+        "mlp-bfloat16",
+        "transformer-bfloat16",
+    ],
 )
 def test_a_linear_system_is_learnt(options, prediction_type):
     config = pg.SamplerConfig.official(prediction_type=prediction_type)
@@ -246,6 +255,112 @@ def test_state_dict_round_trip_continues_identically():
     assert_same(weights(original.model), weights(restored.model))
     assert_same(weights(original.ema_model), weights(restored.ema_model))
     assert original.num_updates == restored.num_updates == 12
+
+
+KINDS = {
+    "mlp": {},
+    "mlp-layer": {"step_conditioning": "layer"},
+    "transformer": {"kind": "transformer", "num_heads": 2},
+    "rollout": {"kind": "rollout"},
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_updates_are_those_of_adam_on_autograds_gradients(options):
+    trainer = make_trainer(learning_rate=0.01, **options)
+    twin = copy.deepcopy(trainer.model)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.01)
+    for update in range(5):
+        x, actions = windows(update)
+        trainer.update(x, actions, torch.Generator().manual_seed(update))
+        g = torch.Generator().manual_seed(update)
+        if "rollout" in options.values():
+            loss = sum(twin.transition_losses(x, actions).values())
+        else:
+            steps = torch.randint(K, (len(x),), generator=g)
+            noise = torch.randn(x.shape, generator=g)
+            loss, _ = denoising_loss(
+                twin, x, actions, steps, noise, trainer.schedule, trainer.sampler_config
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for got, wanted in zip(trainer.model.parameters(), twin.parameters(), strict=True):
+            # Adam divides by the gradient's size, which rounding alone may be
+            assert (got - wanted).abs().mean() < 1e-5
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_a_watched_network_learns_the_same_by_autograd(options):
+    plain, watched = make_trainer(**options), make_trainer(**options)
+    seen = []
+    *_, part = (m for m in watched.model.modules() if isinstance(m, nn.Linear))
+    part.register_full_backward_hook(lambda *_: seen.append(1))
+    for update in range(3):
+        for trainer in (plain, watched):
+            trainer.update(*windows(update), torch.Generator().manual_seed(update))
+    assert len(seen) == 3
+    for got, wanted in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert (got - wanted).abs().mean() < 1e-5
+
+
+def test_frozen_weights_stay_and_are_copied_into_the_average():
+    torch.manual_seed(0)
+    denoiser = build_denoiser(DenoiserConfig(hidden_dim=16, num_layers=2), S, A, H, K)
+    denoiser.output.weight.requires_grad_(False)
+    trainer = DenoiserTrainer(
+        denoiser, pg.NoiseSchedule.cosine(K), DenoiserConfig(), pg.SamplerConfig.official()
+    )
+    before = weights(trainer.model)
+    denoiser.output.weight.add_(1.0)
+    trainer.update(*windows(0))
+    assert torch.equal(trainer.ema_model.output.weight, denoiser.output.weight)
+    changes = [
+        not torch.equal(old, new) for old, new in zip(before, weights(denoiser), strict=True)
+    ]
+    frozen = [name == "output.weight" for name, _ in denoiser.named_parameters()]
+    assert torch.equal(denoiser.output.weight, before[frozen.index(True)] + 1)
+    assert all(changes)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "transformer", "num_heads": 2}])
+def test_the_optimizers_state_is_that_of_adam_on_single_parameters(options):
+    """Checkpoints of before the weights lay in one buffer are read, too."""
+    trainer = make_trainer(learning_rate=0.01, **options)
+    for update in range(3):
+        trainer.update(*windows(update), torch.Generator().manual_seed(update))
+    saved = copy.deepcopy(trainer.state_dict())
+    twin = copy.deepcopy(trainer.model)
+    plain = torch.optim.Adam(twin.parameters(), lr=0.01)
+    options_of_plain = plain.state_dict()["param_groups"]
+    plain.load_state_dict(saved["optimizer"] | {"param_groups": options_of_plain})
+    gradients = [torch.randn_like(p) for p in twin.parameters()]
+
+    resumed = make_trainer(1, learning_rate=0.01, **options)
+    resumed.model.load_state_dict(trainer.model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(saved) | {"optimizer": copy.deepcopy(plain.state_dict())})
+    for p, gradient in zip(twin.parameters(), gradients, strict=True):
+        p.grad = gradient
+    plain.step()
+    for one in (trainer, resumed):
+        one.minimize(
+            sum((p * g).sum() for p, g in zip(one.model.parameters(), gradients, strict=True))
+        )
+        for got, wanted in zip(one.model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+    assert_same(weights(trainer.model), weights(resumed.model))
+
+
+def test_weights_keep_float32_where_products_round():
+    trainer = make_trainer(train_dtype="bfloat16")
+    exact = make_trainer()
+    for update in range(20):
+        losses = [
+            one.update(*windows(update), torch.Generator().manual_seed(update))["loss"].item()
+            for one in (trainer, exact)
+        ]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 @pytest.mark.parametrize(

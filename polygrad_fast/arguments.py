@@ -38,7 +38,8 @@ def as_path(value: Any, name: str) -> Path:
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
-    """Return a device; "auto" and None are CUDA where there is one, else the CPU.
+    """Return a device, that of a GPU with its index; "auto" and None are CUDA where there is one,
+    else the CPU.
 
     Raises:
         InputError: it cannot be used here.
@@ -46,13 +47,11 @@ def as_device(device: str | torch.device | None) -> torch.device:
     import torch  # not before it is needed: help and errors of the command line are quick
 
     if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        return torch.empty(0, device=torch.device(device)).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
-    return resolved
 
 
 def as_output_file(value: Any, name: str) -> Path:

@@ -16,7 +16,8 @@ from polygrad_fast.protocols import Denoiser, Policy
 @dataclass(frozen=True)
 class SamplerComponents:
     """Modules and options of one sampler; engines read current weights and moments at every
-    call. The schedule is the one given, respaced to the configuration's `num_inference_steps`.
+    call. The schedule is the one given, respaced to the configuration's `num_inference_steps`; the
+    device is its tensors', so that "cuda" has its index.
     """
 
     denoiser: Denoiser
@@ -30,6 +31,7 @@ class SamplerComponents:
     def __post_init__(self) -> None:
         respaced = self.schedule.respaced(self.config.num_inference_steps)
         object.__setattr__(self, "schedule", respaced)
+        object.__setattr__(self, "device", respaced.betas.device)
 
     @property
     def observation_dim(self) -> int:

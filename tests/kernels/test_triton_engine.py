@@ -470,7 +470,8 @@ def test_needs_a_gpu_or_the_interpreter(monkeypatch):
 
 def test_refuses_the_interpreter_on_a_gpu(monkeypatch):
     monkeypatch.setattr(precision, "is_interpreted", lambda: True)
-    components = dataclasses.replace(build("cpu"), device=torch.device("cuda"))
+    components = build("cpu")
+    object.__setattr__(components, "device", torch.device("cuda"))
     with pytest.raises(
         InputError, match="TRITON_INTERPRET=1, which wants device 'cpu', got 'cuda'"
     ):

@@ -1,0 +1,108 @@
+"""Engine "torch" on a CUDA device that is imitated: construction, graphs, host synchronization,
+launches."""
+
+import fake_cuda
+import pytest
+import torch
+
+import polygrad_fast as pg
+
+S, A, H, K, B = 3, 2, 4, 5, 6
+UPDATES = ("score", "sample", "exact", "none")
+
+
+@pytest.fixture
+def gpu():
+    with fake_cuda.installed() as gpu:
+        yield gpu
+
+
+def build(device, denoiser="residual_mlp", dtype="float32", engine="torch", **options):
+    """Return a sampler whose modules were moved to the device, as users do it."""
+    torch.manual_seed(0)
+    networks = {
+        "residual_mlp": lambda: pg.ResidualMLPDenoiser(S, A, H, 16, 2, num_train_timesteps=K),
+        "transformer": lambda: pg.TransformerDenoiser(S, A, H, 16, 1, 2),
+    }
+    normalizer = pg.Normalizer.from_moments(
+        observations=(torch.randn(S), torch.rand(S) + 0.5),
+        actions=(0.1 * torch.randn(A), torch.rand(A) + 0.3),
+    )
+    modules = (networks[denoiser](), pg.GaussianPolicy(S, A, 8, 2, 0.5, 0.1))
+    return pg.PolicyGuidedSampler(
+        *(module.to(device) for module in modules),
+        pg.NoiseSchedule.cosine(K),
+        normalizer.to(device),
+        pg.SamplerConfig.official(**options),
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        action_bounds=(-1.0, 1.0),
+    )
+
+
+def draw_noise(device):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((B, H, S + 2), (B, H, A), (K, B, H, S + 2), (K, B, H, A))
+    return pg.SampleNoise(*(torch.randn(s, generator=generator).to(device) for s in shapes))
+
+
+@pytest.mark.parametrize("engine", ["torch", "reference"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+def test_samplers_on_a_device_without_an_index(gpu, device, engine):
+    sampler = build(device, engine=engine)
+    assert sampler.components.device == torch.device("cuda:0")
+    batch = sampler.sample(torch.zeros(B, S, device=device))
+    assert batch.actions.device == torch.device("cuda:0")
+    assert sampler.sample(torch.zeros(B, S)).actions.is_cuda, "observations from the host"
+
+
+@pytest.mark.parametrize("denoiser", ["residual_mlp", "transformer"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_replays_do_not_wait_for_the_host(gpu, denoiser, update):
+    """Neither with a guidance scale on the host nor on the device."""
+    sampler = build("cuda", denoiser, action_update=update, denoiser_actions="clipped")
+    s0, generator = torch.randn(B, S, device="cuda"), torch.Generator("cuda")
+    for scale in (0.05, torch.tensor(0.05, device="cuda")):
+        engine = sampler._engine
+        first = engine.sample(s0, scale, generator, None, True)
+        captured = len(gpu.graphs)
+        with gpu.without_syncs() as launches:
+            second = engine.sample(s0, scale, generator, None, True)
+        assert launches["graph replay"] == 1 and len(gpu.graphs) == captured
+        assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("denoiser", ["residual_mlp", "transformer"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_the_graph_computes_what_a_cpu_does(gpu, denoiser, update):
+    """Also after weights, moments and the guidance scale have changed."""
+    samplers = [build(device, denoiser, action_update=update) for device in ("cuda", "cpu")]
+    for scale in (0.05, 0.1):
+        results = []
+        for sampler in samplers:
+            device = sampler.components.device
+            s0 = torch.randn(B, S, generator=torch.Generator().manual_seed(0)).to(device)
+            results.append(sampler.sample(s0, scale, noise=draw_noise(device)))
+            with torch.no_grad():
+                for module in (sampler.components.denoiser, sampler.components.policy):
+                    for parameter in module.parameters():
+                        parameter.mul_(1.1)
+            sampler.components.normalizer.observations_mean.add_(0.2)
+        for name in ("observations", "actions", "rewards"):
+            got, wanted = (getattr(result, name).cpu() for result in results)
+            torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
+    assert len(gpu.graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
+def test_launches_of_a_step(gpu, dtype):
+    """What one diffusion step costs in launches, and the refresh before the graph."""
+    sampler = build("cuda", dtype=dtype)
+    s0 = torch.randn(B, S, device="cuda")
+    sampler.sample(s0)
+    half = dtype in ("float16", "bfloat16")  # the prediction is cast
+    assert gpu.graphs[-1].launches.total() <= (37 + half) * K + 8
+    with gpu.without_syncs() as launches:
+        sampler._engine.sample(s0, 0.05, None, None, False)
+    assert launches.total() <= 85

@@ -1,4 +1,4 @@
-"""Commands of offline learning: offline diffuse, offline train, offline evaluate, offline demo.
+"""Commands of offline learning: offline diffuse, ensemble, train, evaluate and demo.
 
 What takes long to import is imported by the command that needs it, as in `cli`.
 """
@@ -10,14 +10,14 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from polygrad_fast.arguments import as_integer
-from polygrad_fast.config import DiffuseConfig, OfflineTrainConfig, from_dict
+from polygrad_fast.config import DiffuseConfig, DynamicsConfig, OfflineTrainConfig, from_dict
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.runs.directory import read_run_config, refuse_other_options
 from polygrad_fast.runs.interrupts import end_on_interrupt
@@ -25,7 +25,7 @@ from polygrad_fast.runs.interrupts import end_on_interrupt
 if TYPE_CHECKING:
     from polygrad_fast.offline.runs import OfflineRun
 
-DIFFUSE, TRAIN = "offline diffuse", "offline train"
+DIFFUSE, ENSEMBLE, TRAIN = "offline diffuse", "offline ensemble", "offline train"
 EVALUATION_SEED = 1_000_003
 Preset = Literal["quick", "released", "paper"]
 
@@ -52,8 +52,32 @@ class Diffuse:
 
 
 @dataclass(frozen=True)
+class FitEnsemble:
+    """Train a dynamics ensemble on a dataset, for `offline train --data ensemble`."""
+
+    dataset: str
+    """A folder or id of Minari, a D4RL file (.hdf5), or a file .npz."""
+    run_dir: Path
+    """Where metrics and checkpoints go."""
+    preset: Preset = "quick"
+    """Small tasks on a CPU, or with the windows of the released code's or the paper's settings."""
+    env_id: str = ""
+    """Environment whose bounds the actions have; default: the one the dataset names."""
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    """Continue the run in --run-dir from its last checkpoint."""
+    progress: bool = True
+    """Show a progress bar."""
+    config: Annotated[DynamicsConfig, tyro.conf.arg(name="")] = field(
+        default_factory=DynamicsConfig
+    )
+
+
+@dataclass(frozen=True)
 class OfflineTrain:
-    """Train an agent on real data, or on trajectories of a diffusion model of them."""
+    """Train an agent on real data, or on trajectories of a diffusion model or an ensemble of
+    them."""
 
     agent: Literal["td3_bc", "iql"]
     dataset: str
@@ -61,9 +85,12 @@ class OfflineTrain:
     run_dir: Path
     """Where metrics and checkpoints go."""
     data: str = "real"
-    """"real", "unguided" (a diffusion model's trajectories) or "guided" (by the agent's policy)."""
+    """"real", "unguided" (a diffusion model's trajectories), "guided" (by the agent's policy), or
+    "ensemble" (the agent's policy in a dynamics ensemble)."""
     diffusion: str = ""
     """Run directory of `offline diffuse`, for unguided and guided data."""
+    ensemble: str = ""
+    """Run directory of `offline ensemble`, for ensemble data."""
     preset: Preset = "quick"
     """Small tasks on a CPU, the released code's settings, or the paper's text."""
     env_id: str = ""
@@ -106,11 +133,23 @@ class OfflineDemo:
     """Show progress bars."""
 
 
+Trains = Diffuse | FitEnsemble | OfflineTrain
+TRAINING = {DIFFUSE: Diffuse, ENSEMBLE: FitEnsemble, TRAIN: OfflineTrain}
+CONFIGS = {
+    Diffuse: DiffuseConfig,
+    FitEnsemble: DynamicsConfig,
+    OfflineTrain: OfflineTrainConfig,
+}
+"""Of the commands that train."""
+MODEL_FLAGS = {"unguided": "diffusion", "guided": "diffusion", "ensemble": "ensemble"}
+"""Kind of data -> the flag that names its model's run directory."""
+
+
 def defaults(
     command: list[str], flag: Callable[[str], str | None], resumes: bool
-) -> dict[type, Diffuse | OfflineTrain]:
-    """Return what `offline diffuse` and `offline train` start from: a preset's settings, or those
-    of the run to resume.
+) -> dict[type, Trains]:
+    """Return what the commands that train start from: a preset's settings, or those of the run to
+    resume.
 
     Args:
         command: the one that is given, or nothing.
@@ -121,59 +160,42 @@ def defaults(
         InputError: unknown preset, or --resume without a run directory to continue.
     """
     found = {}
-    for name, options, new, stored in (
-        (DIFFUSE, Diffuse, _new_diffuse, _stored_diffuse),
-        (TRAIN, OfflineTrain, _new_train, _stored_train),
-    ):
+    for name, options in TRAINING.items():
         if command != [name]:
-            found[options] = new("quick")
+            found[options] = _new(options, "quick")
         elif not resumes:
-            found[options] = new(flag("preset") or "quick")
+            found[options] = _new(options, flag("preset") or "quick")
         elif run_dir := flag("run-dir"):
-            found[options] = stored(Path(run_dir))
+            found[options] = _stored(options, Path(run_dir))
         else:
             raise InputError("--resume needs --run-dir, the run directory to continue")
     return found
 
 
-def _new_diffuse(preset: str) -> Diffuse:
-    return Diffuse(tyro.MISSING, tyro.MISSING, config=DiffuseConfig.from_preset(preset))
+def _new(options: type[Trains], preset: str) -> Trains:
+    needed = [item.name for item in dataclasses.fields(options) if item.default is MISSING]
+    given = {name: tyro.MISSING for name in needed if name != "config"}
+    return options(**given, config=CONFIGS[options].from_preset(preset))
 
 
-def _new_train(preset: str) -> OfflineTrain:
-    config = OfflineTrainConfig.from_preset(preset)
-    return OfflineTrain(tyro.MISSING, tyro.MISSING, tyro.MISSING, config=config)
-
-
-def _stored_diffuse(run_dir: Path) -> Diffuse:
+def _stored(options: type[Trains], run_dir: Path) -> Trains:
     """Return what a run began with."""
-    found = read_run_config(run_dir, DIFFUSE)
+    name = next(name for name, each in TRAINING.items() if each is options)
+    found = read_run_config(run_dir, name)
     with _damage_named(run_dir):
-        return Diffuse(
-            dataset=found["dataset"],
-            run_dir=run_dir,
-            preset=found["preset"],
-            env_id=found["env_id"] or "",
-            seed=found["seed"],
-            config=from_dict(found["config"], DiffuseConfig),
-        )
-
-
-def _stored_train(run_dir: Path) -> OfflineTrain:
-    """Return what a run began with."""
-    found = read_run_config(run_dir, TRAIN)
-    with _damage_named(run_dir):
-        return OfflineTrain(
-            agent=found["agent"],
-            dataset=found["dataset"],
-            run_dir=run_dir,
-            data=found["data"],
-            diffusion=found["diffusion"] or "",
-            preset=found["preset"],
-            env_id=found["env_id"] or "",
-            seed=found["seed"],
-            config=from_dict(found["config"], OfflineTrainConfig),
-        )
+        given = {
+            "dataset": found["dataset"],
+            "run_dir": run_dir,
+            "preset": found["preset"],
+            "env_id": found["env_id"] or "",
+            "seed": found["seed"],
+            "config": from_dict(found["config"], CONFIGS[options]),
+        }
+        if options is OfflineTrain:
+            given |= {name: found[name] for name in ("agent", "data")}
+            if found["data"] in MODEL_FLAGS:
+                given[MODEL_FLAGS[found["data"]]] = found["model"]
+    return options(**given)
 
 
 @contextlib.contextmanager
@@ -185,11 +207,12 @@ def _damage_named(run_dir: Path) -> Iterator[None]:
         raise CheckpointError(f"{run_dir / 'config.json'} is damaged: [{error}] missing") from None
 
 
-def _check_same_run(given: Diffuse | OfflineTrain, stored: Diffuse | OfflineTrain) -> None:
+def _check_same_run(given: Trains) -> None:
     """A resumed run keeps its options."""
+    stored = _stored(type(given), given.run_dir)
 
-    def options(command: Diffuse | OfflineTrain) -> dict[str, Any]:
-        # where dataset and diffusion model lie may change, what they hold is checked later
+    def options(command: Trains) -> dict[str, Any]:
+        # where dataset and model lie may change, what they hold is checked later
         names = ("agent", "data", "preset", "env_id", "seed")
         chosen = {name: getattr(command, name) for name in names if hasattr(command, name)}
         return chosen | dataclasses.asdict(command.config)
@@ -198,12 +221,33 @@ def _check_same_run(given: Diffuse | OfflineTrain, stored: Diffuse | OfflineTrai
 
 
 def _diffuse(command: Diffuse) -> None:
-    if command.resume:
-        _check_same_run(command, _stored_diffuse(command.run_dir))
     with end_on_interrupt():
         from polygrad_fast.offline.runs import diffuse
+    run = _begin_model(command, diffuse)
+    print(
+        f"training a diffusion model on {len(run.training.windows):,} windows of "
+        f"{command.config.window_length} steps of {command.dataset} in {command.run_dir}"
+    )
+    _train_on(run, command, DIFFUSE)
 
-        run = diffuse(
+
+def _fit_ensemble(command: FitEnsemble) -> None:
+    with end_on_interrupt():
+        from polygrad_fast.offline.runs import fit_ensemble
+    run = _begin_model(command, fit_ensemble)
+    print(
+        f"training an ensemble of {command.config.ensemble.num_members} networks on "
+        f"{len(run.training.transitions):,} transitions of {command.dataset} in {command.run_dir}"
+    )
+    _train_on(run, command, ENSEMBLE)
+
+
+def _begin_model(command: Diffuse | FitEnsemble, begin: Callable[..., OfflineRun]) -> OfflineRun:
+    """Begin or resume a model's run."""
+    if command.resume:
+        _check_same_run(command)
+    with end_on_interrupt():
+        return begin(
             command.dataset,
             command.run_dir,
             command.preset,
@@ -213,27 +257,22 @@ def _diffuse(command: Diffuse) -> None:
             command.device,
             command.resume,
         )
-    training = run.training
-    print(
-        f"training a diffusion model on {len(training.windows):,} windows of "
-        f"{command.config.window_length} steps of {command.dataset} in {command.run_dir}"
-    )
-    _train_on(run, command, "diffuse")
 
 
 def _train(command: OfflineTrain) -> None:
     if command.resume:
-        _check_same_run(command, _stored_train(command.run_dir))
-    if command.data == "ensemble":
-        raise InputError(
-            "--data ensemble is not there yet: wanted one of real, unguided and guided"
-        )
-    if command.data in ("unguided", "guided") and not command.diffusion:
-        raise InputError(
-            f"--data {command.data} needs --diffusion, the run directory of `offline diffuse`"
-        )
-    if command.data == "real" and command.diffusion:
-        raise InputError("--data real needs no --diffusion, got " + command.diffusion)
+        _check_same_run(command)
+    if command.data not in ("real", *MODEL_FLAGS):
+        raise InputError(f"--data must be one of {['real', *MODEL_FLAGS]}, got {command.data!r}")
+    needed = MODEL_FLAGS.get(command.data)
+    for flag in sorted(set(MODEL_FLAGS.values())):
+        given = getattr(command, flag)
+        if flag != needed and given:
+            raise InputError(f"--data {command.data} needs no --{flag}, got {given}")
+        if flag == needed and not given:
+            kind = DIFFUSE if flag == "diffusion" else ENSEMBLE
+            raise InputError(f"--data {command.data} needs --{flag}, the run directory of `{kind}`")
+    model = getattr(command, needed) if needed else ""
     with end_on_interrupt():
         from polygrad_fast.offline.runs import train_agent
 
@@ -242,7 +281,7 @@ def _train(command: OfflineTrain) -> None:
             command.data,
             command.dataset,
             command.run_dir,
-            Path(command.diffusion) if command.diffusion else None,
+            Path(model) if model else None,
             command.preset,
             command.seed,
             command.config,
@@ -255,10 +294,10 @@ def _train(command: OfflineTrain) -> None:
         f"training {command.agent} on {command.data} data, {len(run.training.real):,} real "
         f"transitions of {command.dataset}, in {command.run_dir}"
     )
-    _train_on(run, command, "train")
+    _train_on(run, command, TRAIN)
 
 
-def _train_on(run: OfflineRun, command: Diffuse | OfflineTrain, name: str) -> None:
+def _train_on(run: OfflineRun, command: Trains, name: str) -> None:
     """Train a run and say how it stands."""
     training = run.training
     if training.num_updates:
@@ -267,14 +306,15 @@ def _train_on(run: OfflineRun, command: Diffuse | OfflineTrain, name: str) -> No
         run.train(command.progress)
     rows = run.rows()
     last = {key: value for row in rows for key, value in row.items()}
-    shown = ("diffusion/loss", "diffusion/validation_loss", "eval/mean_reward", "eval/score")
+    shown = ("diffusion/loss", "diffusion/validation_loss", "dynamics/loss")
+    shown += ("dynamics/holdout_error", "eval/mean_reward", "eval/score")
     told = [f"{key} {last[key]:.4g}" for key in shown if key in last]
     print(f"update {training.num_updates:,}: {', '.join(told) or 'no row of metrics yet'}")
     if "eval/mean_reward" in last:
         title = f"{run.run.identity['env_id']}, {run.run.identity['agent']}, seed {command.seed}"
         print(_plot(command.run_dir, title))
     if training.num_updates < training.total_updates:
-        again = f"polygrad-fast offline {name} --resume --run-dir "
+        again = f"polygrad-fast {name} --resume --run-dir "
         print(f"stopped; `{again}{shlex.quote(str(command.run_dir))}` continues")
 
 
@@ -329,6 +369,7 @@ def _demo(command: OfflineDemo) -> None:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     DIFFUSE: (Diffuse, _diffuse),
+    ENSEMBLE: (FitEnsemble, _fit_ensemble),
     TRAIN: (OfflineTrain, _train),
     "offline evaluate": (OfflineEvaluate, _evaluate),
     "offline demo": (OfflineDemo, _demo),

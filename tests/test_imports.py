@@ -22,7 +22,7 @@ ARROWS = {
     "compat": "agent",
     "recipes": "agent",
     "agent": "training",
-    "offline": "sampling learners data evaluation",
+    "offline": "world_models learners evaluation",
     "training": "diagnostics world_models learners data evaluation runs",
     "diagnostics": "world_models learners data",
     "world_models": "sampling data",  # data for the windows it learns from

@@ -18,7 +18,7 @@ from polygrad_fast.config.groups import (
     ScheduleConfig,
     check_choices,
 )
-from polygrad_fast.config.offline import DiffuseConfig, OfflineTrainConfig
+from polygrad_fast.config.offline import DiffuseConfig, DynamicsConfig, OfflineTrainConfig
 from polygrad_fast.config.offline_agents import IQLConfig, OfflineAgentConfig, TD3BCConfig
 from polygrad_fast.config.options import from_dict
 from polygrad_fast.config.train import PRESETS, TrainConfig
@@ -28,6 +28,7 @@ __all__ = [
     "AutoregressiveConfig",
     "DenoiserConfig",
     "DiffuseConfig",
+    "DynamicsConfig",
     "EDMConfig",
     "EDMTrainingConfig",
     "EnsembleConfig",

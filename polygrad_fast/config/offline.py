@@ -11,6 +11,7 @@ from polygrad_fast.config.edm import (
     PolicyGuidanceConfig,
     TemporalUNetConfig,
 )
+from polygrad_fast.config.groups import EnsembleConfig
 from polygrad_fast.config.offline_agents import IQLConfig, TD3BCConfig
 from polygrad_fast.config.options import Options
 from polygrad_fast.errors import InputError
@@ -68,6 +69,40 @@ class DiffuseConfig(Options):
 
 
 @dataclass(frozen=True)
+class DynamicsConfig(Options):
+    """What training a dynamics ensemble on a dataset's transitions needs besides dataset and seed.
+    Sizes are those of PETS and MBPO, `total_updates` is this library's."""
+
+    window_length: int = 32
+    """Steps of an imagined trajectory where `trajectory_rows` of `offline train` does not say
+    otherwise: the windows' length of the diffusion model that it is compared with."""
+    ensemble: EnsembleConfig = field(default_factory=lambda: EnsembleConfig(batch_size=256))
+    """Networks and their training; batch_size counts transitions."""
+    total_updates: int = 100_000
+    log_interval: int = 500
+    """Updates between two rows of metrics.csv."""
+    checkpoint_interval: int = 5000
+    keep_checkpoints: int = 2
+    cpu_threads: int | None = None
+    """PyTorch's threads on a CPU; None: as they are."""
+
+    def _check_ranges(self) -> None:
+        self._check_at_least(1, "window_length", "total_updates", "log_interval")
+        self._check_at_least(1, "checkpoint_interval", "keep_checkpoints")
+        self._check_positive("cpu_threads")
+
+    @classmethod
+    def from_preset(cls, name: str) -> DynamicsConfig:
+        """Return a preset: "released" and "paper" with the windows of those, or "quick" (small
+        tasks on a CPU).
+
+        Raises:
+            InputError: unknown preset.
+        """
+        return _preset(DYNAMICS_PRESETS, name)
+
+
+@dataclass(frozen=True)
 class OfflineTrainConfig(Options):
     """What training an agent on real or synthetic data needs besides agent, data and seed. The
     defaults are the released code's of policy-guided diffusion, with the paper's guidance."""
@@ -92,12 +127,17 @@ class OfflineTrainConfig(Options):
     """Rows of a sampled trajectory, which makes one transition less; None: the windows' length and
     1. In windows only the last row can be terminal, and a trajectory's last row is dropped: sampled
     at the windows' length, synthetic data hold hardly any terminal."""
+    num_sets: int = 1
+    """Synthetic sets in use at once, of which the oldest is replaced by the next one; the synthetic
+    part of a batch is split evenly between them, and the first ones are all there from the
+    beginning. 1 is the paper's periodic generation, more its continuous one."""
     sampling_batch_size: int = 256
     lifetime: int = 10_000
     """Updates on a synthetic set before the next one is sampled; the first serves one more, as
     released."""
     first_unguided: bool = True
-    """Sample the first set without guidance; False: guided by the untrained policy."""
+    """Sample the first sets without guidance; False: guided by the untrained policy. Trajectories
+    of an ensemble are the policy's from the beginning."""
     eval_interval: int = 10_000
     """Updates between two evaluations."""
     eval_episodes: int = 16
@@ -116,6 +156,7 @@ class OfflineTrainConfig(Options):
         self._check_at_least(1, "total_updates", "batch_size", "num_trajectories")
         self._check_at_least(1, "sampling_batch_size", "lifetime", "eval_interval", "eval_episodes")
         self._check_at_least(1, "log_interval", "checkpoint_interval", "keep_checkpoints")
+        self._check_at_least(1, "num_sets")
         self._check(0 <= self.real_share <= 1, "real_share", "in [0, 1]")
         rows = self.trajectory_rows
         self._check(rows is None or rows >= 2, "trajectory_rows", "None or at least 2")
@@ -193,6 +234,29 @@ def _quick_train() -> OfflineTrainConfig:
     )
 
 
+def _paper_dynamics() -> DynamicsConfig:
+    return DynamicsConfig(window_length=16)
+
+
+def _quick_dynamics() -> DynamicsConfig:
+    """Five small networks, of which three imagine."""
+    return DynamicsConfig(
+        window_length=16,
+        ensemble=EnsembleConfig(
+            num_members=5, num_elites=3, hidden_dim=128, num_layers=3, batch_size=256
+        ),
+        total_updates=5000,
+        log_interval=100,
+        checkpoint_interval=1000,
+        cpu_threads=1,
+    )
+
+
+DYNAMICS_PRESETS = {
+    "released": DynamicsConfig,
+    "paper": _paper_dynamics,
+    "quick": _quick_dynamics,
+}
 DIFFUSE_PRESETS = {"released": DiffuseConfig, "paper": _paper_diffuse, "quick": _quick_diffuse}
 OFFLINE_TRAIN_PRESETS = {
     "released": OfflineTrainConfig,

@@ -55,6 +55,7 @@ class EnsembleNetwork(nn.Module):
         num_members, num_elites: M and E; the elites are the members with the least error on
             held-out steps, see `note_held_out`.
         hidden_dim, num_layers: width and number of hidden layers.
+        generator: of the first weights; default torch's.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class EnsembleNetwork(nn.Module):
         num_elites: int,
         hidden_dim: int,
         num_layers: int,
+        generator: torch.Generator | None = None,
     ):
         super().__init__()
         self.observation_dim, self.action_dim = observation_dim, action_dim
@@ -74,7 +76,7 @@ class EnsembleNetwork(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
             weight = torch.empty(num_members, inputs, outputs)
-            lecun_normal_(weight, inputs)
+            lecun_normal_(weight, inputs, generator)
             self.weights.append(weight)
             self.biases.append(torch.zeros(num_members, 1, outputs))
         bounds = torch.ones(observation_dim + 1)

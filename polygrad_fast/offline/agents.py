@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,29 +10,40 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polygrad_fast.arguments import as_device
 from polygrad_fast.config import OfflineTrainConfig, from_dict
 from polygrad_fast.data.actions import ActionScaler
-from polygrad_fast.data.windows import to_transitions
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.evaluation.offline import OfflineEvaluation, OfflineEvaluator
 from polygrad_fast.learners import IQL, TD3BC
 from polygrad_fast.offline.diffusion import DiffusionModel, seeded
-from polygrad_fast.offline.generation import generate
+from polygrad_fast.offline.ensemble import EnsembleModel
 from polygrad_fast.offline.loop import Averages, load_named_weights, named_weights
+from polygrad_fast.offline.synthetic import (
+    DiffusionSource,
+    EnsembleSource,
+    Source,
+    SyntheticSets,
+)
 from polygrad_fast.offline.task import OfflineTask
 from polygrad_fast.runs.checkpoint import load_checkpoint
 from polygrad_fast.runs.directory import read_run_config
 from polygrad_fast.runs.restore import checkpoint_to_load
-from polygrad_fast.sampling.edm_sampler import EDMSampler
-from polygrad_fast.sampling.policy_score import PolicyGuidance
 from polygrad_fast.transitions import Transitions
 
 KIND = "offline train"
 AGENTS = {"td3_bc": TD3BC, "iql": IQL}
-DATA = ("real", "unguided", "guided")
+MODELS: dict[str, type | None] = {
+    "real": None,
+    "unguided": DiffusionModel,
+    "guided": DiffusionModel,
+    "ensemble": EnsembleModel,
+}
+"""Kinds of data, and what they are sampled from."""
+DATA = tuple(MODELS)
+_NAMES = {None: "no model", DiffusionModel: "a diffusion model", EnsembleModel: "an ensemble"}
 
 
 def build_agent(
@@ -72,61 +80,51 @@ def build_agent(
     return agent
 
 
-def check_diffusion(task: OfflineTask, model: DiffusionModel, config: OfflineTrainConfig) -> None:
-    """Raise InputError unless a diffusion model is one of a task, and can be sampled from with a
-    configuration."""
-    identity, stored = task.identity, model.stored
-    for name in ("observation_dim", "action_low", "action_high"):
-        if identity[name] != stored[name]:
-            raise InputError(
-                f"{name} of the dataset must be {stored[name]}, that of the diffusion model's "
-                f"({stored['dataset']}), got {identity[name]}"
-            )
-    ours, theirs = identity["dataset_env_id"], stored["dataset_env_id"]
-    if ours and theirs and ours != theirs:
-        raise InputError(
-            f"the dataset's environment must be {theirs}, that of the diffusion model's "
-            f"({stored['dataset']}), got {ours}"
-        )
-    if config.sampler.sigma_data != model.config.sigma_data:
-        raise InputError(
-            f"sampler.sigma_data must be {model.config.sigma_data}, with which the diffusion model "
-            f"was trained, got {config.sampler.sigma_data}"
-        )
-    rows, shortest = config.trajectory_rows, model.network.min_length
-    if rows is not None and rows < shortest:
-        raise InputError(
-            f"trajectory_rows must be at least {shortest} for the diffusion model, got {rows}"
-        )
+def _source(
+    task: OfflineTask,
+    model: DiffusionModel | EnsembleModel | None,
+    config: OfflineTrainConfig,
+    data: str,
+    device: torch.device,
+    progress: bool,
+) -> Source | None:
+    """Return what synthetic sets of such data are sampled from."""
+    kind = None if model is None else type(model)
+    if kind is not MODELS[data]:
+        raise InputError(f"{data} data need {_NAMES[MODELS[data]]}, got {_NAMES[kind]}")
+    if kind is None:
+        return None
+    if kind is EnsembleModel:
+        return EnsembleSource(task, model, config, device)
+    return DiffusionSource(task, model, config, device, progress)
 
 
 class AgentTraining:
-    """Train an agent on batches of a dataset, or mostly of trajectories sampled from a diffusion
-    model of it, which are sampled anew from time to time.
+    """Train an agent on batches of a dataset, or mostly of synthetic trajectories, which are
+    sampled anew from time to time.
 
-    Implements `polygrad_fast.offline.loop.Training`. A synthetic set is that of its number, the
-    seed, and the policy as it was when the set was sampled, whose weights checkpoints hold: a
-    resumed training has the same one, from its files or sampled again.
+    Implements `polygrad_fast.offline.loop.Training`. A resumed training has the same synthetic
+    sets, from their files or sampled again, see `SyntheticSets`.
 
     Args:
         task: dataset and environment.
         config: sizes and options.
         agent: "td3_bc" or "iql".
-        data: "real", "unguided" or "guided".
+        data: "real"; "unguided" or "guided" trajectories of a diffusion model; or "ensemble", those
+            of the agent's policy in a dynamics ensemble.
         seed: of weights, batches and synthetic data.
         device: as `as_device` takes it.
-        model: the diffusion model, on the device; not with real data.
+        model: the diffusion model or the ensemble, on the device; not with real data.
         evaluator: of the environment; None: no evaluations.
         folder: where synthetic sets are kept while they are used; None: in memory only.
         progress: show a progress bar while sampling.
 
     Attributes:
-        learner: the agent. synthetic: the present set, None before it is needed.
-        set_number: which set it is, from 0. guide: the policy as it was when that was sampled.
+        learner: the agent. synthetic: the synthetic sets, None with real data.
 
     Raises:
-        InputError: unknown agent or data, a model missing, given in vain or of another task, no
-            guidance to follow, or fewer real rows than a batch takes.
+        InputError: unknown agent or data, a model missing, given in vain or of another kind or
+            task, no guidance to follow, or fewer rows than a batch takes.
     """
 
     def __init__(
@@ -137,24 +135,19 @@ class AgentTraining:
         data: str,
         seed: int = 0,
         device: str | torch.device = "auto",
-        model: DiffusionModel | None = None,
+        model: DiffusionModel | EnsembleModel | None = None,
         evaluator: OfflineEvaluator | None = None,
         folder: Path | None = None,
         progress: bool = False,
     ):
         if data not in DATA:
             raise InputError(f"data must be one of {list(DATA)}, got {data!r}")
-        if (model is None) != (data == "real"):
-            got = "none" if model is None else "one"
-            wanted = "no diffusion model" if data == "real" else "a diffusion model"
-            raise InputError(f"{data} data need {wanted}, got {got}")
         if data == "guided" and config.guidance.coefficient == 0:
             raise InputError("guidance.coefficient must be above 0 for guided data, got 0.0")
-        if model is not None:
-            check_diffusion(task, model, config)
         self.config, self.data, self.device = config, data, as_device(device)
         self.total_updates, self.improved = config.total_updates, False
-        self.num_real = config.batch_size if model is None else config.num_real
+        source = _source(task, model, config, data, self.device, progress)
+        self.num_real = config.batch_size if source is None else config.num_real
         real = task.dataset.transitions()
         if len(real) < self.num_real:
             raise InputError(
@@ -166,24 +159,18 @@ class AgentTraining:
         self.learner = build_agent(
             agent, config, *dims, real.observation_moments(), seeded(seed, 0), self.device
         )
-        self.guide = copy.deepcopy(self.learner.policy).requires_grad_(False)
-        self.set_number, self.synthetic = 0, None
-        self._model, self._evaluator, self._folder = model, evaluator, folder
-        self._seed, self._progress = seed, progress
-        if model is not None:
-            rows = config.trajectory_rows
-            self._rows = model.config.window_length + 1 if rows is None else rows
-            num_synthetic = config.batch_size - self.num_real
-            available = config.num_trajectories * (self._rows - 1)
-            if available < num_synthetic:
+        self.synthetic = None
+        if source is not None:
+            largest = -(-(config.batch_size - self.num_real) // config.num_sets)
+            if source.least < largest:
                 raise InputError(
-                    f"num_trajectories times (trajectory_rows - 1) must be at least "
-                    f"{num_synthetic}, the synthetic rows of a batch, got {available}"
+                    f"a synthetic set must hold at least {largest} transitions, those of a batch, "
+                    f"got {source.least} of {config.num_trajectories} trajectories"
                 )
-            self._sampler = EDMSampler(
-                model.network, config.sampler, config.engine, config.dtype, self.device
+            self.synthetic = SyntheticSets(
+                source, self.learner.policy, data != "unguided", config.num_sets, seed, folder
             )
-        self._scaler = task.scaler
+        self._evaluator, self._scaler = evaluator, task.scaler
         self._draws = seeded(seed, 1)
         self._averages = Averages()
         self.best_mean_reward: float | None = None
@@ -198,70 +185,21 @@ class AgentTraining:
         measured = self.learner.update(self.batch(), self._draws)
         name = self.learner.name
         self._averages.add({f"{name}/{key}": value for key, value in measured.items()})
-        index, lifetime = self.num_updates - 1, self.config.lifetime
-        if self._model is not None and index > 0 and index % lifetime == 0:
-            self.set_number, self.synthetic = index // lifetime, None
-            self.guide.load_state_dict(self.learner.policy.state_dict())
+        index = self.num_updates - 1
+        if self.synthetic is not None and index > 0 and index % self.config.lifetime == 0:
+            self.synthetic.renew(self.learner.policy)
 
     def batch(self) -> Transitions:
         """Draw a batch: real rows and synthetic ones, each part without replacement."""
-        if self._model is None:
-            return self.real.sample(self.num_real, self._draws)
-        if self.synthetic is None:
-            self.synthetic = self.sample_set()
-        parts = []
-        number = self.config.batch_size - self.num_real
-        for table, rows in ((self.real, self.num_real), (self.synthetic, number)):
-            if rows:
-                parts.append(table.sample(rows, self._draws))
-        return Transitions.concatenate(parts)
-
-    @property
-    def set_is_guided(self) -> bool:
-        """Whether the present set is guided by `guide`."""
-        first = self.set_number == 0 and self.config.first_unguided
-        return self.data == "guided" and not first
-
-    def sample_set(self) -> Transitions:
-        """Sample the present synthetic set, or read what is there of it; sets before it are
-        deleted."""
-        config, normalizer = self.config, self._model.normalizer
-        folder = None
-        if self._folder is not None:
-            folder = self._folder / f"set_{self.set_number:05d}"
-            for old in self._folder.glob("set_*"):
-                if old.name < folder.name:
-                    shutil.rmtree(old, ignore_errors=True)
-        guidance = None
-        if self.set_is_guided:
-            guidance = PolicyGuidance(self.guide, normalizer, config.guidance)
-        seed = int(np.random.SeedSequence([self._seed, 2, self.set_number]).generate_state(1)[0])
-
-        def sample() -> Tensor:
-            return generate(
-                self._sampler,
-                config.num_trajectories,
-                self._rows,
-                seed,
-                folder,
-                config.sampling_batch_size,
-                guidance,
-                self._progress,
-            )
-
-        try:
-            trajectories = sample()
-        except CheckpointError as error:
-            # damaged, or begun on another device: nothing is lost but the time to sample it
-            warnings.warn(f"a synthetic set is sampled again: {error}", stacklevel=2)
-            shutil.rmtree(folder)
-            trajectories = sample()
-        return to_transitions(normalizer.unnormalize(trajectories.to(self.device)))
+        parts = [self.real.sample(self.num_real, self._draws)] if self.num_real else []
+        if self.synthetic is not None:
+            parts += self.synthetic.batch(self.config.batch_size - self.num_real, self._draws)
+        return parts[0] if len(parts) == 1 else Transitions.concatenate(parts)
 
     def close(self) -> None:
-        """Delete the files of the present set, which a finished training needs no more."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """Delete the files of the synthetic sets, which a finished training needs no more."""
+        if self.synthetic is not None:
+            self.synthetic.close()
 
     def metrics(self) -> dict[str, float]:
         """Return the row that is due, see `Training`."""
@@ -274,11 +212,7 @@ class AgentTraining:
         if number and (row or last or number % config.log_interval == 0):
             row |= self._averages.read(number)
             if self.synthetic is not None:
-                row |= {
-                    "synthetic/set": self.set_number,
-                    "synthetic/mean_reward": float(self.synthetic.rewards.mean()),
-                    "synthetic/terminals": float(self.synthetic.terminals.mean()),
-                }
+                row |= self.synthetic.metrics()
         return row
 
     def _evaluate(self) -> dict[str, float]:
@@ -294,8 +228,12 @@ class AgentTraining:
         return row | comparable_score(result)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the agent's weights and those of the policy that the present set is of."""
-        return named_weights({**self.learner.modules(), "guide": self.guide})
+        """Return the agent's weights and those of the policies that the synthetic sets are of."""
+        return named_weights(self._modules())
+
+    def _modules(self) -> dict[str, nn.Module]:
+        guides = {} if self.synthetic is None else self.synthetic.modules()
+        return {**self.learner.modules(), **guides}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything else that continues the training exactly."""
@@ -303,7 +241,7 @@ class AgentTraining:
             "learner": self.learner.state_dict(),
             "draws": self._draws.get_state(),
             "averages": self._averages.state_dict(),
-            "set_number": self.set_number,
+            "synthetic": None if self.synthetic is None else self.synthetic.state_dict(),
             "best_mean_reward": self.best_mean_reward,
         }
 
@@ -313,11 +251,12 @@ class AgentTraining:
         Raises:
             CheckpointError: they are of another training.
         """
-        load_named_weights({**self.learner.modules(), "guide": self.guide}, weights, source)
+        load_named_weights(self._modules(), weights, source)
         self.learner.load_state_dict(state["learner"])
         self._draws.set_state(state["draws"])
         self._averages.load_state_dict(state["averages"], self.device)
-        self.set_number, self.synthetic = state["set_number"], None
+        if self.synthetic is not None:
+            self.synthetic.load_state_dict(state["synthetic"])
         self.best_mean_reward = state["best_mean_reward"]
 
 

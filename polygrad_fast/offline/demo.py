@@ -18,9 +18,11 @@ from polygrad_fast.data.write import write_dataset
 from polygrad_fast.errors import InputError
 from polygrad_fast.evaluation.offline import OfflineEvaluator
 from polygrad_fast.evaluation.plots import plot_offline_comparison
-from polygrad_fast.offline.agents import DATA, load_agent
+from polygrad_fast.offline.agents import load_agent
 from polygrad_fast.offline.runs import OfflineRun, diffuse, train_agent
 
+DATA = ("real", "unguided", "guided")
+"""That agents learn from."""
 ENVIRONMENT = "Pendulum-v1"
 NOISE_STD = (1.0, 2.0, 4.0)
 """Of the episodes in turn, in units of half the actions' range."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,22 +239,3 @@ def load_diffusion(run_dir: Path, device: str | torch.device = "auto") -> Diffus
         stored,
         int(metadata["num_timesteps"]),
     )
-
-
-def new_identity(
-    task_identity: dict[str, Any],
-    env_id: str | None,
-    preset: str,
-    seed: int,
-    config: DiffuseConfig,
-) -> dict[str, Any]:
-    """Return what config.json says of a new run."""
-    return {
-        "kind": KIND,
-        "env_id": env_id,
-        "env_given_by_id": True,
-        "preset": preset,
-        "seed": seed,
-        "config": dataclasses.asdict(config),
-        **task_identity,
-    }

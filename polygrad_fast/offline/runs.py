@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from polygrad_fast.arguments import as_device, as_integer
-from polygrad_fast.config import DiffuseConfig, OfflineTrainConfig
+from polygrad_fast.config import DiffuseConfig, DynamicsConfig, OfflineTrainConfig
 from polygrad_fast.data.environment import make_environment
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.evaluation.offline import OfflineEvaluator
-from polygrad_fast.offline import agents, diffusion
+from polygrad_fast.offline import agents, diffusion, ensemble
 from polygrad_fast.offline.agents import AgentTraining
 from polygrad_fast.offline.diffusion import DiffusionTraining, load_diffusion
+from polygrad_fast.offline.ensemble import EnsembleTraining, load_ensemble
 from polygrad_fast.offline.loop import run_updates
 from polygrad_fast.offline.task import OfflineTask, load_task
 from polygrad_fast.runs.checkpoint import load_checkpoint
@@ -34,7 +35,7 @@ class OfflineRun:
         training: what takes the updates. run: directory, checkpoints and metrics.
     """
 
-    def __init__(self, training: DiffusionTraining | AgentTraining, run: Run):
+    def __init__(self, training: DiffusionTraining | EnsembleTraining | AgentTraining, run: Run):
         self.training, self.run = training, run
 
     def train(self, progress: bool = True) -> bool:
@@ -73,12 +74,64 @@ def diffuse(
         InputError: wrong input, before anything is written.
     """
     config = config or DiffuseConfig.from_preset(preset)
+    options = preset, seed, config, env_id, device, resume
+    return _model_run(diffusion.KIND, DiffusionTraining, dataset, run_dir, *options)
+
+
+def fit_ensemble(
+    dataset: str,
+    run_dir: Path,
+    preset: str = "quick",
+    seed: int = 0,
+    config: DynamicsConfig | None = None,
+    env_id: str | None = None,
+    device: str | torch.device = "auto",
+    resume: bool = False,
+) -> OfflineRun:
+    """Begin or resume the training of a dynamics ensemble on a dataset; the arguments are those of
+    `diffuse`."""
+    config = config or DynamicsConfig.from_preset(preset)
+    options = preset, seed, config, env_id, device, resume
+    return _model_run(ensemble.KIND, EnsembleTraining, dataset, run_dir, *options)
+
+
+def _model_run(
+    kind: str,
+    make: type[DiffusionTraining | EnsembleTraining],
+    dataset: str,
+    run_dir: Path,
+    preset: str,
+    seed: int,
+    config: DiffuseConfig | DynamicsConfig,
+    env_id: str | None,
+    device: str | torch.device,
+    resume: bool,
+) -> OfflineRun:
     seed, device = as_integer(seed, "seed", 0, SEEDS), as_device(device)
-    _check_directory(run_dir, diffusion.KIND, resume)
+    _check_directory(run_dir, kind, resume)
     task = load_task(dataset, env_id)
-    training = DiffusionTraining(task.dataset, config, seed, device)
-    identity = diffusion.new_identity(task.identity, task.env_id, preset, seed, config)
+    training = make(task.dataset, config, seed, device)
+    identity = _identity(kind, task, preset, seed, config)
     return _opened(training, run_dir, identity, resume)
+
+
+def _identity(
+    kind: str,
+    task: OfflineTask,
+    preset: str,
+    seed: int,
+    config: DiffuseConfig | DynamicsConfig | OfflineTrainConfig,
+) -> dict[str, Any]:
+    """Return what config.json says of a new run."""
+    return {
+        "kind": kind,
+        "env_id": task.env_id,
+        "env_given_by_id": True,
+        "preset": preset,
+        "seed": seed,
+        "config": dataclasses.asdict(config),
+        **task.identity,
+    }
 
 
 def train_agent(
@@ -99,10 +152,10 @@ def train_agent(
 
     Args:
         agent: "td3_bc" or "iql".
-        data: "real", "unguided" or "guided".
+        data: "real", "unguided", "guided" or "ensemble".
         dataset: file, folder or id, see `polygrad_fast.data.load_dataset`.
         run_dir: its run directory.
-        model_dir: run directory of the diffusion model; not with real data.
+        model_dir: run directory of the diffusion model, or of the ensemble; not with real data.
         preset: name of the configuration; only noted where `config` is given.
         seed: of everything.
         config: default the preset.
@@ -117,7 +170,10 @@ def train_agent(
     config = config or OfflineTrainConfig.from_preset(preset)
     seed, device = as_integer(seed, "seed", 0, SEEDS), as_device(device)
     _check_directory(run_dir, agents.KIND, resume)
-    model = None if model_dir is None else load_diffusion(model_dir, device)
+    model = None
+    if model_dir is not None:
+        load = load_ensemble if data == "ensemble" else load_diffusion
+        model = load(model_dir, device)
     task = load_task(dataset, env_id)
     training = AgentTraining(
         task,
@@ -131,18 +187,11 @@ def train_agent(
         run_dir / "synthetic",
         progress,
     )
-    identity = {
-        "kind": agents.KIND,
-        "env_id": task.env_id,
-        "env_given_by_id": True,
-        "preset": preset,
-        "seed": seed,
-        "config": dataclasses.asdict(config),
-        **task.identity,
+    identity = _identity(agents.KIND, task, preset, seed, config) | {
         "agent": agent,
         "data": data,
-        "diffusion": None if model_dir is None else str(model_dir.absolute()),
-        "diffusion_model": None if model is None else model.describe(),
+        "model": None if model_dir is None else str(model_dir.absolute()),
+        "model_content": None if model is None else model.describe(),
     }
     return _opened(training, run_dir, identity, resume)
 
@@ -176,7 +225,7 @@ def _check_directory(run_dir: Path, kind: str, resume: bool) -> None:
 
 
 def _opened(
-    training: DiffusionTraining | AgentTraining,
+    training: DiffusionTraining | EnsembleTraining | AgentTraining,
     run_dir: Path,
     identity: dict[str, Any],
     resume: bool,
@@ -185,8 +234,8 @@ def _opened(
     keep = training.config.keep_checkpoints
     if not resume:
         return OfflineRun(training, Run.begin(run_dir, identity, keep, False, UPDATE_COLUMN))
-    # a dataset or a diffusion model may have been moved: their content is compared
-    compared = {name: identity[name] for name in identity if name not in ("dataset", "diffusion")}
+    # a dataset or a model may have been moved: their content is compared
+    compared = {name: identity[name] for name in identity if name not in ("dataset", "model")}
     differs = difference(compared, read_run_config(run_dir, identity["kind"]))
     if differs is not None:
         name, got, wanted = differs

@@ -29,6 +29,7 @@ class Ensemble(StepwiseModel):
 
     Args:
         config: size and training of the networks.
+        generator: of their first weights, on the CPU; default torch's.
 
     The others are those of `StepwiseModel`.
     """
@@ -40,6 +41,7 @@ class Ensemble(StepwiseModel):
         normalizer: Normalizer,
         action_bounds: tuple,
         device: torch.device,
+        generator: torch.Generator | None = None,
     ):
         self.config = config
         network = EnsembleNetwork(
@@ -49,6 +51,7 @@ class Ensemble(StepwiseModel):
             config.num_elites,
             config.hidden_dim,
             config.num_layers,
+            generator,
         )
         trainer = AveragedTrainer(
             network.to(device), config.learning_rate, config.ema_decay, config.ema_interval

@@ -4,8 +4,10 @@ import pytest
 
 from polygrad_fast.config import (
     DiffuseConfig,
+    DynamicsConfig,
     EDMConfig,
     EDMTrainingConfig,
+    EnsembleConfig,
     IQLConfig,
     OfflineTrainConfig,
     TD3BCConfig,
@@ -14,7 +16,7 @@ from polygrad_fast.config import (
 from polygrad_fast.data.collect import collect_episodes, random_actions
 from polygrad_fast.data.environment import make_environment
 from polygrad_fast.data.write import write_dataset
-from polygrad_fast.offline.runs import diffuse
+from polygrad_fast.offline.runs import diffuse, fit_ensemble
 from polygrad_fast.offline.task import load_task
 
 TINY_DIFFUSE = DiffuseConfig(
@@ -25,6 +27,15 @@ TINY_DIFFUSE = DiffuseConfig(
     training=EDMTrainingConfig(batch_size=8, ema_decay=0.5, ema_interval=2),
     total_updates=12,
     validation_interval=6,
+    log_interval=4,
+    checkpoint_interval=5,
+)
+TINY_DYNAMICS = DynamicsConfig(
+    window_length=5,
+    ensemble=EnsembleConfig(
+        num_members=3, num_elites=2, hidden_dim=16, num_layers=1, batch_size=32
+    ),
+    total_updates=12,
     log_interval=4,
     checkpoint_interval=5,
 )
@@ -66,6 +77,20 @@ def model_dir(dataset_file, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "diffusion"
     diffuse(str(dataset_file), path, config=TINY_DIFFUSE, device="cpu").train(progress=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def ensemble_dir(dataset_file, tmp_path_factory):
+    """Run directory of a dynamics ensemble."""
+    path = tmp_path_factory.mktemp("models") / "ensemble"
+    run = fit_ensemble(str(dataset_file), path, config=TINY_DYNAMICS, device="cpu")
+    run.train(progress=False)
+    return path
+
+
+@pytest.fixture
+def tiny_dynamics():
+    return TINY_DYNAMICS
 
 
 @pytest.fixture

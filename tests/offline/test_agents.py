@@ -12,12 +12,14 @@ from polygrad_fast.data.load import load_dataset
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.evaluation.offline import OfflineEvaluation, OfflineEvaluator
 from polygrad_fast.evaluation.returns import EpisodeStatistics
-from polygrad_fast.offline import agents
+from polygrad_fast.offline import agents, synthetic
 from polygrad_fast.offline.agents import AgentTraining, comparable_score, load_agent
 from polygrad_fast.offline.diffusion import load_diffusion
 from polygrad_fast.offline.runs import train_agent
+from polygrad_fast.offline.synthetic import SyntheticSets
 from polygrad_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from polygrad_fast.runs.metrics import read_metrics
+from polygrad_fast.transitions import Transitions
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +64,13 @@ def test_real_data_are_all_real(make):
     real = {tuple(row) for row in training.real.rows.tolist()}
     rows_of(training, 12)
     assert all(tuple(row) in real for row in training.batch().rows.tolist())
-    assert training.synthetic is None and training.set_number == 0
+    assert training.synthetic is None
 
 
 def sets_of(training, monkeypatch):
     """Train to the end and return, for each set that is sampled, the updates before it, whether it
     is guided, by which weights, and its seed."""
-    found, generate = [], agents.generate
+    found, generate = [], synthetic.generate
 
     def record(sampler, total, rows, seed, folder, batch_size, guidance, progress):
         guide = None
@@ -77,7 +79,7 @@ def sets_of(training, monkeypatch):
         found.append((training.num_updates, guide, seed))
         return generate(sampler, total, rows, seed, folder, batch_size, guidance, progress)
 
-    monkeypatch.setattr(agents, "generate", record)
+    monkeypatch.setattr(synthetic, "generate", record)
     weights = {}
     while training.num_updates < training.total_updates:
         weights[training.num_updates] = training.learner.policy.network[0].weight.detach().clone()
@@ -112,15 +114,15 @@ def test_guidance_moves_actions_towards_the_policy(make):
     error = {}
     for data in ("unguided", "guided"):
         training = make(data, guidance=strong, **options)
-        table = training.sample_set()
-        wanted = training.guide(table.observations)
+        table = training.synthetic.table(0)
+        wanted = training.learner.policy(table.observations)
         error[data] = float((table.actions - wanted).square().mean())
     assert error["guided"] < 0.2 * error["unguided"]
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(None, 6), (6, 5), (9, 8)])
 def test_rows_of_a_trajectory(make, rows, wanted):
-    assert len(make(trajectory_rows=rows).sample_set()) == 20 * wanted
+    assert len(make(trajectory_rows=rows).synthetic.table(0)) == 20 * wanted
 
 
 def test_one_row_more_keeps_the_terminals(make, model, monkeypatch):
@@ -131,9 +133,9 @@ def test_one_row_more_keeps_the_terminals(make, model, monkeypatch):
         trajectories[:, 5, -1] = 1.0 / float(model.normalizer.std[-1])
         return trajectories
 
-    monkeypatch.setattr(agents, "generate", sample)
-    assert float(make().sample_set().terminals.sum()) == 20
-    assert float(make(trajectory_rows=6).sample_set().terminals.sum()) == 0
+    monkeypatch.setattr(synthetic, "generate", sample)
+    assert float(make().synthetic.table(0).terminals.sum()) == 20
+    assert float(make(trajectory_rows=6).synthetic.table(0).terminals.sum()) == 0
 
 
 @pytest.mark.parametrize("at", [4, 7])
@@ -164,22 +166,99 @@ def test_a_resumed_training_is_the_same_to_the_bit(make, task, tmp_path, at, age
 
 
 def test_files_of_a_set_are_used_and_replaced_where_damaged(make, tmp_path, monkeypatch):
-    training = make("unguided", folder=tmp_path)
-    first = training.sample_set()
-    calls, sample = [], training._sampler.sample
-    monkeypatch.setattr(
-        training._sampler, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k)
-    )
-    assert torch.equal(training.sample_set().rows, first.rows) and not calls
+    def sets():
+        training = make("unguided", folder=tmp_path)
+        sampler = training.synthetic.source.sampler
+        sample = sampler.sample
+        monkeypatch.setattr(sampler, "sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+        return training.synthetic
+
+    calls = []
+    first = sets().table(0)
+    assert len(calls) == 3
+    assert torch.equal(sets().table(0).rows, first.rows) and len(calls) == 3
     (tmp_path / "set_00000" / "batch_00001.npz").write_bytes(b"no archive")
     with pytest.warns(UserWarning, match="a synthetic set is sampled again: .*batch_00001.npz"):
-        assert torch.equal(training.sample_set().rows, first.rows)
-    assert len(calls) == 3
-    training.set_number = 1
-    training.sample_set()
+        assert torch.equal(sets().table(0).rows, first.rows)
+    assert len(calls) == 6
+    later = sets()
+    later.renew(later.guides[0])
+    later.table(0)
     assert [path.name for path in tmp_path.iterdir()] == ["set_00001"]
-    training.close()
+    later.close()
     assert not tmp_path.exists()
+
+
+def table_of(numbers, each=8) -> Transitions:
+    """Rows that hold their number."""
+    rows = torch.tensor(numbers, dtype=torch.float32).repeat_interleave(each)
+    return Transitions(rows[:, None].repeat(1, 9), 3, 1)
+
+
+class Counted:
+    """Sets whose rows hold how many were sampled before."""
+
+    least, first_guided = 8, False
+
+    def __init__(self):
+        self.policies = []
+
+    def sample(self, policy, seed, folder):
+        self.policies.append(policy)
+        return table_of([len(self.policies) - 1])
+
+
+def test_the_oldest_of_several_sets_is_replaced_and_all_give_their_share():
+    source, policy = Counted(), torch.nn.Linear(1, 1)
+    sets = SyntheticSets(source, policy, True, 3, 0, None)
+    g = torch.Generator().manual_seed(0)
+
+    def rows(size):
+        return [sorted(part.rows[:, 0].tolist()) for part in sets.batch(size, g)]
+
+    assert rows(7) == [[0, 0], [1, 1], [2, 2, 2]]  # the newest gives what does not divide
+    assert rows(2) == [[1], [2]] and source.policies == [None] * 3
+    for number in (3, 4):
+        with torch.no_grad():
+            policy.weight.fill_(number)
+        sets.renew(policy)
+    assert sets.numbers == [3, 4, 2] and rows(6) == [[2, 2], [3, 3], [4, 4]]
+    assert [guide.weight.item() for guide in source.policies[3:]] == [3, 4]
+    sets.renew(policy)
+    assert rows(3) == [[3], [4], [5]] and len(source.policies) == 6
+
+
+def test_sets_have_seeds_and_files_of_their_own(tmp_path):
+    class Noted(Counted):
+        def sample(self, policy, seed, folder):
+            folder.mkdir(parents=True)
+            found.append((seed, folder.name))
+            return super().sample(policy, seed, folder)
+
+    found = []
+    sets = SyntheticSets(Noted(), torch.nn.Linear(1, 1), False, 2, 0, tmp_path)
+    for _ in range(3):
+        sets.batch(4, torch.Generator().manual_seed(0))
+        sets.renew(torch.nn.Linear(1, 1))
+    assert [name for _, name in found] == [f"set_0000{number}" for number in range(4)]
+    assert len({seed for seed, _ in found}) == 4
+    # the place of set 2 is due, but not yet sampled
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set_00002", "set_00003"]
+
+
+def test_continuous_generation_is_resumed_to_the_bit(make, tmp_path):
+    options = {"num_sets": 3, "lifetime": 2, "real_share": 0.0}
+    whole, part = make(**options), make(**options)
+    rows = rows_of(whole, 12)
+    assert whole.synthetic.numbers == [6, 7, 5]
+    rows_of(part, 7)
+    save_checkpoint(tmp_path / "c", part.weights(), part.state_dict(), {})
+    weights, state, _ = load_checkpoint(tmp_path / "c")
+    continued = make(**options)
+    continued.load(weights, state, "here")
+    assert rows_of(continued, 12) == rows[7:]
+    for name, tensor in whole.weights().items():
+        assert torch.equal(tensor, continued.weights()[name]), name
 
 
 def test_the_agents_actions_are_the_environments(make, task):
@@ -203,7 +282,7 @@ def test_options_reach_the_agent(make):
     ("arguments", "message"),
     [
         ({"agent": "cql"}, r"agent must be one of \['td3_bc', 'iql'\], got 'cql'"),
-        ({"data": "dreams"}, r"data must be one of \['real', 'unguided', 'guided'\], got 'dreams'"),
+        ({"data": "dreams"}, "data must be one of .'real', 'unguided', 'guided', 'ensemble'., got"),
         (
             {"guidance": PolicyGuidanceConfig()},
             "guidance.coefficient must be above 0 for guided data, got 0.0",
@@ -212,7 +291,8 @@ def test_options_reach_the_agent(make):
             {"sampler": EDMConfig(sigma_data=0.5)},
             "sampler.sigma_data must be 1.0, with which the diffusion model was trained, got 0.5",
         ),
-        ({"trajectory_rows": 2, "num_trajectories": 3}, "must be at least 12, .* got 3"),
+        ({"trajectory_rows": 2, "num_trajectories": 3}, "must hold at least 12 .*, got 3 of 3"),
+        ({"num_sets": 0}, "num_sets must be at least 1, got 0"),
         ({"batch_size": 2000, "real_share": 1.0}, "at least 2000 transitions, .* got 1000"),
     ],
 )
@@ -222,9 +302,9 @@ def test_what_does_not_fit_is_refused(make, arguments, message):
 
 
 def test_models_that_are_missing_or_in_vain(task, model, tiny_train):
-    with pytest.raises(InputError, match="guided data need a diffusion model, got none"):
+    with pytest.raises(InputError, match="guided data need a diffusion model, got no model"):
         AgentTraining(task, tiny_train, "iql", "guided")
-    with pytest.raises(InputError, match="real data need no diffusion model, got one"):
+    with pytest.raises(InputError, match="real data need no model, got a diffusion model"):
         AgentTraining(task, tiny_train, "iql", "real", model=model)
 
 
@@ -289,9 +369,9 @@ def test_another_diffusion_model_is_not_resumed(dataset_file, model_dir, tiny_tr
     train_agent(*arguments, **options)
     path = tmp_path / "run" / "config.json"
     stored = json.loads(path.read_text())
-    stored["diffusion_model"]["weights"] = "0" * 64
+    stored["model_content"]["weights"] = "0" * 64
     path.write_text(json.dumps(stored))
-    with pytest.raises(CheckpointError, match="diffusion_model.weights of .* as the run began"):
+    with pytest.raises(CheckpointError, match="model_content.weights of .* as the run began"):
         train_agent(*arguments, **options, resume=True)
 
 

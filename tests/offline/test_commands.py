@@ -26,6 +26,11 @@ DIFFUSE = (
     "--training.batch-size 8 --validation-interval 6 --validation-fraction 0.2 "
     "--validation-windows 16 --log-interval 4 --checkpoint-interval 5 --no-progress"
 ).split()
+ENSEMBLE = (
+    "--window-length 5 --ensemble.num-members 3 --ensemble.num-elites 2 --ensemble.hidden-dim 16 "
+    "--ensemble.num-layers 1 --ensemble.batch-size 32 --total-updates 12 --log-interval 4 "
+    "--checkpoint-interval 5 --no-progress"
+).split()
 TRAIN = (
     "--total-updates 12 --batch-size 16 --num-trajectories 20 --lifetime 4 --eval-interval 6 "
     "--eval-episodes 2 --sampler.num-inference-steps 3 --sampling-batch-size 8 --log-interval 5 "
@@ -35,6 +40,11 @@ TRAIN = (
 
 def diffuse(dataset, run_dir, *more):
     return ["offline", "diffuse", "--dataset", dataset, "--run-dir", run_dir, *DIFFUSE, *more]
+
+
+def ensemble(dataset, run_dir, *more):
+    words = ["offline", "ensemble", "--dataset", dataset, "--run-dir", run_dir]
+    return [*words, *ENSEMBLE, *more]
 
 
 def train(dataset, run_dir, *more, agent="td3_bc"):
@@ -62,10 +72,13 @@ def test_diffuse_trains_a_model(dataset_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("agent", ["td3_bc", "iql"])
-@pytest.mark.parametrize("data", ["real", "unguided", "guided"])
-def test_train_and_evaluate(dataset_file, model_dir, tmp_path, capsys, agent, data):
+@pytest.mark.parametrize("data", ["real", "unguided", "guided", "ensemble"])
+def test_train_and_evaluate(dataset_file, model_dir, ensemble_dir, tmp_path, capsys, agent, data):
     run_dir = tmp_path / "agent"
-    more = ["--data", data] + ([] if data == "real" else ["--diffusion", model_dir])
+    models = {"unguided": model_dir, "guided": model_dir, "ensemble": ensemble_dir}
+    more = ["--data", data]
+    if data in models:
+        more += ["--ensemble" if data == "ensemble" else "--diffusion", models[data]]
     assert run(train(dataset_file, run_dir, *more, agent=agent)) == 0
     assert "update 12: eval/mean_reward -" in capsys.readouterr().out
     assert not (run_dir / "synthetic").exists()
@@ -95,7 +108,7 @@ def rows_without_times(run_dir):
     ]
 
 
-@pytest.mark.parametrize("command", ["diffuse", "train"])
+@pytest.mark.parametrize("command", ["diffuse", "ensemble", "train"])
 def test_killed_and_resumed_runs_are_the_same_to_the_bit(
     dataset_file, model_dir, tmp_path, command
 ):
@@ -105,6 +118,8 @@ def test_killed_and_resumed_runs_are_the_same_to_the_bit(
     def words(run_dir):
         if command == "diffuse":
             return diffuse(dataset_file, run_dir, *long)
+        if command == "ensemble":
+            return ensemble(dataset_file, run_dir, *long)
         more = ["--data", "guided", "--diffusion", model_dir, "--lifetime", "50", *long]
         return train(dataset_file, run_dir, *more, "--eval-interval", "100")
 
@@ -171,8 +186,16 @@ WRONG = [
     ),
     ("train --agent td3_bc --dataset gone.npz", "gone.npz does not exist, wanted a dataset"),
     ("train --agent cql --dataset DATA", "agent"),
-    ("train --agent iql --dataset DATA --data ensemble", "--data ensemble is not there yet"),
-    ("train --agent iql --dataset DATA --data dreams", "data must be one of ['real', 'unguided'"),
+    (
+        "train --agent iql --dataset DATA --data ensemble",
+        "--data ensemble needs --ensemble, the run dir",
+    ),
+    ("train --agent iql --dataset DATA --data ensemble --ensemble gone", "`offline ensemble` mak"),
+    ("train --agent iql --dataset DATA --data ensemble --ensemble MODEL", "is a run of `offline d"),
+    ("train --agent iql --dataset DATA --ensemble MODEL", "--data real needs no --ensemble, got"),
+    ("ensemble --dataset DATA --ensemble.num-elites 9", "num_elites must be at most num_members"),
+    ("ensemble --dataset DATA --ensemble.batch-size 9999", "must hold at least 9999 transitions"),
+    ("train --agent iql --dataset DATA --data dreams", "--data must be one of ['real', 'unguided'"),
     ("train --agent iql --dataset DATA --data guided", "--data guided needs --diffusion"),
     ("train --agent iql --dataset DATA --diffusion MODEL", "--data real needs no --diffusion"),
     (
@@ -275,7 +298,7 @@ def test_demo(tmp_path, capsys, monkeypatch, tiny_diffuse, tiny_train):
     assert result["dataset"] == pytest.approx(dataset.episode_returns().mean())
     assert dataset.num_episodes == demo.EPISODES and dataset.recipe["policy"] == "swing_up"
     assert (run_dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    for data in ("real", "unguided", "guided"):
+    for data in demo.DATA:
         assert json.loads((run_dir / data / "config.json").read_text())["data"] == data
     assert run(words) == 2
     assert "--run-dir must be a folder that is not there yet" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""Training a dynamics ensemble on a dataset's transitions, for trajectories of an agent's policy
+that are rolled out in it: the autoregressive baseline of policy-guided diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polygrad_fast.arguments import as_device
+from polygrad_fast.config import DynamicsConfig, from_dict
+from polygrad_fast.data.offline_dataset import OfflineDataset
+from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.offline.diffusion import seeded
+from polygrad_fast.offline.generation import fingerprint
+from polygrad_fast.offline.loop import Averages, load_named_weights, named_weights
+from polygrad_fast.runs.checkpoint import load_checkpoint
+from polygrad_fast.runs.directory import read_run_config
+from polygrad_fast.runs.restore import checkpoint_to_load
+from polygrad_fast.transitions import Transitions
+from polygrad_fast.world_models import Ensemble
+
+KIND = "offline ensemble"
+MIN_STD = 1e-3
+"""Least standard deviation that a channel is divided by."""
+
+
+def build_ensemble(
+    config: DynamicsConfig,
+    normalizer: Normalizer,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> Ensemble:
+    """Return a new ensemble of actions in [-1, 1], which imagines `window_length` steps; its first
+    weights are drawn from the generator."""
+    low, high = (torch.full((normalizer.action_dim,), bound) for bound in (-1.0, 1.0))
+    length = config.window_length
+    return Ensemble(config.ensemble, length, normalizer, (low, high), device, generator)
+
+
+def moments_of(transitions: Transitions) -> Normalizer:
+    """Return the normalizer of a dataset's transitions; terminal flags stay as they are."""
+    fields = {}
+    for name in ("observations", "actions", "rewards"):
+        values = getattr(transitions, name).to(torch.float64)
+        fields[name] = values.mean(0).float(), values.std(0, correction=0).float()
+    normalizer = Normalizer(transitions.observation_dim, transitions.action_dim)
+    normalizer.update(fields, dict.fromkeys(fields, MIN_STD))
+    return normalizer
+
+
+class EnsembleTraining:
+    """Train the ensemble on batches of a dataset's transitions.
+
+    Implements `polygrad_fast.offline.loop.Training`.
+
+    Args:
+        dataset: actions in [-1, 1].
+        config: sizes and options.
+        seed: of weights, batches and bootstraps.
+        device: as `as_device` takes it.
+
+    Attributes:
+        model: the ensemble. normalizer: of the dataset's transitions.
+
+    Raises:
+        InputError: fewer transitions than a batch.
+    """
+
+    improved = False  # by no evaluation: the averaged weights of the last update are used
+
+    def __init__(
+        self,
+        dataset: OfflineDataset,
+        config: DynamicsConfig,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+    ):
+        self.config, self.device = config, as_device(device)
+        self.total_updates = config.total_updates
+        self.transitions = dataset.transitions().to(self.device)
+        size = config.ensemble.batch_size
+        if len(self.transitions) < size:
+            raise InputError(
+                f"{dataset.source} must hold at least {size} transitions, those of a batch, got "
+                f"{len(self.transitions)}"
+            )
+        self.normalizer = moments_of(self.transitions).to(self.device)
+        self.model = build_ensemble(config, self.normalizer, self.device, seeded(seed, 0))
+        self._draws = seeded(seed, 1)
+        self._averages = Averages()
+
+    @property
+    def num_updates(self) -> int:
+        """Updates taken so far."""
+        return self.model.trainer.num_updates
+
+    def update(self) -> None:
+        """Take one gradient step on a batch."""
+        batch = self.transitions.sample(self.config.ensemble.batch_size, self._draws)
+        self._averages.add(self.model.fit(batch, self._draws))
+
+    def metrics(self) -> dict[str, float]:
+        """Return the row that is due, see `Training`."""
+        number = self.num_updates
+        last = number == self.total_updates
+        if number and (last or number % self.config.log_interval == 0):
+            return self._averages.read(number)
+        return {}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return networks, averaged copies and normalizer."""
+        return named_weights({**self.model.modules(), "normalizer": self.normalizer})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything else that continues the training exactly."""
+        return {
+            **self.model.state_dict(),
+            "draws": self._draws.get_state(),
+            "averages": self._averages.state_dict(),
+        }
+
+    def close(self) -> None:
+        """Do nothing: there is nothing that only an unfinished training needs."""
+
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> None:
+        """Continue from what `weights` and `state_dict` returned.
+
+        Raises:
+            CheckpointError: they are of another training.
+        """
+        load_named_weights(self.model.modules(), weights, source)
+        self.model.load_state_dict(state)
+        self._draws.set_state(state["draws"])
+        self._averages.load_state_dict(state["averages"], self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleModel:
+    """A trained ensemble.
+
+    Attributes:
+        model: its averaged networks imagine. config: it was trained with.
+        stored: its run's config.json. num_updates: it was trained for.
+    """
+
+    model: Ensemble
+    config: DynamicsConfig
+    stored: dict[str, Any]
+    num_updates: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies it."""
+        return {"num_updates": self.num_updates, "weights": fingerprint(self.model.network)}
+
+
+def load_ensemble(run_dir: Path, device: str | torch.device = "auto") -> EnsembleModel:
+    """Return the ensemble of the last checkpoint of an `offline ensemble` run.
+
+    Raises:
+        CheckpointError: no such run, or none of its checkpoints can be used.
+    """
+    stored = read_run_config(run_dir, KIND)
+    path, _ = checkpoint_to_load(run_dir, "last")
+    weights, _, metadata = load_checkpoint(path)
+    config = from_dict(stored["config"], DynamicsConfig)
+    try:
+        sizes = int(stored["observation_dim"]), len(stored["action_low"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error!r}") from None
+    device = as_device(device)
+    normalizer = Normalizer(*sizes).to(device)
+    model = build_ensemble(config, normalizer, device)
+    modules = {"ema_dynamics": model.network, "normalizer": normalizer}
+    load_named_weights(modules, weights, str(path))
+    return EnsembleModel(model, config, stored, int(metadata["num_timesteps"]))
+
+
+def as_distribution(policy: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Return a policy as one that returns mean and standard deviation, 0 where it draws nothing."""
+
+    def distribution(observations: Tensor) -> tuple[Tensor, Tensor]:
+        found = policy(observations)
+        return (found, torch.zeros_like(found)) if isinstance(found, Tensor) else found
+
+    return distribution

@@ -13,7 +13,8 @@ from torch import Tensor
 from polygrad_fast.arguments import as_integer
 from polygrad_fast.data.checks import as_finite_float32, as_flag
 from polygrad_fast.data.moments import RunningMoments
-from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.data.replay_state import check_replay_state, renewed
+from polygrad_fast.errors import InputError
 from polygrad_fast.profiling import annotate
 
 _FORMAT = "polygrad_fast.replay.v1"
@@ -48,12 +49,17 @@ class ReplayBuffer:
     [capacity, S + A + 2]. The valid starts lie in a second ring [capacity, 2] of (start, last real
     step), in chronological order: those that use overwritten steps are always at its head.
 
+    Steps of N environments come in turns, step n from environment n % N, and each environment has
+    episodes of its own: a window is every N-th step. So that the starts stay in order, one found at
+    a terminal step waits, H - 1 turns at most, until no environment can give an earlier one.
+
     Args:
-        capacity: steps kept, at least `horizon`.
+        capacity: steps kept, at least `horizon` times `num_environments`.
         horizon: window length H, at least 1.
         observation_dim: S, at least 1.
         action_dim: A, at least 1.
         device: where the steps are kept and the windows are returned.
+        num_environments: N, at least 1.
 
     Raises:
         InputError: a size outside the ranges above.
@@ -66,26 +72,32 @@ class ReplayBuffer:
         observation_dim: int,
         action_dim: int,
         device: torch.device | str = "cpu",
+        num_environments: int = 1,
     ) -> None:
         self.horizon = as_integer(horizon, "horizon", 1)
+        self.num_environments = as_integer(num_environments, "num_environments", 1)
         self.observation_dim = as_integer(observation_dim, "observation_dim", 1)
         self.action_dim = as_integer(action_dim, "action_dim", 1)
         self.capacity = as_integer(capacity, "capacity", 1)
-        if self.capacity < self.horizon:
-            raise InputError(f"capacity must be at least the horizon, {horizon}, got {capacity}")
+        if self.capacity < self.horizon * self.num_environments:
+            each = f" for each of {num_environments} environments" if num_environments > 1 else ""
+            raise InputError(
+                f"capacity must be at least the horizon, {horizon}{each}, got {capacity}"
+            )
         self.device = torch.device(device)
 
         self._field_sizes = (self.observation_dim, self.action_dim, 1, 1)
         width = sum(self._field_sizes)
         self._steps = torch.zeros(self.capacity, width, device=self.device)
         self._starts = torch.zeros(self.capacity, 2, dtype=torch.int64, device=self.device)
-        self._offsets = torch.arange(self.horizon, device=self.device)
+        self._offsets = self.num_environments * torch.arange(self.horizon, device=self.device)
         # Whether the step in a row is a start: known on the host, so evicting one never syncs.
         self._is_start = bytearray(self.capacity)
         self._first_start = 0  # starts dropped so far
         self._end_start = 0  # starts found so far
         self._total_steps = 0
-        self._episode_start = 0
+        self._episode_starts = list(range(self.num_environments))  # of the running episodes
+        self._waiting: list[tuple[int, int]] = []  # rows of the second ring, found out of order
         self._total_episodes = 0
         self._moments = RunningMoments(width)
 
@@ -122,7 +134,8 @@ class ReplayBuffer:
         terminated: bool,
         truncated: bool,
     ) -> None:
-        """Append one step of the running episode; no host synchronization for numpy input.
+        """Append one step of the running episode of the environment whose turn it is; no host
+        synchronization for numpy input.
 
         Args:
             observation: [S], the observation the action was taken at.
@@ -154,23 +167,31 @@ class ReplayBuffer:
         self._steps[slot].copy_(torch.from_numpy(row))
         self._total_steps = n + 1
 
-        full = n - self.horizon + 1  # the start whose window ends at this step
+        environment, stride = n % self.num_environments, self.num_environments
+        begin = self._episode_starts[environment]
+        full = n - (self.horizon - 1) * stride  # the start whose window ends at this step
         if terminated:
-            self._add_starts(max(full, self._episode_start), n + 1, last=n)
-        elif full >= self._episode_start:
-            self._add_starts(full, full + 1, last=n)
+            self._waiting += [(start, n) for start in range(max(full, begin), n + 1, stride)]
+        elif full >= begin:
+            self._waiting.append((full, n))
         if terminated or truncated:
-            self.end_episode()
+            self.end_episode(environment)
+        self._add_starts()
 
-    def end_episode(self) -> None:
-        """Close the running episode as truncated after its newest step; nothing if none is running.
+    def end_episode(self, environment: int = 0) -> None:
+        """Close an environment's running episode as truncated after its newest step; nothing if
+        none is running.
 
         For a caller that must leave an episode without a further step, as when an environment could
-        not be restored: the next step added belongs to a new episode.
+        not be restored: its next step belongs to a new episode.
         """
-        if self._episode_start < self._total_steps:
-            self._episode_start = self._total_steps
+        if self._episode_starts[environment] < self._total_steps:
+            self._episode_starts[environment] = self._next_step(environment)
             self._total_episodes += 1
+
+    def _next_step(self, environment: int) -> int:
+        """Return the number of an environment's next step."""
+        return self._total_steps + (environment - self._total_steps) % self.num_environments
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Windows:
         """Draw windows uniformly over the valid starts, with replacement.
@@ -270,14 +291,11 @@ class ReplayBuffer:
         held = torch.arange(self._total_steps - self.num_steps, self._total_steps)
         starts = torch.arange(self._first_start, self._end_start)
         return {
-            "format": _FORMAT,
-            "capacity": self.capacity,
-            "horizon": self.horizon,
-            "observation_dim": self.observation_dim,
-            "action_dim": self.action_dim,
+            **self._sizes(),
             "total_steps": self._total_steps,
             "total_episodes": self._total_episodes,
-            "episode_start": self._episode_start,
+            "episode_starts": torch.tensor(self._episode_starts),
+            "waiting": torch.tensor(self._waiting, dtype=torch.int64).reshape(-1, 2),
             "steps": self._steps[(held % self.capacity).to(self.device)].cpu(),
             "first_start": self._first_start,
             "starts": self._starts[(starts % self.capacity).to(self.device)].cpu(),
@@ -291,11 +309,13 @@ class ReplayBuffer:
             CheckpointError: an entry is missing, of another shape, or of another configuration; the
                 message names both values. The buffer is unchanged then.
         """
-        self._check_state(state)
+        state = renewed(state)
+        check_replay_state(state, self._sizes(), sum(self._field_sizes))
         steps, starts = state["steps"], state["starts"]
         self._total_steps = state["total_steps"]
         self._total_episodes = state["total_episodes"]
-        self._episode_start = state["episode_start"]
+        self._episode_starts = state["episode_starts"].tolist()
+        self._waiting = [(start, last) for start, last in state["waiting"].tolist()]
         self._first_start = state["first_start"]
         self._end_start = self._first_start + len(starts)
         held = torch.arange(self._total_steps - len(steps), self._total_steps) % self.capacity
@@ -309,86 +329,39 @@ class ReplayBuffer:
             self._is_start[slot] = 1
         self._moments.load_state_dict(state)
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        wanted = {
+    def _sizes(self) -> dict[str, Any]:
+        """Return what a state and the buffer that it is loaded into have in common."""
+        return {
             "format": _FORMAT,
             "capacity": self.capacity,
             "horizon": self.horizon,
             "observation_dim": self.observation_dim,
             "action_dim": self.action_dim,
+            "num_environments": self.num_environments,
         }
-        counts = ("total_steps", "total_episodes", "episode_start", "first_start", "moment_steps")
-        width = sum(self._field_sizes)
-        vectors = ("moment_origin", "moment_mean", "moment_m2")
-        for name in (*wanted, *counts, "steps", "starts", *vectors):
-            if name not in state:
-                raise CheckpointError(f"replay buffer: {name!r} is missing from the saved state")
-        for name, value in wanted.items():
-            if state[name] != value:
-                raise CheckpointError(
-                    f"replay buffer: saved {name} must be {value!r}, this buffer's, got "
-                    f"{state[name]!r}"
-                )
-        for name in counts:
-            if not isinstance(state[name], int) or state[name] < 0:
-                raise CheckpointError(
-                    f"replay buffer: saved {name} must be an integer of at least 0, got "
-                    f"{state[name]!r}"
-                )
-        total = state["total_steps"]
-        held = min(total, self.capacity)
-        for name in ("episode_start", "first_start", "moment_steps"):
-            if state[name] > total:
-                raise CheckpointError(
-                    f"replay buffer: saved {name} must be at most {total}, the steps, got "
-                    f"{state[name]}"
-                )
-        if state["moment_steps"] < total - held:
-            raise CheckpointError(
-                f"replay buffer: saved moment_steps must be at least {total - held}, the steps no "
-                f"longer held, got {state['moment_steps']}"
-            )
-        starts = state["starts"]
-        shapes = {"steps": (held, width), **dict.fromkeys(vectors, (width,))}
-        dtypes = {"steps": torch.float32, "starts": torch.int64}
-        for name in ("steps", *vectors, "starts"):
-            tensor, dtype = state[name], dtypes.get(name, torch.float64)
-            if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise CheckpointError(
-                    f"replay buffer: saved {name} must be a {dtype} tensor, got {got}"
-                )
-            if name in shapes and tuple(tensor.shape) != shapes[name]:
-                raise CheckpointError(
-                    f"replay buffer: saved {name} must have shape {shapes[name]}, got "
-                    f"{tuple(tensor.shape)}"
-                )
-        if starts.ndim != 2 or starts.shape[1] != 2 or len(starts) > held:
-            raise CheckpointError(
-                f"replay buffer: saved starts must have shape (n, 2) with n at most {held}, got "
-                f"{tuple(starts.shape)}"
-            )
-        if len(starts):
-            first, last = starts.unbind(1)
-            ordered = bool((first[1:] > first[:-1]).all() and (first <= last).all())
-            if not ordered or int(first[0]) < total - held or int(last.max()) >= total:
-                raise CheckpointError(
-                    f"replay buffer: saved starts must increase within steps {total - held} to "
-                    f"{total - 1}, got {int(first.min())} to {int(last.max())}"
-                )
 
-    def _add_starts(self, first: int, stop: int, last: int) -> None:
-        """Append the starts first .. stop - 1, whose windows end, or are padded, after `last`."""
-        rows = np.full((stop - first, 2), last)
-        rows[:, 0] = np.arange(first, stop)
-        for start in range(first, stop):
+    def _add_starts(self) -> None:
+        """Append the starts that no earlier one can follow."""
+        reach = (self.horizon - 1) * self.num_environments
+        undecided = min(
+            [
+                max(begin, self._next_step(environment) - reach)
+                for environment, begin in enumerate(self._episode_starts)
+            ]
+        )
+        ready = sorted([row for row in self._waiting if row[0] < undecided])
+        if not ready:
+            return
+        self._waiting = [row for row in self._waiting if row[0] >= undecided]
+        for start, _ in ready:
             self._is_start[start % self.capacity] = 1
+        rows = torch.from_numpy(np.array(ready, dtype=np.int64))
         ring = self._end_start % self.capacity
         ahead = self.capacity - ring  # rows before the ring's end
         for begin, part in ((ring, rows[:ahead]), (0, rows[ahead:])):
             if len(part):
-                self._starts[begin : begin + len(part)].copy_(torch.from_numpy(part))
-        self._end_start += stop - first
+                self._starts[begin : begin + len(part)].copy_(part)
+        self._end_start += len(ready)
 
     def _draw(self, batch_size: int, generator: torch.Generator | None, oldest: int = 0) -> Tensor:
         """Draw B numbers in [oldest, num_windows), int64 [B] on the buffer's device."""

@@ -302,10 +302,23 @@ def test_state_holds_only_the_filled_part_and_is_a_copy():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("capacity", 31), ("horizon", 3), ("observation_dim", 4), ("action_dim", 1)]
+    ("name", "value"),
+    [
+        ("capacity", 31),
+        ("horizon", 3),
+        ("observation_dim", 4),
+        ("action_dim", 1),
+        ("num_environments", 2),
+    ],
 )
 def test_loading_another_configuration_names_both_values(name, value):
-    sizes = {"capacity": 30, "horizon": 4, "observation_dim": S, "action_dim": A}
+    sizes = {
+        "capacity": 30,
+        "horizon": 4,
+        "observation_dim": S,
+        "action_dim": A,
+        "num_environments": 1,
+    }
     state = fill(ReplayBuffer(**sizes), [(True, False)] * 3).state_dict()
     other = ReplayBuffer(**{**sizes, name: value})
     with pytest.raises(
@@ -336,7 +349,15 @@ def test_loading_another_configuration_names_both_values(name, value):
             lambda s: s.update(total_steps=-1),
             "total_steps must be an integer of at least 0, got -1",
         ),
-        (lambda s: s.update(episode_start=99), "episode_start must be at most 25, .*got 99"),
+        (
+            lambda s: s.update(episode_starts=torch.tensor([99])),
+            r"episode_starts must be at most 25, got \[99\]",
+        ),
+        (
+            lambda s: s.update(episode_starts=torch.zeros(2, dtype=torch.int64)),
+            r"episode_starts must have shape \(1,\), got \(2,\)",
+        ),
+        (lambda s: s.update(waiting=torch.zeros(3, dtype=torch.int64)), "waiting must have shape"),
         (lambda s: s.update(moment_steps=2), "moment_steps must be at least 5, .*got 2"),
         (
             lambda s: s.update(starts=s["starts"][:, :1]),
@@ -436,3 +457,96 @@ def test_a_buffer_on_the_gpu_gives_the_windows_of_one_on_the_host():
     for name, (mean, std) in host.moments().items():
         assert torch.equal(mean, device.moments()[name][0].cpu())
         assert torch.equal(std, device.moments()[name][1].cpu())
+
+
+def windows_in_turns(
+    flags: list[tuple[bool, bool]], capacity: int, horizon: int, num_environments: int
+) -> list[list[tuple[int, float, float]]]:
+    """Every valid window of environments that take turns, by its first step."""
+    windows = []
+    for environment in range(num_environments):
+        own = list(range(environment, len(flags), num_environments))
+        for window in naive_windows([flags[n] for n in own], len(flags), horizon):
+            real = [(own[i], 1.0 + own[i], t) if r else (own[i], r, t) for i, r, t in window]
+            if real[0][0] >= len(flags) - capacity:
+                windows.append(real)
+    return sorted(windows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    episodes=episode_lists,
+    num_environments=st.integers(2, 5),
+    horizon=st.integers(1, 5),
+    room=st.integers(0, 30),
+    cut=st.integers(0, 200),
+)
+def test_environments_in_turns_have_windows_of_their_own(
+    episodes, num_environments, horizon, room, cut
+):
+    """A prefix of all windows, in order, of which only the last turns may be missing; and the same
+    after a state was saved at any step."""
+    flags = flatten(episodes)
+    capacity = horizon * num_environments + room
+    sizes = dict(
+        capacity=capacity,
+        horizon=horizon,
+        observation_dim=S,
+        action_dim=A,
+        num_environments=num_environments,
+    )
+    buffer = ReplayBuffer(**sizes)
+    for n, (terminated, truncated) in enumerate(flags):
+        if n == cut:
+            saved = buffer.state_dict()
+            buffer = ReplayBuffer(**sizes)
+            buffer.load_state_dict(saved)
+        buffer.add(*step_values(n), terminated, truncated)
+        wanted = windows_in_turns(flags[: n + 1], capacity, horizon, num_environments)
+        got = all_windows(buffer)
+        assert got == wanted[: len(got)]
+        missing = [window[0][0] for window in wanted[len(got) :]]
+        assert all(start > n - (horizon - 1) * num_environments for start in missing)
+        count = sum(term or trunc for term, trunc in flags[: n + 1])
+        assert buffer.num_episodes == count
+    for environment in range(num_environments):
+        buffer.end_episode(environment)
+    # a terminal step of each decides what waited
+    for n in range(len(flags), len(flags) + num_environments):
+        buffer.add(*step_values(n), True, False)
+        flags.append((True, False))
+    ends = windows_in_turns(flags, capacity, horizon, num_environments)
+    # whatever ran at the end was closed as truncated
+    firsts = {window[0][0] for window in all_windows(buffer)}
+    assert {window[0][0] for window in ends if len({n for n, _, _ in window}) == 1} <= firsts
+    assert buffer._waiting == []
+
+
+def test_one_environments_episode_is_closed_alone():
+    buffer = ReplayBuffer(20, 2, S, A, num_environments=2)
+    fill(buffer, [(False, False)] * 3)  # environment 0: 0, 2; environment 1: 1
+    buffer.end_episode(0)
+    fill(buffer, [(False, False)] * 3, first=3)  # 1, 3, 5 go on; 4 begins
+    firsts = [window[0][0] for window in all_windows(buffer)]
+    assert firsts == [0, 1, 3]
+    assert buffer.num_episodes == 1
+
+
+def test_the_capacity_holds_a_window_of_every_environment():
+    with pytest.raises(
+        InputError, match="at least the horizon, 4 for each of 3 environments, got 11"
+    ):
+        ReplayBuffer(11, 4, S, A, num_environments=3)
+
+
+def test_a_state_of_one_environment_as_it_was_written_before():
+    buffer = fill(ReplayBuffer(20, 4, S, A), [(False, False)] * 5 + [(True, False)] * 2)
+    state = buffer.state_dict()
+    old = {k: v for k, v in state.items() if k not in ("episode_starts", "waiting")}
+    old["episode_start"] = int(state["episode_starts"])
+    del old["num_environments"]
+    loaded = ReplayBuffer(20, 4, S, A)
+    loaded.load_state_dict(old)
+    for each in (buffer, loaded):
+        fill(each, [(False, False)] * 6, first=7)
+    assert all_windows(loaded) == all_windows(buffer)

@@ -42,6 +42,7 @@ from polygrad_fast.runs.restore import (
 from polygrad_fast.runs.run import Run
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
 from polygrad_fast.training.build import build_training
+from polygrad_fast.training.environments import training_environments
 from polygrad_fast.training.memory import check_sampling_memory, check_training_memory
 from polygrad_fast.training.session import Session
 from polygrad_fast.world_models import TrajectoryDiffusion, WorldModel
@@ -120,7 +121,8 @@ class PolyGRAD:
         check_training_memory(c, *dims, self.device, self._memory_checked)
 
         own = {"denoiser": denoiser, "policy": policy}
-        self.training = build_training(c, environment, self.seed, self.device, denoiser, policy)
+        several = training_environments(environment, env, c.num_envs, c.env_processes)
+        self.training = build_training(c, several, self.seed, self.device, denoiser, policy)
 
         warn_of_statistics(environment)
         environments = EvaluationEnvironments(environment, env, eval_env)
@@ -202,8 +204,8 @@ class PolyGRAD:
 
     @property
     def environment(self) -> ResumableEnvironment:
-        """The environment trained on."""
-        return self.training.environment
+        """The environment trained on, of several the first one."""
+        return self.training.collector.environments[0]
 
     @property
     def action_scaler(self) -> ActionScaler:

@@ -56,6 +56,12 @@ class TrainConfig(Options):
     policy_delay_steps: int = 1000
     """Environment steps after the prefill before the first policy update."""
     replay_capacity: int = 1_000_000
+    num_envs: int = 1
+    """Training environments, which take turns: environment step n is taken in number n mod
+    num_envs. Everything else still counts single environment steps."""
+    env_processes: bool = False
+    """Let every training environment step in a process of its own while the updates run; an action
+    then comes from the policy as it was before the updates due after the last num_envs steps."""
     rescale_actions: bool = True
     """Let the policy act in [-1, 1] where the action space is bounded."""
     eval_interval: int = 10_000
@@ -88,6 +94,7 @@ class TrainConfig(Options):
             "imagined_batch_size",
             "learning_starts",
             "replay_capacity",
+            "num_envs",
             "eval_interval",
             "eval_episodes",
             "log_interval",
@@ -95,11 +102,11 @@ class TrainConfig(Options):
             "keep_checkpoints",
         )
         self._check(self.horizon >= 2, "horizon", "at least 2 to train (A2C needs a next value)")
-        self._check(
-            self.learning_starts >= self.horizon,
-            "learning_starts",
-            f"at least the horizon, {self.horizon} (training needs a whole window)",
-        )
+        steps = self.horizon * self.num_envs
+        each = f" times num_envs, {self.num_envs}" if self.num_envs > 1 else ""
+        for name in ("learning_starts", "replay_capacity"):
+            why = f"at least the horizon, {self.horizon}{each} (training needs a whole window)"
+            self._check(getattr(self, name) >= steps, name, why)
         self._check_at_least(
             0, "policy_delay_steps", "policy_updates_per_env_step", "diagnostics_interval"
         )

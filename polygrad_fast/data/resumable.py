@@ -139,6 +139,11 @@ class ResumableEnvironment:
         self._running = not (terminated or truncated)
         return self.observation, reward, terminated, truncated
 
+    def start(self, environment_action: np.ndarray) -> None:
+        """Begin a step of an environment that can (`ProcessEnvironment`); `step` with the same
+        action then takes it. The state stays that before the step."""
+        self.env.start(np.array(environment_action, dtype=self._action_space.dtype))
+
     def sample_action(self) -> np.ndarray:
         """Draw an action [A] from the environment's action space, in the environment's space."""
         return self._action_space.sample()

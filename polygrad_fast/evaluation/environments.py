@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -31,6 +31,32 @@ def build_environment(source: EnvironmentSource, render_mode: str | None = None)
             f"the environment function must return a gymnasium.Env, got {type(made).__name__}"
         )
     return made
+
+
+def check_new(environment: gymnasium.Env, known: Sequence[gymnasium.Env]) -> None:
+    """Raise InputError where a function has returned one of the known environments again."""
+    if any(environment.unwrapped is other.unwrapped for other in known):
+        raise InputError(
+            f"the environment function must return a new environment at each call, got the same "
+            f"{environment_name(environment)} twice"
+        )
+
+
+def check_same_spaces(environment: gymnasium.Env, first: gymnasium.Env, purpose: str) -> None:
+    """Raise InputError unless an environment has the dimensions and the actions of the first one
+    trained on."""
+    wanted, got = check_spaces(first), check_spaces(environment)
+    if got != wanted:
+        raise InputError(
+            f"the {purpose} environment must have (observation, action) dimensions {wanted} as "
+            f"{environment_name(first)}, got {got} of {environment_name(environment)}"
+        )
+    ours, theirs = first.action_space, environment.action_space
+    if not (np.array_equal(ours.low, theirs.low) and np.array_equal(ours.high, theirs.high)):
+        raise InputError(
+            f"the {purpose} environment must have the action space {ours} as "
+            f"{environment_name(first)}, got {theirs} of {environment_name(environment)}"
+        )
 
 
 class EvaluationEnvironments:
@@ -89,7 +115,7 @@ class EvaluationEnvironments:
             environment = copy_environment(self._pristine)
         else:
             environment = build_environment(self._source, render_mode)
-            self._check_new(environment)
+            check_new(environment, [self._training, *getattr(self, "_made", [])])
         self._check_spaces(environment)
         made_so = isinstance(self._source, str) or environment.render_mode == render_mode
         if render_mode is not None and not made_so:
@@ -109,31 +135,10 @@ class EvaluationEnvironments:
         """Return whether an environment of `make` is the user's own, not to be closed."""
         return environment is self._alone
 
-    def _check_new(self, environment: gymnasium.Env) -> None:
-        known = [self._training, *getattr(self, "_made", [])]
-        if any(environment.unwrapped is other.unwrapped for other in known):
-            raise InputError(
-                f"the environment function must return a new environment at each call, got the "
-                f"same {environment_name(environment)} twice"
-            )
-
     def _check_spaces(self, environment: gymnasium.Env) -> None:
         if environment.unwrapped is self._training.unwrapped:
             raise InputError(
                 f"eval_env must be another environment than the one trained on, got that "
                 f"{environment_name(environment)} itself"
             )
-        wanted, got = check_spaces(self._training), check_spaces(environment)
-        if got != wanted:
-            raise InputError(
-                f"the evaluation environment must have (observation, action) dimensions {wanted} "
-                f"as {environment_name(self._training)}, got {got} of "
-                f"{environment_name(environment)}"
-            )
-        ours, theirs = self._training.action_space, environment.action_space
-        if not (np.array_equal(ours.low, theirs.low) and np.array_equal(ours.high, theirs.high)):
-            raise InputError(
-                f"the evaluation environment must have the action space {ours} as "
-                f"{environment_name(self._training)}, got {theirs} of "
-                f"{environment_name(environment)}"
-            )
+        check_same_spaces(environment, self._training, "evaluation")

@@ -24,7 +24,6 @@ class RandomStreams:
         generator: batches, updates and imagination; on the device.
         acting: actions in the training environment; on the CPU.
         predictions: actions that a user asks for, which must not change the run; on the CPU.
-        environment_seed: for the training environment and its action space.
     """
 
     def __init__(self, seed: int, device: torch.device):
@@ -37,7 +36,14 @@ class RandomStreams:
         self.generator = torch.Generator(device).manual_seed(seeds[1])
         self.acting = torch.Generator().manual_seed(seeds[2])
         self.predictions = torch.Generator().manual_seed(seeds[3])
-        self.environment_seed = seeds[4]
+        self._environment_seed = seeds[4]
+
+    def environment_seeds(self, number: int) -> list[int]:
+        """Return a seed for each of so many training environments and their action spaces; the
+        first ones are the same for any number."""
+        first = self._environment_seed
+        others = [np.random.SeedSequence([first, i]) for i in range(1, number)]
+        return [first, *(int(seed.generate_state(1, np.uint64)[0]) for seed in others)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all streams that a training draws from, the global ones included."""

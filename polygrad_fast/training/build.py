@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import gymnasium
 import torch
 from torch import nn
@@ -12,13 +14,14 @@ from polygrad_fast.learners import build_learner, build_policy
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.runs.random_streams import RandomStreams
 from polygrad_fast.training.actor import Actor
+from polygrad_fast.training.collector import Collector
 from polygrad_fast.training.imagination import ImaginationTraining
 from polygrad_fast.world_models import build_world_model
 
 
 def build_training(
     config: TrainConfig,
-    environment: gymnasium.Env,
+    environments: Sequence[gymnasium.Env],
     seed: int,
     device: torch.device,
     denoiser: nn.Module | None = None,
@@ -28,7 +31,7 @@ def build_training(
 
     Args:
         config: resolved.
-        environment: to train on.
+        environments: to train on; all are alike.
         seed: of all random numbers; also seeds the global generators.
         device: of networks and data.
         denoiser, policy: the user's own instead of the configured ones.
@@ -36,11 +39,14 @@ def build_training(
     Raises:
         InputError: one of the user's own cannot be used, or an option does not fit it.
     """
-    dims = check_spaces(environment)
+    dims = check_spaces(environments[0])
     streams = RandomStreams(seed, device)
-    scaler = ActionScaler(environment.action_space, config.rescale_actions)
-    resumable = ResumableEnvironment(environment, streams.environment_seed)
-    replay = ReplayBuffer(config.replay_capacity, config.horizon, *dims, device)
+    scaler = ActionScaler(environments[0].action_space, config.rescale_actions)
+    seeds = streams.environment_seeds(len(environments))
+    resumable = [
+        ResumableEnvironment(env, seed) for env, seed in zip(environments, seeds, strict=True)
+    ]
+    replay = ReplayBuffer(config.replay_capacity, config.horizon, *dims, device, len(environments))
     normalizer = Normalizer(*dims).to(device)
     bounds = scaler.low, scaler.high
     # before the policy: the networks' initial weights come from one stream
@@ -49,6 +55,9 @@ def build_training(
     learner = build_learner(config, policy, normalizer, device)
     world_model.prepare(policy)
     actor = Actor(policy, normalizer, scaler, device)
+    collector = Collector(
+        resumable, scaler, actor, streams.acting, config.learning_starts, config.env_processes
+    )
     return ImaginationTraining(
-        config, resumable, scaler, actor, replay, normalizer, world_model, learner, streams
+        config, collector, scaler, actor, replay, normalizer, world_model, learner, streams
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.config import TrainConfig
-from polygrad_fast.data import ActionScaler, ReplayBuffer, ResumableEnvironment
+from polygrad_fast.data import ActionScaler, ReplayBuffer
 from polygrad_fast.diagnostics.on_policy import on_policy_statistics
 from polygrad_fast.errors import CheckpointError, NonFiniteError
 from polygrad_fast.learners import Learner
@@ -21,6 +21,7 @@ from polygrad_fast.profiling import annotate
 from polygrad_fast.runs.random_streams import RandomStreams
 from polygrad_fast.sampling import TrajectoryBatch
 from polygrad_fast.training.actor import Actor
+from polygrad_fast.training.collector import Collector
 from polygrad_fast.training.estimate import Speed, num_updates
 from polygrad_fast.world_models import WorldModel
 
@@ -33,7 +34,7 @@ class ImaginationTraining:
 
     Args:
         config: resolved.
-        environment, action_scaler, actor: what acts where.
+        collector, action_scaler, actor: what acts where.
         normalizer: shared by all networks; its moments are set here.
         world_model, learner: what imagines, and what improves the policy.
         streams: random numbers.
@@ -53,7 +54,7 @@ class ImaginationTraining:
     def __init__(
         self,
         config: TrainConfig,
-        environment: ResumableEnvironment,
+        collector: Collector,
         action_scaler: ActionScaler,
         actor: Actor,
         replay: ReplayBuffer,
@@ -63,7 +64,7 @@ class ImaginationTraining:
         streams: RandomStreams,
     ):
         self.config = config
-        self.environment, self.action_scaler, self.actor = environment, action_scaler, actor
+        self.collector, self.action_scaler, self.actor = collector, action_scaler, actor
         self.replay, self.normalizer = replay, normalizer
         self.world_model, self.learner, self.streams = world_model, learner, streams
         self.num_timesteps, self.target_timesteps = 0, config.total_timesteps
@@ -72,8 +73,6 @@ class ImaginationTraining:
         self.speed = Speed(0)
         self._sums: dict[str, list[float]] = {}  # of metrics since the last row
         self._policy_updates = 0
-        self._action: np.ndarray | None = None  # drawn, but not taken yet
-        self._environment_state: dict[str, Any] | None = None  # to restore before the next step
 
     def step(self) -> bool:
         """Take one environment step and all updates due after it; `count_step` then counts it.
@@ -85,7 +84,8 @@ class ImaginationTraining:
             InputError: the environment returned something unusable.
             NonFiniteError: an update met NaN.
         """
-        self._restore_environment()
+        for environment in self.collector.restore():
+            self.replay.end_episode(environment)
         if self.updates_left is None:
             self._interact()
         updates = {"model_update": self.update_model, "policy_update": self.update_policy}
@@ -103,37 +103,35 @@ class ImaginationTraining:
         self.num_timesteps, self.updates_left = self.num_timesteps + 1, None
 
     def _interact(self) -> None:
-        """Take one environment step and note the updates that are due after it."""
+        """Take one environment step and note the updates that are due after it; where the
+        environments step while these run, begin the next step of the one that stepped."""
+        step, collector = self.num_timesteps, self.collector
         with self.speed.measured("env_step"):
-            self._take_environment_step()
+            self._draw_action(step)
+            self._take_environment_step(step)
+            if collector.ahead:
+                following = step + len(collector.environments)
+                self._draw_action(following)
+                collector.begin(following)
 
-    def _take_environment_step(self) -> None:
+    def _draw_action(self, step: int) -> None:
+        self.collector.prepare(step)
+        with self._indivisible():
+            self.collector.draw(step)
+
+    def _take_environment_step(self, step: int) -> None:
         c = self.config
-        if not self.environment.running:
-            with annotate("env_reset"):
-                self.environment.reset()
-        observation = self.environment.observation
-        if self._action is None:  # else the environment failed in this step before
-            with annotate("act"), self._indivisible():
-                if self.num_timesteps < c.learning_starts:
-                    sampled = self.environment.sample_action()
-                    self._action = self.action_scaler.from_environment(sampled)
-                else:
-                    self._action = self.actor.sample(observation, self.streams.acting)
-        action = self._action
-        environment_action = self.action_scaler.to_environment(action)
-        with annotate("env_step"):
-            _, reward, terminated, truncated = self.environment.step(environment_action)
+        observation, action, reward, terminated, truncated = self.collector.take(step)
         with self._indivisible():
             if c.sampler.denoiser_actions == "clipped":
                 action = np.clip(action, self.action_scaler.low, self.action_scaler.high)
             with annotate("replay_add"):
                 self.replay.add(observation, action, reward, terminated, truncated)
-            self._action = None
-            trained_steps = self.num_timesteps + 1 - c.learning_starts
+            trained_steps = step + 1 - c.learning_starts
             if terminated or truncated:
-                self._add_metric("train/episode_return", self.environment.episode_return)
-                self._add_metric("train/episode_length", self.environment.episode_length)
+                environment = self.collector.turn(step)
+                self._add_metric("train/episode_return", environment.episode_return)
+                self._add_metric("train/episode_length", environment.episode_length)
                 if trained_steps > 0 and c.normalizer.refresh == "episode":
                     self._refresh_normalizer()
             if trained_steps == 0:
@@ -227,11 +225,6 @@ class ImaginationTraining:
         """Begin a new row of metrics."""
         self._sums = {}
 
-    def keep_environment(self) -> None:
-        """Let the next step begin from the environment as it is now, whatever happens to it."""
-        if self._environment_state is None:
-            self._environment_state = self.environment.state_dict()
-
     def modules(self) -> dict[str, torch.nn.Module]:
         """Return all networks by name."""
         return {
@@ -270,19 +263,18 @@ class ImaginationTraining:
         return {
             "num_timesteps": self.num_timesteps,
             "sums": self._sums,
-            "action": None if self._action is None else torch.from_numpy(self._action),
             "begun_step": self.updates_left,
             "policy_updates": self._policy_updates,
             **self.world_model.state_dict(),
             "actor_critic": self.learner.state_dict(),
             "replay": self.replay.state_dict(),
-            "environment": self._environment_state or self.environment.state_dict(),
+            **self.collector.state_dict(),
             **self.actor.acting.state_dict(),
             **self.streams.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the environment follows with the next step."""
+        """Restore what `state_dict` returned; the environments follow with the next step."""
         self.num_timesteps = state["num_timesteps"]
         self._sums = {name: list(entry) for name, entry in state["sums"].items()}
         self.world_model.load_state_dict(state)
@@ -290,14 +282,12 @@ class ImaginationTraining:
         self.replay.load_state_dict(state["replay"])
         self.actor.acting.load_state_dict(state)
         self.streams.load_state_dict(state, self.num_timesteps)
-        action = state.get("action")
-        self._action = None if action is None else action.numpy()
+        self.collector.load_state_dict(state)
         left = state.get("begun_step")
         if left is not None:
             left = {_FORMER_NAMES.get(name, name): count for name, count in left.items()}
         self.updates_left = left
         self._policy_updates = state.get("policy_updates", 0)  # older checkpoints have none
-        self._environment_state = state["environment"]
 
     @contextlib.contextmanager
     def _indivisible(self) -> Iterator[None]:
@@ -305,14 +295,6 @@ class ImaginationTraining:
         self.consistent = False
         yield
         self.consistent = True
-
-    def _restore_environment(self) -> None:
-        """Make the environment what it was at the checkpoint, or before an error in it."""
-        if self._environment_state is not None:
-            if not self.environment.load_state_dict(self._environment_state):
-                self.replay.end_episode()
-                self._action = None  # was drawn for another observation
-            self._environment_state = None
 
     def _refresh_normalizer(self) -> None:
         with annotate("normalizer_update"):

@@ -187,7 +187,7 @@ class Session:
     def _save_before(self, error: BaseException) -> None:
         """Save the state before an error ends the training, if it is one to continue from."""
         training = self.training
-        training.keep_environment()  # the error may have left it anywhere
+        training.collector.keep()  # the error may have left the environments anywhere
         at_once = isinstance(error, KeyboardInterrupt) and training.stop_requested
         if training.consistent and training.num_timesteps > 0 and not at_once:
             # where saving itself fails, the last checkpoint is an older one

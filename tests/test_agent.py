@@ -478,7 +478,7 @@ def test_an_environment_that_cannot_be_restored_is_not_called_a_damaged_checkpoi
         agent.learn(10)
     assert "stopped at environment step 60; " in caught.value.__notes__[0]
     after = load_checkpoint(tmp_path / "checkpoints" / "step_000000060")[1]
-    assert str(after["environment"]) == str(before["environment"])
+    assert str(after["environments"]) == str(before["environments"])
 
 
 def test_resume_with_a_function_as_environment(tmp_path):

@@ -64,14 +64,14 @@ class Collector:
     def restore(self) -> list[int]:
         """Make the environments what they were at the checkpoint, or before an error in one; return
         those that could not be restored, whose episodes have been left."""
-        kept, self._kept = self._kept, None
-        if kept is None:
+        if self._kept is None:
             return []
         left = []
-        for i, (environment, state) in enumerate(zip(self.environments, kept, strict=True)):
+        for i, (environment, state) in enumerate(zip(self.environments, self._kept, strict=True)):
             if not environment.load_state_dict(state):
                 left.append(i)
                 self._actions[i] = None  # was drawn for another observation
+        self._kept = None  # only now: after an error they are restored again
         return left
 
     def turn(self, step: int) -> ResumableEnvironment:

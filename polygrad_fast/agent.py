@@ -125,7 +125,7 @@ class PolyGRAD:
         self.training = build_training(c, several, self.seed, self.device, denoiser, policy)
 
         warn_of_statistics(environment)
-        environments = EvaluationEnvironments(environment, env, eval_env)
+        environments = EvaluationEnvironments(environment, env, eval_env, c.eval_processes)
         self.evaluator = Evaluator(self._act, environments, self.seed)
         self._can_learn = True
         identity = {

@@ -67,6 +67,9 @@ class TrainConfig(Options):
     eval_interval: int = 10_000
     """Environment steps between two evaluations."""
     eval_episodes: int = 10
+    eval_processes: int = 0
+    """Processes that play the evaluation's episodes, the same ones as without; 0: played here. Pays
+    where a step of the environment takes longer than to hand it over, about 0.1 ms."""
     log_interval: int = 1000
     """Environment steps between two rows of metrics.csv."""
     checkpoint_interval: int = 10_000
@@ -108,7 +111,11 @@ class TrainConfig(Options):
             why = f"at least the horizon, {self.horizon}{each} (training needs a whole window)"
             self._check(getattr(self, name) >= steps, name, why)
         self._check_at_least(
-            0, "policy_delay_steps", "policy_updates_per_env_step", "diagnostics_interval"
+            0,
+            "eval_processes",
+            "policy_delay_steps",
+            "policy_updates_per_env_step",
+            "diagnostics_interval",
         )
         asked = self.gradient_trajectories
         self._check(asked == 0 or asked >= 8, "gradient_trajectories", "0 or at least 8")

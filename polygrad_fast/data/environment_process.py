@@ -11,7 +11,8 @@ import subprocess
 import sys
 import traceback
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cloudpickle
@@ -24,27 +25,101 @@ from polygrad_fast.errors import InputError
 _SECONDS_TO_END = 5.0
 
 
-class ProcessEnvironment(gymnasium.Env):
-    """Resets and steps an environment in another process.
+class EnvironmentProcess:
+    """A new Python that makes environments and steps them.
 
-    The process is a new Python, begun at the first reset, that makes the environment itself; it
-    ends with this one, also where this one is killed. `info` is empty.
+    It begins when it is first asked for something, and ends with this process, also where this one
+    is killed.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._asked: deque[object] = deque()  # who waits for the answers to come, in order
+        self._answers: dict[object, tuple] = {}
+
+    def send(self, sender: object, message: tuple) -> None:
+        """Ask for something; the answer is the sender's.
+
+        Raises:
+            InputError: the process has ended by itself.
+        """
+        if self._process is None:
+            self._begin()
+        try:
+            pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._gone() from None
+        self._asked.append(sender)
+
+    def receive(self, sender: object) -> tuple:
+        """Wait for the answer to what a sender has asked: result, error, its traceback.
+
+        Raises:
+            InputError: the process has ended by itself.
+        """
+        while sender not in self._answers:
+            try:
+                answer = pickle.load(self._process.stdout)
+            except (EOFError, pickle.UnpicklingError):
+                raise self._gone() from None
+            self._answers[self._asked.popleft()] = answer
+        return self._answers.pop(sender)
+
+    def close(self) -> None:
+        """End the process; what is asked next begins another one."""
+        if self._process is not None:
+            self._end()
+            self._process = None
+            self._asked.clear()
+            self._answers.clear()
+
+    def _begin(self) -> None:
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}\n"
+            f"from {__name__} import serve_environments\n"
+            f"serve_environments()"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+
+    def _gone(self) -> InputError:
+        process = self._process
+        self.close()
+        return InputError(
+            f"the environment's process ended by itself, with exit code {process.returncode}"
+        )
+
+
+class ProcessEnvironment(gymnasium.Env):
+    """Resets and steps an environment in another process; its `info` is empty.
 
     Args:
         source: what the process makes the environment from: an id, with its registration here, or a
             function without arguments.
         like: such an environment, for its spaces and its name.
+        process: where it is to be, with others; None: in one of its own.
 
     Raises:
         InputError: `source` cannot be handed to another process.
     """
 
-    def __init__(self, source: str | Callable[[], gymnasium.Env], like: gymnasium.Env):
+    def __init__(
+        self,
+        source: str | Callable[[], gymnasium.Env],
+        like: gymnasium.Env,
+        process: EnvironmentProcess | None = None,
+    ):
         self.observation_space = copy.deepcopy(like.observation_space)
         self.action_space = copy.deepcopy(like.action_space)
         self.spec, self.name = like.spec, environment_name(like)
-        self._pending = False
-        self._process: subprocess.Popen | None = None
+        self.process = EnvironmentProcess() if process is None else process
+        self._stepping = False
         try:
             self._order = cloudpickle.dumps((source, _registrations(source)))
         except Exception as error:  # of whatever the function holds
@@ -54,72 +129,54 @@ class ProcessEnvironment(gymnasium.Env):
 
     def start(self, action: np.ndarray) -> None:
         """Begin a step, which the next `step` waits for and returns."""
-        self._send(("step", (action,)))
-        self._pending = True
+        self._send("step", action)
+        self._stepping = True
 
     def step(self, action: np.ndarray) -> tuple:
         """Return what the step that `start` began gives, or that of this action."""
-        if not self._pending:
+        if not self._stepping:
             self.start(action)
-        self._pending = False
+        self._stepping = False
         return self._receive()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         """Reset the environment; a step that was begun is forgotten."""
-        if self._pending:
-            self._pending = False
+        if self._stepping:
+            self._stepping = False
             with contextlib.suppress(Exception):
                 self._receive()
-        self._send(("reset", (seed, options)))
+        self._send("reset", seed, options, self._order)
         return self._receive()
 
     def close(self) -> None:
         """End the process; a reset begins another one."""
-        if self._process is not None:
-            self._end()
-            self._process = None
+        self.process.close()
 
-    def _begin(self) -> None:
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"from {__name__} import serve_environment\n"
-            f"serve_environment()"
-        )
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self._end = weakref.finalize(self, _end, self._process)
-        self._send(self._order)
-
-    def _send(self, message: Any) -> None:
-        if self._process is None:
-            self._begin()
-        try:
-            pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._gone() from None
+    def _send(self, name: str, *arguments: Any) -> None:
+        with self._named():
+            self.process.send(id(self), (id(self), name, arguments))
 
     def _receive(self) -> Any:
-        try:
-            result, error, trace = pickle.load(self._process.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            raise self._gone() from None
+        with self._named():
+            result, error, trace = self.process.receive(id(self))
         if error is not None:
             error.add_note(f"in the process of {self.name}:\n{trace}")
             raise error
         return result
 
-    def _gone(self) -> InputError:
-        process = self._process
-        self.close()
-        return InputError(
-            f"{self.name}: the environment's process ended by itself, with exit code "
-            f"{process.returncode}"
-        )
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from None
+
+
+def start_step(env: gymnasium.Env, action: np.ndarray) -> None:
+    """Begin a step of an environment in another process, which its `step` with the same action
+    waits for; nothing where it is in this one."""
+    if isinstance(env, ProcessEnvironment):
+        env.start(action)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -141,20 +198,21 @@ def _registrations(source: str | Callable[[], gymnasium.Env]) -> dict[str, Any]:
     return {source: gymnasium.registry[source]}
 
 
-def serve_environment() -> None:
-    """Make an environment and do what the other process asks, until it closes the pipe."""
+def serve_environments() -> None:
+    """Make environments and do what the other process asks, until it closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the environment prints
-    env = None
+    os.dup2(2, 1)  # what the environments print
+    environments: dict[int, gymnasium.Env] = {}
     with contextlib.suppress(EOFError, BrokenPipeError):
-        order = pickle.load(asked)
         while True:
-            message = pickle.load(asked)
+            number, name, arguments = pickle.load(asked)
             try:
-                if env is None:
-                    env = _make(order)
-                answer = _do(env, *message), None, ""
+                if name == "reset":
+                    *arguments, order = arguments
+                    if number not in environments:
+                        environments[number] = _make(order)
+                answer = _do(environments[number], name, arguments), None, ""
             except Exception as error:  # of the environment
                 answer = None, _portable(error), traceback.format_exc()
             answers.write(_pickled(answer))
@@ -168,7 +226,7 @@ def _make(order: bytes) -> gymnasium.Env:
     return make_environment(source) if isinstance(source, str) else source()
 
 
-def _do(env: gymnasium.Env, name: str, arguments: tuple) -> Any:
+def _do(env: gymnasium.Env, name: str, arguments: Sequence[Any]) -> Any:
     """Return what an environment's `reset` or `step` returns, without its info."""
     if name == "reset":
         seed, options = arguments

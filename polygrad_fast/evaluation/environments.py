@@ -10,6 +10,7 @@ import numpy as np
 
 from polygrad_fast.data.environment import check_spaces, environment_name, make_environment
 from polygrad_fast.data.environment_copy import check_independent, copy_environment
+from polygrad_fast.data.environment_process import EnvironmentProcess, ProcessEnvironment
 from polygrad_fast.errors import InputError
 
 EnvironmentSource = str | gymnasium.Env | Callable[[], gymnasium.Env]
@@ -70,10 +71,12 @@ class EvaluationEnvironments:
         training: the environment trained on.
         source: what it was made from.
         given: `eval_env`, what evaluation environments are made from instead; None: `source`.
+        num_processes: where evaluations play, the environments spread over them; 0: here. What is
+            played is the same.
 
     Raises:
-        InputError: `training` cannot be copied, or an evaluation environment is the training
-            environment or has other spaces.
+        InputError: `training` cannot be copied, an evaluation environment is the training
+            environment or has other spaces, or an object is to be played in other processes.
     """
 
     def __init__(
@@ -81,10 +84,18 @@ class EvaluationEnvironments:
         training: gymnasium.Env,
         source: EnvironmentSource,
         given: EnvironmentSource | None = None,
+        num_processes: int = 0,
     ):
         self._training = training
         self._source = source if given is None else given
         self._pristine = self._alone = None
+        self._processes = [EnvironmentProcess() for _ in range(num_processes)]
+        if self._processes and isinstance(self._source, gymnasium.Env):
+            raise InputError(
+                f"eval_processes must be 0 for an environment object "
+                f"({environment_name(self._source)}), which cannot be handed over: give an id or a "
+                f"function that makes the environment"
+            )
         if given is not None and isinstance(given, gymnasium.Env):
             self._alone = given
         elif isinstance(self._source, gymnasium.Env):
@@ -94,10 +105,16 @@ class EvaluationEnvironments:
                 self._pristine.unwrapped.render_mode = None
             check_independent(self._pristine)
         self._made = [self.make()]
+        self._remote: list[gymnasium.Env] = []
 
     def take(self, num_episodes: int) -> list[gymnasium.Env]:
         """Return the environments that play `num_episodes` episodes, the same each time."""
         wanted = 1 if self._alone is not None else min(num_episodes, MAX_ENVIRONMENTS)
+        if self._processes:
+            for i in range(len(self._remote), wanted):
+                process = self._processes[i % len(self._processes)]
+                self._remote.append(ProcessEnvironment(self._source, self._made[0], process))
+            return self._remote[:wanted]
         while len(self._made) < wanted:
             self._made.append(self.make())
         return self._made[:wanted]

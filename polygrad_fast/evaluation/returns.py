@@ -15,6 +15,7 @@ from polygrad_fast.data.environment import (
     reset_environment,
     step_environment,
 )
+from polygrad_fast.data.environment_process import start_step
 from polygrad_fast.errors import InputError
 
 
@@ -91,7 +92,10 @@ def evaluate_policy(
             on_step()
         slots = list(running)
         observations = np.stack([running[slot][1] for slot in slots])
-        for slot, action in zip(slots, act(observations), strict=True):
+        actions = act(observations)
+        for slot, action in zip(slots, actions, strict=True):
+            start_step(environments[slot], action)
+        for slot, action in zip(slots, actions, strict=True):
             episode = running[slot][0]
             lengths[episode] += 1
             place = f"{where(slot, episode)}, step {lengths[episode]}"

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from polygrad_fast.data.environment_process import ProcessEnvironment
+from polygrad_fast.data.environment_process import EnvironmentProcess, ProcessEnvironment
 from polygrad_fast.errors import InputError
 
 
@@ -33,18 +33,33 @@ def play(env: gymnasium.Env, ahead: bool = False) -> list[bytes]:
 def test_it_steps_as_the_environment_does():
     local = gymnasium.make("Pendulum-v1")
     remote = ProcessEnvironment("Pendulum-v1", local)
-    assert remote._process is None  # nothing begins before it is needed
+    assert remote.process._process is None  # nothing begins before it is needed
     assert remote.spec.id == "Pendulum-v1"
     wanted = play(local)
     assert play(remote) == wanted
     assert play(remote, ahead=True) == wanted
     remote.start(np.zeros(1, np.float32))
     assert play(remote) == wanted  # a reset forgets the step that was begun
-    process = remote._process
+    process = remote.process._process
     remote.close()
     assert process.returncode == 0
     assert play(remote) == wanted  # in another process
     del remote
+
+
+def test_environments_share_a_process():
+    local, process = gymnasium.make("Pendulum-v1"), EnvironmentProcess()
+    first, second = (ProcessEnvironment("Pendulum-v1", local, process) for _ in range(2))
+    observations = [env.reset(seed=seed)[0] for seed, env in enumerate((first, second))]
+    action = np.full(1, 0.5, np.float32)
+    for env in (first, second):
+        env.start(action)
+    answers = [env.step(action) for env in (second, first)][::-1]  # asked in another order
+    for seed, (observation, answer) in enumerate(zip(observations, answers, strict=True)):
+        assert local.reset(seed=seed)[0].tobytes() == observation.tobytes()
+        wanted, *outcome, _ = local.step(action)
+        assert wanted.tobytes() == answer[0].tobytes() and outcome == list(answer[1:4])
+    process.close()
 
 
 def make_own() -> callable:
@@ -113,7 +128,7 @@ def test_its_process_ends_where_this_one_is_killed():
         "from polygrad_fast.data.environment_process import ProcessEnvironment\n"
         "env = ProcessEnvironment('Pendulum-v1', gymnasium.make('Pendulum-v1'))\n"
         "env.reset(seed=0)\n"
-        "print(env._process.pid, flush=True)\n"
+        "print(env.process._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

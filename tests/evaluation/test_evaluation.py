@@ -474,3 +474,21 @@ def test_offline_evaluation_ends_with_the_time_limit():
         lambda o: (np.zeros((len(o), 1)), None)
     )
     assert result.episodes.lengths.tolist() == [30, 30]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_processes_play_the_same_episodes(num_processes):
+    """More episodes than environments, and fewer environments than processes."""
+    config = tiny_config(eval_processes=num_processes)
+    here = pg.PolyGRAD("Pendulum-v1", config=tiny_config())
+    there = pg.PolyGRAD("Pendulum-v1", config=config)
+    for number in (1, 3, 18):
+        wanted, got = (agent.evaluate(number, seed=number) for agent in (here, there))
+        assert wanted.returns.tolist() == got.returns.tolist()
+        assert wanted.lengths.tolist() == got.lengths.tolist()
+
+
+def test_processes_need_an_environment_that_can_be_made_there():
+    config = tiny_config(eval_processes=2)
+    with pytest.raises(pg.InputError, match="eval_processes must be 0 for .*Pendulum-v1"):
+        pg.PolyGRAD(gymnasium.make("Pendulum-v1"), config=config)

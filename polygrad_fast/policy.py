@@ -127,6 +127,7 @@ class ValueFunction(nn.Module):
     def __init__(self, observation_dim: int, hidden_dim: int = 256, num_layers: int = 2):
         super().__init__()
         self.network = mlp(observation_dim, hidden_dim, num_layers, 1)
+        self.built = structure(self)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return values at observations in the space the critic was trained on."""

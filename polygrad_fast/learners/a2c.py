@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from dataclasses import dataclass
 
@@ -18,40 +17,21 @@ from polygrad_fast.learners.advantages import (
     standardized,
     step_weights,
 )
-from polygrad_fast.learners.checks import (
-    check_learning_policy,
-    check_trajectories,
-    moments_and_outputs,
-)
+from polygrad_fast.learners.checks import check_learning_policy, check_trajectories
+from polygrad_fast.learners.line_search import FoundStep, LineSearch
+from polygrad_fast.learners.optimizers import FusedAdamW, clip_gradients
+from polygrad_fast.learners.passes import ActorPass, Batch, actor_passes, critic_passes
 from polygrad_fast.normalizer import Normalizer
-from polygrad_fast.policy import ValueFunction, entropy, log_prob
+from polygrad_fast.policy import ValueFunction
 from polygrad_fast.profiling import annotate
-from polygrad_fast.protocols import (
-    policy_moments,
-    reads_normalized,
-)
-
-
-def _distinct(tensor: Tensor) -> Tensor:
-    """Return each number of an expanded tensor once: PyTorch's mean over axes of stride 0 adds up
-    rounding errors, 1e-4 in 50,000 equal float32 numbers."""
-    return tensor[tuple(0 if stride == 0 else slice(None) for stride in tensor.stride())]
+from polygrad_fast.protocols import reads_normalized
 
 
 @dataclass(frozen=True)
-class _Losses:
-    """The losses of one batch, and what they were computed from; T = H - 1 steps."""
+class _Targets:
+    """What a batch's value targets were computed from."""
 
-    actor_loss: Tensor
-    critic_loss: Tensor
     target_weights: dict[str, Tensor]  # of the target critic, moved already
-    policy_inputs: Tensor  # [B, T, S], in the space that the policy reads
-    raw_actions: Tensor  # [B, T, A]
-    mean: Tensor  # [B, T, A]
-    std: Tensor  # [B, T, A]
-    old_log_prob: Tensor  # [B, T]
-    policy_entropy: Tensor  # [B, T]
-    values: Tensor  # [B, T]
     rewards: Tensor  # [B, H], as the critic learns from them
 
 
@@ -92,18 +72,26 @@ class ActorCritic:
         self.normed_inputs = reads_normalized(policy) if normed_inputs is None else normed_inputs
         check_learning_policy(policy, normalizer, self.config)
         self.target_value_function = copy.deepcopy(value_function).requires_grad_(False)
-        self.actor_optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=self.config.actor_learning_rate
+        weight = next(policy.parameters())
+
+        def scalar(value: float) -> Tensor:
+            return torch.tensor(value, dtype=torch.float32, device=weight.device)
+
+        c = self.config
+        self._max_log_rate = math.log(c.actor_learning_rate)
+        self._max_rate = scalar(c.actor_learning_rate)
+        if self._max_rate.item() > c.actor_learning_rate:  # as float32
+            self._max_rate = torch.nextafter(self._max_rate, scalar(0.0))
+        self.log_actor_learning_rate = scalar(self._max_log_rate).requires_grad_()
+        self.actor_optimizer = FusedAdamW(policy.parameters(), self._max_rate.clone())
+        self.critic_optimizer = FusedAdamW(
+            value_function.parameters(), scalar(c.critic_learning_rate)
         )
-        self.critic_optimizer = torch.optim.AdamW(
-            value_function.parameters(), lr=self.config.critic_learning_rate
+        self.learning_rate_optimizer = FusedAdamW(
+            [self.log_actor_learning_rate], scalar(c.actor_learning_rate_lr)
         )
-        self.log_actor_learning_rate = torch.tensor(
-            math.log(self.config.actor_learning_rate), requires_grad=True
-        )
-        self.learning_rate_optimizer = torch.optim.AdamW(
-            [self.log_actor_learning_rate], lr=self.config.actor_learning_rate_lr
-        )
+        self._line_search = LineSearch(c, weight.device, weight.dtype)
+        self._actor = self._critic = None
 
     def step(
         self,
@@ -111,7 +99,7 @@ class ActorCritic:
         actions: Tensor,
         rewards: Tensor,
         terminals: Tensor,
-        progress: float = 0.0,
+        progress: float | Tensor = 0.0,
     ) -> dict[str, Tensor]:
         """Take one actor and one critic step on imagined trajectories.
 
@@ -126,10 +114,11 @@ class ActorCritic:
         Args:
             observations, actions, rewards: normalized, [B, H, S], [B, H, A] and [B, H].
             terminals: 0/1 [B, H].
-            progress: share of training done, for `final_target_update`.
+            progress: share of training done, for `final_target_update`; a scalar on the device for
+                a step that a graph holds.
 
         Returns:
-            Metrics by name: detached scalars on the device.
+            Metrics by name: detached scalars on the device, to which nothing on the host waits.
 
         Raises:
             InputError: shapes differ or H < 2.
@@ -139,51 +128,34 @@ class ActorCritic:
         target_update = config.target_update
         if config.final_target_update is not None:
             target_update += progress * (config.final_target_update - target_update)
-        losses = self._losses(observations, actions, rewards, terminals, config)
-        mean, std, raw_actions = losses.mean, losses.std, losses.raw_actions
-
-        self.actor_optimizer.zero_grad(set_to_none=True)
-        self.critic_optimizer.zero_grad(set_to_none=True)
-        (losses.actor_loss + losses.critic_loss).backward()
-        max_norm = config.max_grad_norm if config.max_grad_norm is not None else math.inf
-        # log-std is not clipped, as in the released code
-        log_std = dict(self.policy.named_parameters()).get("log_std")
-        clipped = [p for p in self.policy.parameters() if p is not log_std]
-        actor_grad_norm = nn.utils.clip_grad_norm_(clipped, max_norm)
-        critic_grad_norm = nn.utils.clip_grad_norm_(self.value_function.parameters(), max_norm)
-
+        self._choose_passes()
+        batch, found = self._batch(observations, actions, rewards, terminals, config)
+        actor, critic = self._actor.gradients(batch, config), self._critic.gradients(batch)
         with torch.no_grad():
-            z = (raw_actions - mean) / std
-            log_std_metrics = {}
-            if log_std is not None and log_std.grad is not None:
-                log_std_metrics["log_std_grad_norm"] = log_std.grad.norm()
-            metrics = {
-                "actor_loss": losses.actor_loss.detach(),
-                "critic_loss": losses.critic_loss.detach(),
-                "actor_grad_norm": actor_grad_norm,
-                "critic_grad_norm": critic_grad_norm,
-                **log_std_metrics,
-                "entropy": losses.policy_entropy.mean(),
-                "policy_std": _distinct(std).mean(),
-                "action_mean": z.mean(),
-                "action_std": spread(z, "std"),
-                "action_mean_abs": spread(z, "mean_abs"),
-                "value": losses.values[:, 0].mean(),
-                "reward": losses.rewards.mean(),
+            metrics = {"actor_loss": actor.loss, "critic_loss": critic.loss}
+            metrics |= self._clip(actor.gradients, critic.gradients)
+            metrics |= {
+                "entropy": actor.entropy.mean(),
+                "policy_std": actor.std.mean(),
+                "action_mean": actor.z.mean(),
+                "action_std": spread(actor.z.movedim(0, -1), "std"),
+                "action_mean_abs": spread(actor.z.movedim(0, -1), "mean_abs"),
+                "value": critic.values[:, 0].mean(),
+                "reward": found.rewards.mean(),
                 "terminal_rate": terminals.mean(),
             }
-            if torch.stack(list(metrics.values())).isfinite().all():
-                with annotate("line_search"):
-                    old_log_prob = losses.old_log_prob.detach()
-                    measured = self._step_actor(
-                        losses.policy_inputs, raw_actions, old_log_prob, target_update
-                    )
-                if math.isfinite(measured["update_size_initial"]):
-                    for name, weight in self.target_value_function.named_parameters():
-                        weight.copy_(losses.target_weights[name])
-                    self.critic_optimizer.step()
-                double = functools.partial(torch.tensor, dtype=torch.float64, device=rewards.device)
-                metrics |= {name: double(value) for name, value in measured.items()}
+            finite = torch.stack(list(metrics.values())).isfinite().all()
+            with annotate("line_search"):
+                step, finite = self._step_actor(batch, actor, target_update, finite)
+            self.critic_optimizer.step((~finite).float())
+            targets = list(self.target_value_function.parameters())
+            _keep_where(finite, targets, list(found.target_weights.values()), targets)
+        metrics |= {
+            "update_size_initial": step.initial_size,
+            "update_size": step.size,
+            "linesearch_steps": step.num_trials.to(rewards.dtype),
+            "actor_learning_rate": self.actor_optimizer.learning_rate.clone(),
+        }
         return metrics
 
     def update(
@@ -208,7 +180,6 @@ class ActorCritic:
                 changed.
         """
         found = self.step(observations, actions, rewards, terminals, progress)
-        # one synchronization; float64 keeps what a learning rate of a double was
         values = torch.stack([value.double() for value in found.values()]).tolist()
         metrics = dict(zip(found, values, strict=True))
         for name, value in metrics.items():
@@ -237,85 +208,90 @@ class ActorCritic:
         """
         check_trajectories(self.policy, self.normalizer, observations, actions, rewards, terminals)
         config = self.config if config is None else config
-        losses = self._losses(observations, actions, rewards, terminals, config)
-        parameters = list(self.policy.parameters())
-        gradients = torch.autograd.grad(
-            losses.actor_loss, parameters, allow_unused=True, materialize_grads=True
+        self._choose_passes()
+        batch, _ = self._batch(observations, actions, rewards, terminals, config)
+        gradients = self._actor.gradients(batch, config).gradients
+        pairs = zip(self.policy.parameters(), gradients, strict=True)
+        gradient = torch.cat(
+            [(p.new_zeros(p.numel()) if g is None else g).flatten() for p, g in pairs]
         )
-        gradient = torch.cat([part.flatten() for part in gradients])
         if not torch.isfinite(gradient).all():
             raise NonFiniteError("the gradient of the actor's loss is not finite")
         return gradient
 
-    def _losses(
+    def _choose_passes(self) -> None:
+        """Find how policy and value function, as they are now, are differentiated."""
+        self._actor = actor_passes(self.policy, self.normalizer, self._actor)
+        self._critic = critic_passes(self.value_function, self._critic)
+
+    @torch.no_grad()
+    def _batch(
         self,
         observations: Tensor,
         actions: Tensor,
         rewards: Tensor,
         terminals: Tensor,
         config: A2CConfig,
-    ) -> _Losses:
-        """Return both losses on imagined trajectories, as `update` gets them; nothing changes."""
-        raw_actions = self.normalizer.unnormalize(actions, "actions")[:, :-1]
+    ) -> tuple[Batch, _Targets]:
+        """Return what both losses are computed from, and what it was computed from."""
+        normalizer, policy_normed = self.normalizer, reads_normalized(self.policy)
         raw_observations = observations
-        if not (self.normed_inputs and reads_normalized(self.policy)):
-            raw_observations = self.normalizer.unnormalize(observations, "observations")
-        policy_inputs = observations if reads_normalized(self.policy) else raw_observations
-        policy_inputs = policy_inputs[:, :-1]
-        observations = observations if self.normed_inputs else raw_observations
+        if not (self.normed_inputs and policy_normed):
+            raw_observations = normalizer.unnormalize(observations, "observations")
         if config.reward_rms is not None:
-            moments = self.normalizer.rewards_mean.square() + self.normalizer.rewards_scale.square()
-            rewards = self.normalizer.unnormalize(rewards, "rewards")
+            moments = normalizer.rewards_mean.square() + normalizer.rewards_scale.square()
+            rewards = normalizer.unnormalize(rewards, "rewards")
             rewards = rewards * (config.reward_rms / moments.sqrt())
         elif not self.normed_inputs:
-            rewards = self.normalizer.unnormalize(rewards, "rewards")
+            rewards = normalizer.unnormalize(rewards, "rewards")
 
-        with torch.no_grad():
-            # the target moves first, as released, but is stored only once all results are finite
-            current = dict(self.value_function.named_parameters())
-            target_weights = {
-                name: weight.lerp(current[name], 1.0 - config.target_critic_decay)
-                for name, weight in self.target_value_function.named_parameters()
-            }
-            target_values = torch.func.functional_call(
-                self.target_value_function, target_weights, (observations,)
-            )
-            advantages = generalized_advantages(
-                rewards, target_values, terminals, config.gamma, config.gae_lambda
-            )
-            value_targets = advantages + target_values[:, :-1]
-            weights = step_weights(terminals[:, :-1], config.terminal_step_weight)
-            if config.normalize_advantages:
-                counted = weights if config.advantage_moments == "counted" else None
-                advantages = standardized(advantages, counted)
-
-        if config.saturation_coef > 0:
-            mean, std, policy_outputs = moments_and_outputs(
-                self.policy, self.normalizer, policy_inputs
-            )
-        else:
-            mean, std = self._moments(policy_inputs)
-        old_log_prob = log_prob(raw_actions, mean, std)
-        policy_entropy = entropy(std)
-        actor_loss = -old_log_prob * advantages - config.entropy_coef * policy_entropy
-        actor_loss = (actor_loss * weights).mean()
-        if config.saturation_coef > 0:
-            actor_loss = actor_loss + config.saturation_coef * policy_outputs.square().mean()
-        values = self.value_function(observations)[:, :-1]
-        critic_loss = (0.5 * (value_targets - values).square() * weights).mean()
-        return _Losses(
-            actor_loss,
-            critic_loss,
-            target_weights,
-            policy_inputs,
-            raw_actions,
-            mean,
-            std,
-            old_log_prob,
-            policy_entropy,
-            values,
-            rewards,
+        # the target moves first, as released, but is stored only once all results are finite
+        current = dict(self.value_function.named_parameters())
+        target_weights = {
+            name: weight.lerp(current[name], 1.0 - config.target_critic_decay)
+            for name, weight in self.target_value_function.named_parameters()
+        }
+        read = observations if self.normed_inputs else raw_observations
+        target_values = self._critic.values(target_weights, read)
+        advantages = generalized_advantages(
+            rewards, target_values, terminals, config.gamma, config.gae_lambda
         )
+        value_targets = advantages + target_values[:, :-1]
+        weights = step_weights(terminals[:, :-1], config.terminal_step_weight)
+        if config.normalize_advantages:
+            counted = weights if config.advantage_moments == "counted" else None
+            advantages = standardized(advantages, counted)
+        value_inputs = policy_inputs = read[:, :-1].contiguous()
+        if policy_normed != self.normed_inputs:
+            policy_inputs = (observations if policy_normed else raw_observations)[:, :-1]
+        raw_actions = actions[:, :-1].movedim(-1, 0).contiguous()
+        scale, mean = (
+            m.view(-1, 1, 1) for m in (normalizer.actions_scale, normalizer.actions_mean)
+        )
+        raw_actions.mul_(scale).add_(mean)
+        batch = Batch(policy_inputs, value_inputs, raw_actions, advantages, value_targets, weights)
+        return batch, _Targets(target_weights, rewards)
+
+    def _clip(self, actor: list[Tensor | None], critic: list[Tensor | None]) -> dict[str, Tensor]:
+        """Clip the gradients and hand them to the parameters; return their norms before."""
+        max_norm = self.config.max_grad_norm
+        max_norm = math.inf if max_norm is None else max_norm
+        metrics = {}
+        # log-std is not clipped, as in the released code
+        names = [name for name, _ in self.policy.named_parameters()]
+        log_std = dict(zip(names, actor, strict=True)).get("log_std")
+        for name, module, gradients in (
+            ("actor_grad_norm", self.policy, actor),
+            ("critic_grad_norm", self.value_function, critic),
+        ):
+            clipped = [g for g in gradients if g is not None and g is not log_std]
+            metrics[name] = clip_gradients(clipped, max_norm)
+            for p, gradient in zip(module.parameters(), gradients, strict=True):
+                if p.grad is not gradient:
+                    p.grad = gradient
+        if log_std is not None:
+            metrics["log_std_grad_norm"] = log_std.norm()
+        return metrics
 
     @torch.no_grad()
     def keep_functions(self, mean: Tensor, scale: Tensor) -> None:
@@ -348,77 +324,56 @@ class ActorCritic:
             firsts.append(first)
         return firsts
 
-    def _moments(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the policy's mean and std at inputs in the space it reads."""
-        return policy_moments(
-            self.policy, self.normalizer, inputs, normalized=reads_normalized(self.policy)
-        )
-
-    @torch.no_grad()
     def _step_actor(
-        self, inputs: Tensor, raw_actions: Tensor, old_log_prob: Tensor, target_update: float
-    ) -> dict[str, float]:
+        self, batch: Batch, old: ActorPass, target_update: float | Tensor, finite: Tensor
+    ) -> tuple[FoundStep, Tensor]:
         """Step the actor; scale the step until the update size is within tolerance (appendix A).
 
-        Where the size is not finite, nothing is changed.
+        Args:
+            old: the pass before the step.
+            finite: whether a step is to be taken, a bool scalar on the device.
+
+        Returns:
+            What the search found, and whether the step was taken.
         """
-        config = self.config
-        parameters = list(self.policy.parameters())
-        before = [p.clone() for p in parameters]
-        optimizer_before = copy.deepcopy(self.actor_optimizer.state_dict())
-        self.actor_optimizer.step()
-        direction = [p - b for p, b in zip(parameters, before, strict=True)]
+        optimizer = self.actor_optimizer
+        weights = [p.detach() for p in self.policy.parameters() if p.grad is not None]
+        before, moments = [w.clone() for w in weights], optimizer.moments.clone()
+        optimizer.step((~finite).float())
+        direction = torch._foreach_sub(weights, before)
+        squares = old.z.square().sub_(1.0)
 
-        def update_size() -> float:
+        def move(scale: Tensor) -> None:
+            scaled = torch._foreach_mul(direction, scale)
+            torch._foreach_copy_(weights, torch._foreach_add(before, scaled))
+
+        def measure() -> tuple[Tensor, Tensor]:
             with annotate("line_search_trial"):
-                new_log_prob = log_prob(raw_actions, *self._moments(inputs))
-                return (new_log_prob - old_log_prob).abs().mean().item()
+                mean, std = self._actor.moments(batch.policy_inputs)
+                z, spread_out = (batch.raw_actions - mean) / std, (std / old.std).log()
+                changes = -0.5 * torch.linalg.vecdot(z - old.z, z + old.z, dim=0)
+                slopes = torch.linalg.vecdot(old.z, (mean - old.mean) / old.std, dim=0)
+                changes = changes - spread_out.sum(0)
+                slopes = slopes + (squares * spread_out).sum(0)
+                return changes.flatten(), slopes.flatten()
 
-        def move(scale: float) -> float:
-            for p, b, d in zip(parameters, before, direction, strict=True):
-                p.copy_(b + scale * d)
-            return update_size()
+        step = self._line_search(move, measure, target_update, optimizer.learning_rate)
+        finite = finite & step.initial_size.isfinite() & step.size.isfinite()
+        _keep_where(finite, weights, weights, before)
+        _keep_where(finite, [optimizer.moments], [optimizer.moments], [moments])
+        if self.config.learn_actor_learning_rate:
+            self._learn_learning_rate(step.initial_size - target_update, finite)
+        return step, finite
 
-        learning_rate = self.actor_optimizer.param_groups[0]["lr"]
-        size = initial_size = update_size()
-        if not math.isfinite(size):
-            for p, b in zip(parameters, before, strict=True):
-                p.copy_(b)
-            self.actor_optimizer.load_state_dict(optimizer_before)
-            return {"update_size_initial": initial_size}
-        trials, scale = 1, 1.0
-        low, high = (target_update * (1 + s * config.line_search_tolerance) for s in (-1, 1))
-        shrinking = size > target_update
-        ratio = config.line_search_ratio if shrinking else 1 / config.line_search_ratio
-        while config.line_search and not low <= size <= high:
-            passed = (size > target_update) != shrinking  # the target lies between two trials
-            too_long = not shrinking and scale * ratio * learning_rate > config.actor_learning_rate
-            if passed or too_long or trials > config.line_search_max_steps:
-                break
-            scale *= ratio
-            size = move(scale)
-            trials += 1
-        if config.learn_actor_learning_rate:
-            self._learn_learning_rate(initial_size, target_update)
-        return {
-            "update_size_initial": initial_size,
-            "update_size": size,
-            "linesearch_steps": trials,
-            "actor_learning_rate": self.actor_optimizer.param_groups[0]["lr"],
-        }
-
-    def _learn_learning_rate(self, initial_size: float, target_update: float) -> None:
+    def _learn_learning_rate(self, gradient: Tensor, finite: Tensor) -> None:
         """Move the log of the actor's learning rate against the sign of (update size - target);
         cap it."""
-        gradient = torch.tensor(initial_size - target_update)
-        self.log_actor_learning_rate.grad = gradient.to(self.log_actor_learning_rate)
-        self.learning_rate_optimizer.step()
-        with torch.no_grad():
-            self.log_actor_learning_rate.clamp_(max=math.log(self.config.actor_learning_rate))
-        learning_rate = self.log_actor_learning_rate.exp().item()  # float32 may round above the cap
-        self.actor_optimizer.param_groups[0]["lr"] = min(
-            learning_rate, self.config.actor_learning_rate
-        )
+        rate, log_rate = self.actor_optimizer.learning_rate, self.log_actor_learning_rate
+        log_rate.grad = gradient.float()
+        self.learning_rate_optimizer.step((~finite).float())
+        log_rate.clamp_(max=self._max_log_rate)
+        learned = torch.minimum(log_rate.exp(), self._max_rate)
+        torch.where(finite, learned, rate, out=rate)
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by name."""
@@ -445,3 +400,11 @@ class ActorCritic:
         self.learning_rate_optimizer.load_state_dict(state["learning_rate_optimizer"])
         with torch.no_grad():
             self.log_actor_learning_rate.copy_(state["log_actor_learning_rate"])
+
+
+def _keep_where(
+    condition: Tensor, tensors: list[Tensor], new: list[Tensor], old: list[Tensor]
+) -> None:
+    """Write `new` into tensors where a scalar on the device is true, else `old`."""
+    for tensor, wanted, other in zip(tensors, new, old, strict=True):
+        torch.where(condition, wanted, other, out=tensor)

@@ -90,7 +90,7 @@ def test_the_actors_gradient_is_what_an_update_follows(monkeypatch, normed_input
         assert all(torch.equal(state[name], t) for name, t in module.state_dict().items())
     followed = []
 
-    def step():
+    def step(skip):
         parameters = actor_critic.policy.parameters()
         followed.append(torch.cat([p.grad.flatten() for p in parameters]))
 
@@ -124,9 +124,9 @@ def test_a_policy_behind_the_protocol_learns_the_same(normed_inputs):
         log_std_norm = metrics[0].pop("log_std_grad_norm")
         norms = [m.pop("actor_grad_norm") for m in metrics]
         assert norms[1] == pytest.approx(math.hypot(norms[0], log_std_norm), rel=1e-5)
-        assert metrics[0] == metrics[1]
+        assert metrics[0] == pytest.approx(metrics[1], rel=1e-5, abs=1e-6)
     for wanted, got in zip(plain.policy.parameters(), wrapped.policy.parameters(), strict=True):
-        assert torch.equal(wanted, got)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_an_own_policy_is_clipped_whole():
@@ -486,20 +486,26 @@ def test_gradients_below_the_limit_are_left_alone():
     assert_equal(snapshot(free), snapshot(loose))
 
 
+@torch.no_grad()
+def log_probs(policy, inputs, actions):
+    """Of actions under a policy in float64."""
+    return log_prob(actions, *copy.deepcopy(policy).double().distribution(inputs.double()))
+
+
 def run_line_search(learning_rate, config, seed=0):
     """Update from a given learning rate; return metrics, weights before, direction and after."""
     searched = make_actor_critic(config, seed=seed)
     plain = make_actor_critic(replace(config, line_search=False), seed=seed)
     for actor_critic in (searched, plain):
-        actor_critic.actor_optimizer.param_groups[0]["lr"] = learning_rate
+        actor_critic.actor_optimizer.learning_rate.fill_(learning_rate)
     before, batch = policy_vector(searched), make_batch(seed)
-    mean, std = searched.policy.distribution(batch["observations"][:, :-1])
     actions = searched.normalizer.unnormalize(batch["actions"], "actions")[:, :-1]
-    old = log_prob(actions, mean, std).detach()
+    old = log_probs(searched.policy, batch["observations"][:, :-1], actions)
     plain.update(**batch)
     metrics = searched.update(**batch)
-    new = log_prob(actions, *searched.policy.distribution(batch["observations"][:, :-1])).detach()
-    assert metrics["update_size"] == pytest.approx((new - old).abs().mean().item(), rel=1e-4)
+    new = log_probs(searched.policy, batch["observations"][:, :-1], actions)
+    # the policy's means are rounded before and after
+    assert metrics["update_size"] == pytest.approx((new - old).abs().mean().item(), 1e-4, 1e-6)
     return metrics, before, policy_vector(plain) - before, policy_vector(searched) - before
 
 
@@ -557,7 +563,7 @@ def test_without_line_search_the_adam_step_is_taken_as_it_is():
     actor_critic, batch = make_actor_critic(config), make_batch()
     twin = copy.deepcopy(actor_critic.policy)
     metrics = actor_critic.update(**batch)
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, fused=True)
     for ours, theirs in zip(actor_critic.policy.parameters(), twin.parameters(), strict=True):
         theirs.grad = ours.grad
     optimizer.step()
@@ -570,7 +576,7 @@ def test_without_line_search_the_adam_step_is_taken_as_it_is():
 def test_the_learned_learning_rate_moves_towards_the_target_update(target, direction):
     config = pg.A2CConfig(actor_learning_rate=1e-2, target_update=target)
     actor_critic = make_actor_critic(config)
-    actor_critic.actor_optimizer.param_groups[0]["lr"] = 1e-3
+    actor_critic.actor_optimizer.learning_rate.fill_(1e-3)
     with torch.no_grad():
         actor_critic.log_actor_learning_rate.fill_(math.log(1e-3))
     rates = [1e-3]
@@ -579,7 +585,7 @@ def test_the_learned_learning_rate_moves_towards_the_target_update(target, direc
     moves = [direction * math.log(b / a) for a, b in itertools.pairwise(rates)]
     assert moves[0] == pytest.approx(3e-4, rel=0.1)  # Adam's first step, and a little weight decay
     assert all(move > 0 for move in moves)
-    assert actor_critic.actor_optimizer.param_groups[0]["lr"] == rates[-1]
+    assert actor_critic.actor_optimizer.learning_rate.item() == rates[-1]
 
 
 @pytest.mark.parametrize("cap", [1e-5, 3e-5, 3e-4, 1e-2])
@@ -594,8 +600,8 @@ def test_the_learned_learning_rate_never_exceeds_its_cap(cap):
 def test_the_learning_rate_is_constant_unless_learned():
     config = pg.A2CConfig(learn_actor_learning_rate=False, target_update=1e-9)
     actor_critic = make_actor_critic(config)
-    assert actor_critic.update(**make_batch())["actor_learning_rate"] == 3e-5
-    assert actor_critic.actor_optimizer.param_groups[0]["lr"] == 3e-5
+    rate = actor_critic.update(**make_batch())["actor_learning_rate"]
+    assert rate == actor_critic.actor_optimizer.learning_rate == pytest.approx(3e-5, rel=1e-7)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
@@ -620,7 +626,7 @@ def test_target_update_anneals_linearly(progress, wanted):
     config = replace(config, line_search_tolerance=0.01, line_search_ratio=0.995)
     config = replace(config, line_search_max_steps=5000)
     actor_critic = make_actor_critic(config)
-    actor_critic.actor_optimizer.param_groups[0]["lr"] = 1e-4
+    actor_critic.actor_optimizer.learning_rate.fill_(1e-4)
     metrics = actor_critic.update(**make_batch(), progress=progress)
     assert metrics["update_size"] == pytest.approx(wanted, rel=0.0101)
 
@@ -692,7 +698,7 @@ def test_an_update_of_a_size_that_is_not_finite_changes_nothing():
     """Losses and gradients are finite; the policy after the step is not."""
     actor_critic = make_actor_critic()
     actor_critic.update(**make_batch(1))
-    actor_critic.actor_optimizer.param_groups[0]["lr"] = 1e30
+    actor_critic.actor_optimizer.learning_rate.fill_(1e30)
     before = snapshot(actor_critic)
     with pytest.raises(pg.NonFiniteError, match="update_size_initial is (nan|inf)"):
         actor_critic.update(**make_batch(2))

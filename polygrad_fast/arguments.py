@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numbers
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,8 @@ from polygrad_fast.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
+
+MOST_SEEDS = 1000
 
 
 def as_integer(value: Any, name: str, minimum: int, below: int | None = None) -> int:
@@ -79,3 +83,31 @@ def as_number_list(text: Any, name: str, kind: type[int] | type[float]) -> list:
     except (ValueError, AttributeError):
         wanted = "integers, e.g. 10,50" if kind is int else "numbers, e.g. 1.0,0.3"
         raise InputError(f"{name} must be a list of {wanted}, got {text!r}") from None
+
+
+def as_choices(values: Iterable[str], name: str, known: Iterable[str]) -> None:
+    """Raise InputError unless each value is a known one, and none comes twice."""
+    values, known = list(values), list(known)
+    for value in values:
+        if value not in known:
+            raise InputError(f"{name} must be of {known}, got {value!r}")
+    if len(set(values)) < len(values):
+        raise InputError(f"{name} must be different ones, got {values}")
+
+
+def as_seeds(text: Any, name: str) -> tuple[int, ...]:
+    """Return the seeds in a text such as "0-4" or "0,2,7".
+
+    Raises:
+        InputError: no such text, a seed comes twice, or more than `MOST_SEEDS`.
+    """
+    found: list[int] = []
+    for part in text.split(",") if isinstance(text, str) else [""]:
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        seeds = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not seeds:
+            raise InputError(f"{name} must be seeds, e.g. 0-4 or 0,2,7, got {text!r}")
+        if len(found) + len(seeds) > MOST_SEEDS or set(seeds) & set(found):
+            raise InputError(f"{name} must be different seeds, at most {MOST_SEEDS}, got {text!r}")
+        found += seeds
+    return tuple(found)

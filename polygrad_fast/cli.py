@@ -1,5 +1,5 @@
 """Command line: train, evaluate, sample, errors, actions, gradient, dream, baseline; `cli_data` has
-data collect, `cli_offline` the offline commands.
+data collect, `cli_offline` the offline commands, `cli_reproduce` reproduce.
 
 What takes long to import (torch, gymnasium) is imported by the command that needs it, so that help
 is quick and an interrupt is answered.
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from polygrad_fast import cli_data, cli_offline
+from polygrad_fast import cli_data, cli_offline, cli_reproduce
 from polygrad_fast._version import __version__
 from polygrad_fast.arguments import as_integer, as_number_list, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
@@ -263,6 +263,7 @@ def _parse(arguments: list[str]) -> Any:
     flag = functools.partial(_flag, arguments)
     defaults = {Train: _train_defaults(arguments)}
     defaults |= cli_offline.defaults(arguments[:1], flag, _resumes(arguments))
+    defaults |= cli_reproduce.defaults(arguments[:1], flag)
     subcommands = [
         Annotated[
             options,
@@ -889,5 +890,6 @@ COMMANDS = {
     "baseline": (Baseline, _baseline),
     **cli_data.COMMANDS,
     **cli_offline.COMMANDS,
+    **cli_reproduce.COMMANDS,
 }
 """Name -> its options, and what runs it."""

@@ -21,6 +21,7 @@ from polygrad_fast.config.groups import (
 from polygrad_fast.config.offline import DiffuseConfig, DynamicsConfig, OfflineTrainConfig
 from polygrad_fast.config.offline_agents import IQLConfig, OfflineAgentConfig, TD3BCConfig
 from polygrad_fast.config.options import from_dict
+from polygrad_fast.config.reproduce import PGD_SCALES, PGDScale
 from polygrad_fast.config.train import PRESETS, TrainConfig
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "NormalizerConfig",
     "OfflineAgentConfig",
     "OfflineTrainConfig",
+    "PGDScale",
+    "PGD_SCALES",
     "PRESETS",
     "PolicyConfig",
     "PolicyGuidanceConfig",

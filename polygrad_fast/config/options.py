@@ -19,6 +19,9 @@ def matches(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is types.UnionType:
         return any(matches(value, part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:  # of any number of one type
+        part = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(matches(each, part) for each in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
     if hint is int:
@@ -37,6 +40,8 @@ def _describe(hint: Any) -> str:
         return f"one of {list(typing.get_args(hint))}"
     if typing.get_origin(hint) is types.UnionType:
         return " or ".join(_describe(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple, each {_describe(typing.get_args(hint)[0])}"
     return {float: "a finite number", int: "an integer", types.NoneType: "None"}.get(
         hint, f"a {hint.__name__}"
     )

@@ -238,6 +238,57 @@ def plot_offline_comparison(
     _write(figure, output_png)
 
 
+def plot_estimates(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[str, float, float, float]]]],
+    output_png: Path,
+    label: str,
+    title: str,
+    log: bool = False,
+) -> None:
+    """Plot estimates with their intervals, a panel per task, and write the figure to `output_png`.
+
+    Args:
+        panels: heading -> series -> (category, value, low, high) of each point.
+        output_png: where it goes.
+        label: of the values.
+        title: above the figure.
+        log: values on a logarithmic axis.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    num_columns = min(len(panels), 3)
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure = _figure(3.6 * num_columns + 0.6, 2.9 * num_rows + 0.5)
+    for number, (heading, series) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(num_rows, num_columns, number)
+        categories = list(dict.fromkeys(point[0] for points in series.values() for point in points))
+        for i, (name, points) in enumerate(series.items()):
+            shift = 0.6 * ((i + 0.5) / len(series) - 0.5)
+            values = np.array([point[1:] for point in points])
+            bars = np.abs(values[:, 1:] - values[:, :1]).T
+            places = [categories.index(point[0]) + shift for point in points]
+            axes.errorbar(
+                places,
+                values[:, 0],
+                bars,
+                fmt="o",
+                markersize=4,
+                capsize=2,
+                linewidth=1,
+                label=name,
+            )
+        axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
+        axes.tick_params(labelsize="small")
+        axes.set_title(heading, fontsize="medium")
+        axes.set_ylabel(label, fontsize="small")
+        if log:
+            axes.set_yscale("log")
+        _finish(axes, legend=number == 1)
+    figure.suptitle(f"{title} (interquartile mean over seeds, bootstrap interval of 95 %)")
+    _write(figure, output_png)
+
+
 def _figure(width: float, height: float) -> Any:
     """Return a figure in inches, on matplotlib's Agg canvas: no display, no change to pyplot."""
     check_plots()

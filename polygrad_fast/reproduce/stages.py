@@ -1,0 +1,125 @@
+"""An experiment in stages: each is done once, whole or not at all, and what it was done with is
+checked before it is used again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polygrad_fast.data.load import load_dataset
+from polygrad_fast.data.offline_dataset import OfflineDataset
+from polygrad_fast.errors import CheckpointError
+from polygrad_fast.offline.runs import OfflineRun
+from polygrad_fast.runs.files import write_bytes_atomic, write_json_atomic
+
+
+class Stages:
+    """Stages in a folder; a second call does those that are missing.
+
+    Args:
+        folder: made where it is missing.
+        tell: gets a sentence per stage that is done.
+        progress: show progress bars.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str], None] = print, progress: bool = False):
+        self.folder, self.tell, self.progress = folder, tell, progress
+
+    def dataset(
+        self, name: str, described: Mapping[str, Any], make: Callable[[Path], None]
+    ) -> Path:
+        """Return the folder of a dataset, which `make` writes where it is not there.
+
+        Args:
+            name: of the dataset.
+            described: what its recipe must say.
+            make: writes a dataset to a path, whole or not at all.
+
+        Raises:
+            CheckpointError: one of another recipe is there.
+        """
+        path = self.folder / "datasets" / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make(path)
+            self.tell(f"dataset {name}: {_in_words(load_dataset(path))}")
+        recipe = load_dataset(path).recipe or {}
+        for key, wanted in described.items():
+            if recipe.get(key) != wanted:
+                raise CheckpointError(
+                    f"the dataset {path} must have {key} {wanted!r} in its recipe, got "
+                    f"{recipe.get(key)!r}"
+                )
+        return path
+
+    def train(self, name: str, begin: Callable[[Path, bool], OfflineRun]) -> Path:
+        """Return the run directory of a finished training, begun or continued.
+
+        Args:
+            name: of the run directory, below the folder.
+            begin: gets the run directory and whether to resume, and returns the run.
+
+        Raises:
+            CheckpointError: a run of other options is there.
+            KeyboardInterrupt: Ctrl-C came; the training can be continued.
+        """
+        path = self.folder / name
+        run = begin(path, (path / "config.json").exists())
+        if run.training.num_updates < run.training.total_updates:
+            if not run.train(self.progress):
+                raise KeyboardInterrupt
+            self.tell(f"{name}: {run.training.total_updates:,} updates")
+        return path
+
+    def result(
+        self, name: str, inputs: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return what `compute` returned, of which a file keeps the first answer.
+
+        Args:
+            name: of the file, below "results".
+            inputs: what the answer depends on.
+            compute: returns what JSON can express.
+
+        Raises:
+            CheckpointError: the file is damaged, or of other inputs.
+        """
+        path = self.folder / "results" / f"{name}.json"
+        inputs = json.loads(json.dumps(inputs))
+        if path.exists():
+            try:
+                stored = json.loads(path.read_text())
+                kept, answer = stored["inputs"], stored["result"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path} is damaged: {error!r}") from None
+            if kept != inputs:
+                raise CheckpointError(
+                    f"{path} is of other options, {kept}, got {inputs}: give another --out"
+                )
+            return answer
+        answer = compute()
+        write_json_atomic(path, {"inputs": inputs, "result": answer})
+        return answer
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, columns in the order in which they first come; missing and None are
+    empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes_atomic(path, text.getvalue().encode())
+
+
+def _in_words(dataset: OfflineDataset) -> str:
+    returns = dataset.episode_returns()
+    return (
+        f"{len(dataset):,} steps of {dataset.num_episodes:,} episodes, mean return "
+        f"{returns.mean():.0f}"
+    )

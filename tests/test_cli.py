@@ -276,8 +276,9 @@ def test_the_best_checkpoint_has_no_guidance_scale(tmp_path, capsys):
         (
             "fly",
             "command must be one of ['train', 'evaluate', 'sample', 'errors', 'actions', "
-            "'gradient', 'dream', 'baseline', 'data collect', 'offline diffuse', 'offline train', "
-            "'offline evaluate', 'offline demo'], got 'fly'",
+            "'gradient', 'dream', 'baseline', 'data collect', 'offline diffuse', "
+            "'offline ensemble', 'offline train', 'offline evaluate', 'offline demo', "
+            "'reproduce'], got 'fly'",
         ),
         ("baseline --env-id Nope-v1 --run-dir none", "Nope-v1"),
         ("baseline --env-id Pendulum-v1 --algo dqn", "dqn"),
@@ -932,6 +933,6 @@ def test_groups_of_commands(capsys):
     assert cli.main(["data", "--help"]) == 0
     assert "data collect" in capsys.readouterr().out
     assert cli.main(["data"]) == cli.main(["data", "colect"]) == 2
-    assert capsys.readouterr().err.count("'offline demo'], got 'data'") == 2
+    assert capsys.readouterr().err.count("'reproduce'], got 'data'") == 2
     assert cli.main(["offline", "--help"]) == 0
     assert "offline diffuse" in capsys.readouterr().out

@@ -355,7 +355,7 @@ def check_whole_update(case, agent, env_steps: int, update) -> int:
     imagined batch, and changes the networks. Return the number of denoiser updates."""
     config, trainer, ac = agent.config, agent.world_model.trainer, agent.training.learner
     noise = torch.Generator().set_state(agent.training.streams.acting.get_state())
-    step, learn = agent.environment.step, ac.update
+    step, learn = agent.environment.step, ac.step
     errors, shapes = [], []
 
     def watched_step(action):
@@ -374,11 +374,11 @@ def check_whole_update(case, agent, env_steps: int, update) -> int:
     networks = {"policy": ac.policy, "value": ac.value_function, "denoiser": trainer.model}
     before = {name: weights(module) for name, module in networks.items()}
     counts = trainer.num_updates, agent.num_timesteps, agent.replay.num_steps
-    agent.environment.step, ac.update = watched_step, watched_learn
+    agent.environment.step, ac.step = watched_step, watched_learn
     try:
         update()
     finally:
-        del agent.environment.step, ac.update
+        del agent.environment.step, ac.step
     case.check("steps missing", abs(agent.num_timesteps - counts[1] - env_steps), 0)
     case.check("steps missing in the environment", abs(len(errors) - env_steps), 0)
     missing = min(env_steps, agent.replay.capacity - counts[2])

@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, file: RowFile, command: str) -> None:
                 )
                 values = report.summary() | {"train_seconds": options.seconds}
                 if sampler.action_update == "score":
-                    values["guidance_scale"] = world_model.guidance.value
+                    values["guidance_scale"] = world_model.guidance.value.item()
                 case = {"env_id": env_id, "update": update, "sigma": sigma, "seed": seed}
                 file.add(
                     Row(

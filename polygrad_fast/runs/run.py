@@ -124,8 +124,13 @@ class Run:
             self._checkpoints.save(step, weights, state, self.metadata(step))
 
     def save_best(self, step: int, weights: dict[str, Tensor]) -> None:
-        """Write the best checkpoint in place of the former one."""
+        """Write the best checkpoint in place of the former one.
+
+        Raises:
+            NonFiniteError: a weight is not finite; then the former one stays.
+        """
         if self._checkpoints is not None:
+            _check_finite(weights)
             self._checkpoints.save_best(weights, self.metadata(step))
 
     def extend(self, step: int, config: dict[str, Any]) -> None:
@@ -170,6 +175,8 @@ def _check_tensorboard(wanted: bool, directory: Path | None) -> None:
 
 
 def _check_finite(weights: dict[str, Tensor]) -> None:
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    numbers = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in numbers.values()]).tolist()
+    for name, fine in zip(numbers, finite, strict=True):
+        if not fine:
             raise NonFiniteError(f"the weight {name} is not finite")

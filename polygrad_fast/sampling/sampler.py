@@ -59,11 +59,16 @@ class TrajectoryBatch:
         """Return the first steps of all trajectories, without a chain."""
         return TrajectoryBatch(*(part[:, :horizon] for part in self._trajectories()))
 
+    def finite(self) -> dict[str, Tensor]:
+        """Return whether each part of the trajectories is finite, bool scalars by their names."""
+        names = ("observations", "actions", "rewards", "terminals")
+        finite = (torch.isfinite(part).all() for part in self._trajectories())
+        return dict(zip(names, finite, strict=True))
+
     def check_finite(self) -> None:
         """Raise NonFiniteError where something imagined is not finite."""
-        names = ("observations", "actions", "rewards", "terminals")
-        finite = torch.stack([torch.isfinite(part).all() for part in self._trajectories()])
-        for name, fine in zip(names, finite.tolist(), strict=True):
+        finite = self.finite()
+        for name, fine in zip(finite, torch.stack(list(finite.values())).tolist(), strict=True):
             if not fine:
                 raise NonFiniteError(f"the imagined {name} are not finite")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from polygrad_fast.errors import CheckpointError, NonFiniteError
 from polygrad_fast.learners import Learner
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
+from polygrad_fast.runs.metric_sums import MetricSums
 from polygrad_fast.runs.random_streams import RandomStreams
 from polygrad_fast.sampling import TrajectoryBatch
 from polygrad_fast.training.actor import Actor
@@ -25,6 +25,9 @@ from polygrad_fast.training.collector import Collector
 from polygrad_fast.training.estimate import Speed, num_updates
 from polygrad_fast.world_models import WorldModel
 
+CHECK_INTERVAL = 256
+"""Updates after which what was measured is read on the host, to notice what is not finite; on a CPU
+every update's is."""
 _FORMER_NAMES = {"denoiser_update": "model_update"}
 """Of updates, in checkpoints before world models were exchangeable."""
 
@@ -71,7 +74,9 @@ class ImaginationTraining:
         self.updates_left: dict[str, int] | None = None
         self.consistent, self.stop_requested = True, False
         self.speed = Speed(0)
-        self._sums: dict[str, list[float]] = {}  # of metrics since the last row
+        self._sums = MetricSums()  # since the last row
+        on_cpu = actor.device.type == "cpu"
+        self._check_interval, self._unchecked = 1 if on_cpu else CHECK_INTERVAL, 0
         self._policy_updates = 0
 
     def step(self) -> bool:
@@ -82,12 +87,17 @@ class ImaginationTraining:
 
         Raises:
             InputError: the environment returned something unusable.
-            NonFiniteError: an update met NaN.
+            NonFiniteError: an update met NaN; on a GPU, this one or one of the last
+                `CHECK_INTERVAL`.
         """
         for environment in self.collector.restore():
             self.replay.end_episode(environment)
         if self.updates_left is None:
-            self._interact()
+            try:
+                self._interact()
+            except NonFiniteError:
+                self.check_finite()  # what was measured before is the cause
+                raise
         updates = {"model_update": self.update_model, "policy_update": self.update_policy}
         for name, update in updates.items():
             while self.updates_left[name] > 0:
@@ -130,8 +140,12 @@ class ImaginationTraining:
             trained_steps = step + 1 - c.learning_starts
             if terminated or truncated:
                 environment = self.collector.turn(step)
-                self._add_metric("train/episode_return", environment.episode_return)
-                self._add_metric("train/episode_length", environment.episode_length)
+                self._sums.add(
+                    {
+                        "train/episode_return": environment.episode_return,
+                        "train/episode_length": environment.episode_length,
+                    }
+                )
                 if trained_steps > 0 and c.normalizer.refresh == "episode":
                     self._refresh_normalizer()
             if trained_steps == 0:
@@ -148,30 +162,27 @@ class ImaginationTraining:
         """Train the world model once on windows of the replay buffer.
 
         Raises:
-            NonFiniteError: a loss is not finite.
+            NonFiniteError: a loss is not finite, or was not in an update before.
         """
         with annotate("model_update"):
             batch_size = self.config.world_model_training.batch_size
             windows = self.replay.sample(batch_size, self.streams.generator)
             losses = self.world_model.update(windows, self.streams.generator)
-            values = torch.stack(list(losses.values())).tolist()
-            for name, value in zip(losses, values, strict=True):
-                if not math.isfinite(value):
-                    part, _, quantity = name.partition("/")
-                    raise NonFiniteError(f"the {part}'s {quantity} is {value}")
-                self._add_metric(name, value)
+            self._sums.add(losses)
+            self._check_if_due()
 
     def update_policy(self) -> None:
         """Imagine a batch under the current policy and train the policy on it once.
 
         Raises:
-            NonFiniteError: something imagined, a loss or a gradient is not finite.
+            NonFiniteError: something imagined, a loss or a gradient is not finite, or was not in an
+                update before.
         """
         with annotate("policy_update"):
             with self.speed.measured("sample"):
                 batch = self.imagine(self.config.imagined_batch_size, normalized=True)
-                with annotate("check_finite"):
-                    batch.check_finite()
+            self._sums.note("imagined", batch.finite())
+            self._check_if_due()
             terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
             flags = (terminals > 0.5).to(batch.rewards.dtype)
             interval = self.config.diagnostics_interval
@@ -179,7 +190,7 @@ class ImaginationTraining:
                 self._measure_actions(batch, flags)
             self._policy_updates += 1
             with annotate("a2c_update"):
-                metrics = self.learner.update(
+                metrics = self.learner.step(
                     batch.observations,
                     batch.actions,
                     batch.rewards,
@@ -188,18 +199,37 @@ class ImaginationTraining:
                 )
             self.actor.acting.refresh()
             tuned = self.world_model.feedback(metrics)
-            for name, value in metrics.items():
-                self._add_metric(f"{self.learner.name}/{name}", value)
-            for name, value in tuned.items():
-                self._add_metric(name, value)
+            prefix = self.learner.name
+            self._sums.add({f"{prefix}/{name}": value for name, value in metrics.items()})
+            if tuned:
+                self._sums.add(tuned)
+            self._check_if_due()
+
+    def check_finite(self) -> None:
+        """Read what was measured since the last row on the host.
+
+        Raises:
+            NonFiniteError: something was not finite; the state is none to continue from.
+        """
+        with annotate("check_finite"):
+            self._unchecked = 0
+            try:
+                self._sums.check()
+            except NonFiniteError:
+                self.consistent = False
+                raise
+
+    def _check_if_due(self) -> None:
+        self._unchecked += 1
+        if self._unchecked >= self._check_interval:
+            self.check_finite()
 
     def _measure_actions(self, batch: TrajectoryBatch, terminals: Tensor) -> None:
         """Measure whether the actions of a normalized batch are the policy's."""
         found = on_policy_statistics(
             self.learner.policy, self.normalizer, batch.observations, batch.actions, terminals
         )
-        for name, value in vars(found).items():
-            self._add_metric(f"on_policy/{name}", value)
+        self._sums.add({f"on_policy/{name}": value for name, value in vars(found).items()})
 
     def imagine(self, num_trajectories: int, normalized: bool = False) -> TrajectoryBatch:
         """Imagine trajectories under the current policy, from observations in the replay buffer.
@@ -219,11 +249,11 @@ class ImaginationTraining:
 
     def metrics(self) -> dict[str, float]:
         """Return the means of what was measured since `clear_metrics`."""
-        return {name: total / count for name, (total, count) in self._sums.items()}
+        return self._sums.means()
 
     def clear_metrics(self) -> None:
         """Begin a new row of metrics."""
-        self._sums = {}
+        self._sums.clear()
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """Return all networks by name."""
@@ -262,7 +292,7 @@ class ImaginationTraining:
         """Return everything but weights that continues the training exactly."""
         return {
             "num_timesteps": self.num_timesteps,
-            "sums": self._sums,
+            "sums": self._sums.state_dict(),
             "begun_step": self.updates_left,
             "policy_updates": self._policy_updates,
             **self.world_model.state_dict(),
@@ -276,7 +306,7 @@ class ImaginationTraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; the environments follow with the next step."""
         self.num_timesteps = state["num_timesteps"]
-        self._sums = {name: list(entry) for name, entry in state["sums"].items()}
+        self._sums.load_state_dict(state["sums"])
         self.world_model.load_state_dict(state)
         self.learner.load_state_dict(state["actor_critic"])
         self.replay.load_state_dict(state["replay"])
@@ -304,11 +334,6 @@ class ImaginationTraining:
             if c.preserve_functions and self.num_timesteps >= self.config.learning_starts:
                 self.learner.keep_functions(*before)
             self.actor.acting.refresh()
-
-    def _add_metric(self, name: str, value: float) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] += value
-        entry[1] += 1.0
 
 
 def _due(steps: int, ratio: float) -> int:

@@ -127,11 +127,13 @@ class Session:
         if last or (step > c.learning_starts and step % c.eval_interval == 0):
             metrics = self._evaluate(step)
         if metrics or step % c.log_interval == 0 or last:
+            training.check_finite()
             metrics |= training.metrics() | training.speed.read(step)
         return metrics
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Evaluate the policy as of an environment step and keep it if none was better."""
+        self.training.check_finite()
         with self.training.speed.measured("evaluation"):
             result = self.evaluator.evaluate(self.training.config.eval_episodes)
             row = self.evaluator.note(result, lambda: self._save_best(step))
@@ -180,6 +182,7 @@ class Session:
     def _save(self) -> None:
         if self.run.directory is not None:
             training = self.training
+            training.check_finite()
             with annotate("checkpoint"):
                 state = training.state_dict() | self.evaluator.state_dict()
                 self.run.save(training.num_timesteps, training.weights(), state)

@@ -66,9 +66,10 @@ class WorldModel(Protocol):
             InputError: horizon < 1, or above `longest_horizon`.
         """
 
-    def feedback(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Hear what the policy's update measured on the imagined batch; return what was tuned, by
-        the names it has in metrics.csv."""
+    def feedback(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Hear what the policy's update measured on the imagined batch, detached scalars; return
+        what was tuned, likewise, by the names it has in metrics.csv. Nothing is read on the
+        host."""
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by name: their weights are saved with the other weights."""

@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
-import math
+import torch
+from torch import Tensor
 
 from polygrad_fast.config import GuidanceConfig
 from polygrad_fast.errors import InputError
 
 
 class GuidanceTuner:
-    """Hold delta and move it so that the spread of standardized actions tends to 1."""
+    """Hold delta and move it so that the spread of standardized actions tends to 1.
 
-    def __init__(self, config: GuidanceConfig):
-        self.config = config.resolved()
+    Args:
+        config: start, rule and bounds.
+        device: where delta is, a float64 scalar, and is tuned without being read on the host.
+    """
+
+    def __init__(self, config: GuidanceConfig, device: torch.device | str = "cpu"):
+        self.config, self._device = config.resolved(), torch.device(device)
         self.value = config.initial
 
-    def update(self, measured_spread: float) -> float:
-        """Apply one step of the configured rule and return the new delta."""
-        error = measured_spread - 1.0
-        if self.config.rule == "log":
-            self.value *= math.exp(min(self.config.learning_rate * error, 1.0))
-        elif self.config.rule == "linear":
-            self.value += self.config.learning_rate * error
-        elif self.config.rule != "none":
+    @property
+    def value(self) -> Tensor:
+        """Delta; set by a number or a scalar."""
+        return self._value
+
+    @value.setter
+    def value(self, value: Tensor | float) -> None:
+        self._value = self._scalar(value)
+
+    def update(self, measured_spread: Tensor | float) -> Tensor:
+        """Apply one step of the configured rule and return the new delta.
+
+        Where the spread is not finite, delta stays.
+        """
+        config, value = self.config, self._value
+        spread = self._scalar(measured_spread)
+        step = config.learning_rate * (spread - 1.0)
+        if config.rule == "log":
+            moved = value * step.clamp(max=1.0).exp()
+        elif config.rule == "linear":
+            moved = value + step
+        elif config.rule == "none":
+            moved = value
+        else:
             raise InputError(
-                f"GuidanceConfig.rule must be 'log', 'linear' or 'none', got {self.config.rule!r}"
+                f"GuidanceConfig.rule must be 'log', 'linear' or 'none', got {config.rule!r}"
             )
-        self.value = min(max(self.value, self.config.minimum), self.config.maximum)
-        return self.value
+        moved = moved.clamp(config.minimum, config.maximum)
+        self._value = torch.where(spread.isfinite(), moved, value)
+        return self._value
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        if torch.is_tensor(value):
+            return value.to(self._device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self._device)  # without a copy

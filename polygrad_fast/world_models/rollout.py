@@ -108,7 +108,7 @@ class StepwiseModel(WorldModel):
             rewards = normalizer.unnormalize(rewards, "rewards")
         return TrajectoryBatch(observations, actions, rewards, terminals)
 
-    def feedback(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def feedback(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return nothing: there is nothing to tune."""
         return {}
 

@@ -50,7 +50,7 @@ class TrajectoryDiffusion:
         self.trainer = DenoiserTrainer(
             denoiser.to(device), self.schedule, config.denoiser, config.sampler
         )
-        self.guidance = GuidanceTuner(config.guidance)
+        self.guidance = GuidanceTuner(config.guidance, device)
         self._action_bounds = action_bounds
         self._sampler: PolicyGuidedSampler | None = None
 
@@ -125,7 +125,7 @@ class TrajectoryDiffusion:
         )
         return batch if horizon == self.config.horizon else batch.first_steps(horizon)
 
-    def feedback(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def feedback(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tune the guidance scale so that standardized actions spread as the policy's do
         (equation 10)."""
         if self.config.sampler.action_update == "score":
@@ -141,7 +141,7 @@ class TrajectoryDiffusion:
     def state_dict(self) -> dict[str, Any]:
         """Return guidance scale, optimizer and counters."""
         return {
-            "guidance_scale": self.guidance.value,
+            "guidance_scale": self.guidance.value.item(),
             "denoiser_trainer": self.trainer.state_dict(),
         }
 

@@ -435,7 +435,7 @@ def test_imagination_starts_from_stored_observations_that_begin_a_window():
 def test_every_policy_update_imagines_anew_in_normalized_units(monkeypatch):
     agent, _ = make_agent(normalizer=dict(refresh="prefill"))
     samples = spy(monkeypatch, pg.PolicyGuidedSampler, "sample")
-    updates = spy(monkeypatch, pg.ActorCritic, "update")
+    updates = spy(monkeypatch, pg.ActorCritic, "step")
     agent.learn(20)
     mean, scale = moments(replay_rows(agent)[:10])
     stored = {(t, e) for t, e in replay_rows(agent)[:, :2]}
@@ -468,7 +468,7 @@ def test_a2c_reads_terminals_as_flags_and_the_progress(monkeypatch):
         )
 
     monkeypatch.setattr(pg.PolicyGuidedSampler, "sample", sample)
-    updates = spy(monkeypatch, pg.ActorCritic, "update")
+    updates = spy(monkeypatch, pg.ActorCritic, "step")
     agent.learn(10)
     assert len(updates) == 10
     for step, update in enumerate(updates, start=11):
@@ -489,7 +489,7 @@ def test_an_imagined_batch_that_is_not_finite_is_named_and_not_learnt_from(field
         return batch
 
     monkeypatch.setattr(pg.PolicyGuidedSampler, "sample", spoil)
-    updates = spy(monkeypatch, pg.ActorCritic, "update")
+    updates = spy(monkeypatch, pg.ActorCritic, "step")
     with pytest.raises(pg.NonFiniteError, match=f"step 11: the imagined {field} are not finite"):
         agent.learn(12)
     assert updates == []
@@ -516,7 +516,7 @@ def test_one_policy_update_by_hand(monkeypatch):
     spread = standardized.reshape(-1, 2).std(axis=0, ddof=1).mean()
     assert row["a2c/action_std"] == pytest.approx(spread, rel=1e-4)
     assert sample.guidance_scale == 0.2
-    assert agent.world_model.guidance.value == pytest.approx(
+    assert agent.world_model.guidance.value.item() == pytest.approx(
         0.2 * np.exp(0.5 * (spread - 1)), rel=1e-4
     )
     assert row["a2c/guidance_scale"] == agent.world_model.guidance.value
@@ -545,12 +545,12 @@ def test_delta_follows_the_configured_spread_and_guides_the_next_imagining(
         guidance=dict(initial=0.2, rule=rule, learning_rate=0.1, statistic=statistic)
     )
     samples = spy(monkeypatch, pg.PolicyGuidedSampler, "sample")
-    spy(monkeypatch, pg.ActorCritic, "update", instead=lambda *_, **__: dict(SPREADS))
+    spy(monkeypatch, pg.ActorCritic, "step", instead=lambda *_, **__: dict(SPREADS))
     agent.learn(14)
     n = np.arange(5)
     wanted = 0.2 * np.exp(0.1 * (spread - 1) * n) if rule == "log" else 0.2 + 0.1 * (spread - 1) * n
-    assert [sample.guidance_scale for sample in samples] == pytest.approx(wanted[:4])
-    assert agent.world_model.guidance.value == pytest.approx(wanted[4])
+    assert [sample.guidance_scale.item() for sample in samples] == pytest.approx(wanted[:4])
+    assert agent.world_model.guidance.value.item() == pytest.approx(wanted[4])
     agent.imagine(2)
     assert samples[-1].guidance_scale == agent.world_model.guidance.value
 
@@ -558,7 +558,7 @@ def test_delta_follows_the_configured_spread_and_guides_the_next_imagining(
 @pytest.mark.parametrize("action_update", ["sample", "none"])
 def test_delta_stays_where_nothing_is_guided(action_update, monkeypatch):
     agent, _ = make_agent(guidance=dict(initial=0.2), sampler=dict(action_update=action_update))
-    spy(monkeypatch, pg.ActorCritic, "update", instead=lambda *_, **__: dict(SPREADS))
+    spy(monkeypatch, pg.ActorCritic, "step", instead=lambda *_, **__: dict(SPREADS))
     agent.learn(14)
     assert agent.world_model.guidance.value == 0.2
 
@@ -577,7 +577,7 @@ def test_order_and_ratio_of_steps_and_updates(monkeypatch):
     for cls, name, letter in (
         (type(agent.replay), "add", "s"),
         (DenoiserTrainer, "update", "d"),
-        (pg.ActorCritic, "update", "p"),
+        (pg.ActorCritic, "step", "p"),
     ):
         real = getattr(cls, name)
 
@@ -625,13 +625,13 @@ def test_imagined_actions_are_measured_every_so_many_policy_updates(
         found = on_policy_statistics(self.policy, self.normalizer, observations, actions, terminals)
         wanted.append({f"on_policy/{name}": value for name, value in vars(found).items()})
 
-    real = pg.ActorCritic.update
+    real = pg.ActorCritic.step
 
-    def update(self, observations, actions, rewards, terminals, progress):
+    def step(self, observations, actions, rewards, terminals, progress):
         measure(self, observations, actions, terminals)
         return real(self, observations, actions, rewards, terminals, progress)
 
-    monkeypatch.setattr(pg.ActorCritic, "update", update)
+    monkeypatch.setattr(pg.ActorCritic, "step", step)
     agent.learn(13, callback=lambda _, row: measured.append(row))
     agent.save(tmp_path / "saved")
     names = [f"on_policy/{name}" for name in ("r2", "std", "ks", "ks_floor", "autocorrelation")]

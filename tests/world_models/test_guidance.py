@@ -1,5 +1,6 @@
 import math
 
+import fake_cuda
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,7 +28,7 @@ def test_log_rule_is_gradient_descent_on_log_delta(initial, rate, measured):
         optimizer.zero_grad()
         (-log_delta * (value - 1.0)).backward()
         optimizer.step()
-        assert tuner.update(value) == pytest.approx(log_delta.exp().item(), rel=1e-9)
+        assert tuner.update(value).item() == pytest.approx(log_delta.exp().item(), rel=1e-9)
         assert tuner.value > 0
 
 
@@ -38,7 +39,8 @@ def test_linear_rule_is_equation_10(initial, rate, measured):
     delta = initial
     for value in measured:
         delta += rate * (value - 1)
-        assert tuner.update(value) == tuner.value == pytest.approx(delta, rel=1e-12)
+        assert tuner.update(value) is tuner.value
+        assert tuner.value.item() == pytest.approx(delta, rel=1e-12)
 
 
 @examples
@@ -50,16 +52,16 @@ def test_rule_none_keeps_delta(value):
 @pytest.mark.parametrize("rule, rate", [("log", 0.05), ("linear", 0.01)])
 @pytest.mark.parametrize("initial", [1e-3, 0.2, 5.0])
 def test_both_rules_settle_where_the_spread_is_one(rule, rate, initial):
-    def response(delta):  # stronger guidance, narrower actions; 1 at delta = 0.2
+    def response(delta):  # of a scalar; stronger guidance, narrower actions; 1 at delta = 0.2
         return 2.0 / (1.0 + delta / 0.2)
 
     tuner = GuidanceTuner(GuidanceConfig(initial, rule, rate))
     start = abs(response(initial) - 1)
     for _ in range(3000):
         tuner.update(response(tuner.value))
-    assert response(tuner.value) == pytest.approx(1.0, abs=1e-3)
-    assert abs(response(tuner.value) - 1) <= start
-    assert tuner.value == pytest.approx(0.2, rel=1e-2)
+    assert response(tuner.value.item()) == pytest.approx(1.0, abs=1e-3)
+    assert abs(response(tuner.value.item()) - 1) <= start
+    assert tuner.value.item() == pytest.approx(0.2, rel=1e-2)
 
 
 @pytest.mark.parametrize("rule", ["log", "linear"])
@@ -72,6 +74,25 @@ def test_delta_stays_within_its_bounds(rule, extreme):
     for _ in range(20):
         assert 0.1 <= tuner.update(0.0) <= 2.0
     assert tuner.value == 0.1
+
+
+@pytest.mark.parametrize("rule", ["log", "linear"])
+@pytest.mark.parametrize("spread", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_leaves_delta_as_it_is(rule, spread):
+    tuner = GuidanceTuner(GuidanceConfig(0.5, rule))
+    assert tuner.update(torch.tensor(spread)) == 0.5
+    assert tuner.update(2.0) > 0.5
+
+
+@pytest.mark.parametrize("rule", ["log", "linear", "none"])
+def test_delta_is_tuned_without_reading_it(rule):
+    with fake_cuda.installed() as gpu:
+        tuner = GuidanceTuner(GuidanceConfig(0.5, rule), "cuda")
+        spread = torch.full((), 1.5, device="cuda")
+        with gpu.without_syncs():
+            for _ in range(2):
+                delta = tuner.update(spread)
+        assert delta.is_cuda and delta.dtype == torch.float64 and delta.ndim == 0
 
 
 @pytest.mark.parametrize("statistic", ["std", "mean_abs"])

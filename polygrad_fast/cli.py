@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from polygrad_fast import cli_data, cli_offline, cli_reproduce
+from polygrad_fast import cli_data, cli_offline, cli_reproduce, cli_seeds
 from polygrad_fast._version import __version__
 from polygrad_fast.arguments import as_integer, as_number_list, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
-from polygrad_fast.errors import InputError, NonFiniteError
+from polygrad_fast.errors import InputError, NonFiniteError, RunsFailedError
 from polygrad_fast.runs.directory import read_run_config, refuse_other_options
 from polygrad_fast.runs.files import write_bytes_atomic
 from polygrad_fast.runs.interrupts import end_on_interrupt, stop_on_signals
@@ -66,14 +66,29 @@ class Train:
     preset: Literal["default", "laptop", "quick", "paper"] = "default"
     """Released code's settings, locomotion on a CPU, small tasks on a CPU, or the paper's text."""
     seed: int = 0
+    seeds: str = ""
+    """Independent runs in RUN_DIR/seed_0, .., e.g. 0-4 or 0,3,7, and a figure of all."""
+    jobs: int = 1
+    """With --seeds: how many of them at a time, each a process with one thread."""
     device: str = "auto"
     resume: bool = False
-    """Continue the run in --run-dir from its last checkpoint."""
+    """Continue the run in --run-dir from its last checkpoint; of several seeds, all that have not
+    finished."""
     progress: bool = True
     """Show a progress bar."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run directory."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class SeveralSeeds:
+    """`train` of several seeds: what every run is begun with, and what this command adds."""
+
+    command: Train
+    plan: cli_seeds.Plan
+    given: list[str]
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -215,11 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
         _find_modules_here()
         command = _parse(arguments)
         if command is not None:
-            runs = dict(COMMANDS.values())
+            runs = {**dict(COMMANDS.values()), SeveralSeeds: _train_seeds}
             runs[type(command)](command)
     except InputError as error:
         return _fail(str(error), 2)
-    except NonFiniteError as error:
+    except (NonFiniteError, RunsFailedError) as error:
         return _fail(str(error), 1)
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
@@ -260,6 +275,11 @@ def _parse(arguments: list[str]) -> Any:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f", did you mean {close[0]}?" if close else ""
         raise InputError(f"command must be one of {list(COMMANDS)}, got {arguments[0]!r}{hint}")
+    plan = _plan_to_resume(arguments)
+    given = cli_seeds.without_flags(arguments[1:], cli_seeds.OWN_FLAGS)
+    if plan is not None:
+        further = cli_seeds.without_flags(arguments[1:], ("resume", "seeds"))
+        arguments = ["train", *plan.arguments, *further, "--seeds", plan.seeds]
     flag = functools.partial(_flag, arguments)
     defaults = {Train: _train_defaults(arguments)}
     defaults |= cli_offline.defaults(arguments[:1], flag, _resumes(arguments))
@@ -287,9 +307,41 @@ def _parse(arguments: list[str]) -> Any:
         if stop.code in (0, None):
             return None
         raise InputError(_first_sentence(complaint.getvalue())) from None
-    if isinstance(command, Train) and command.resume:
+    if not isinstance(command, Train):
+        return command
+    if command.seeds or command.jobs != 1:
+        _check_seeds(command, arguments)
+        begun = plan or cli_seeds.Plan(command.seeds, given)
+        return SeveralSeeds(command, begun, given if plan else [], plan is not None)
+    if command.resume:
         _check_same_run(command, defaults[Train])
     return command
+
+
+def _plan_to_resume(arguments: list[str]) -> cli_seeds.Plan | None:
+    """Return the plan of the directory whose several seeds `train --resume` is to continue."""
+    run_dir = _flag(arguments, "run-dir")
+    if arguments[:1] != ["train"] or not _resumes(arguments) or not run_dir:
+        return None
+    plan = cli_seeds.Plan.read(Path(run_dir))
+    seeds = _flag(arguments, "seeds")
+    if plan is not None and seeds not in (None, plan.seeds):
+        raise InputError(
+            f"--seeds must be {plan.seeds}, as the runs in {run_dir} began, or be left out, got "
+            f"{seeds}"
+        )
+    return plan
+
+
+def _check_seeds(command: Train, arguments: list[str]) -> None:
+    if not command.seeds:
+        raise InputError(f"--jobs needs --seeds, got --jobs {command.jobs} for one run")
+    as_integer(command.jobs, "--jobs", 1)
+    cli_seeds.parse_seeds(command.seeds)
+    if _flag(arguments, "seed") is not None:
+        raise InputError(f"--seed must be left out with --seeds, got {command.seed}")
+    if command.resume:
+        raise InputError(f"--seeds must be left out to resume the one run in {command.run_dir}")
 
 
 def _join_command(arguments: list[str]) -> list[str]:
@@ -401,6 +453,26 @@ def _train(command: Train) -> None:
     if agent.num_timesteps < total:
         again = f"polygrad-fast train --resume --run-dir {shlex.quote(str(run_dir))}"
         print(f"stopped; `{again}` continues")
+
+
+def _train_seeds(several: SeveralSeeds) -> None:
+    command = several.command
+    run_dir = Path(command.run_dir or f"runs/{command.env_id}-{command.preset}".replace(":", "-"))
+    with end_on_interrupt():
+        from polygrad_fast.data.environment import check_spaces, make_environment
+
+        check_spaces(make_environment(command.env_id))  # refused once, not by every run
+    if not several.resume:
+        several.plan.write(run_dir)
+    cli_seeds.train_seeds(
+        several.plan,
+        several.given,
+        run_dir,
+        command.config.total_timesteps,
+        command.jobs,
+        command.progress,
+        command.env_id,
+    )
 
 
 def _agent_to_train(command: Train, run_dir: Path) -> PolyGRAD:

@@ -17,3 +17,7 @@ class NonFiniteError(RuntimeError):
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+class RunsFailedError(RuntimeError):
+    """Some of several runs side by side ended with an error."""

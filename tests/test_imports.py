@@ -15,10 +15,11 @@ PACKAGE = "polygrad_fast"
 # A room of the package (a folder, or a file beside them) imports from those it can reach here.
 ARROWS = {
     "__main__": "cli runs",
-    "cli": "agent baselines cli_data cli_offline cli_reproduce",
+    "cli": "agent baselines cli_data cli_offline cli_reproduce cli_seeds",
     "cli_data": "recipes",
     "cli_offline": "offline",
     "cli_reproduce": "reproduce",
+    "cli_seeds": "evaluation runs",
     "reproduce": "recipes offline",
     "baselines": "evaluation runs",
     "compat": "agent",

@@ -86,6 +86,59 @@ def plot_learning_curve(metrics_csv: Path, output_png: Path, title: str) -> None
     _write(figure, output_png)
 
 
+def plot_learning_curves(logs: Sequence[Path], output_png: Path, title: str) -> None:
+    """Plot the mean return over several runs against environment steps, with a band from the lowest
+    to the highest run and a thin line of each, and write it to `output_png`.
+
+    At each step the mean is over the runs that have been evaluated there.
+
+    Args:
+        logs: the runs' metrics.csv.
+
+    Raises:
+        InputError: matplotlib is missing, or no run has a finite `eval/mean_reward`.
+    """
+    figure = _figure(7.0, 4.2)
+    from matplotlib.ticker import EngFormatter
+
+    from polygrad_fast.runs.metrics import STEP_COLUMN, STEP_NAMES, read_metrics
+
+    curves = [
+        {
+            row[STEP_COLUMN]: row["eval/mean_reward"]
+            for row in read_metrics(log)
+            if math.isfinite(row.get("eval/mean_reward", math.nan))
+        }
+        for log in logs
+    ]
+    curves = [curve for curve in curves if curve]
+    steps = sorted({step for curve in curves for step in curve})
+    if not steps:
+        raise InputError(f"{len(logs)} runs have no finite eval/mean_reward to plot")
+    at = [[curve[step] for curve in curves if step in curve] for step in steps]
+    axes = figure.add_subplot()
+    for curve in curves:
+        axes.plot(list(curve), list(curve.values()), color="tab:blue", linewidth=0.6, alpha=0.5)
+    axes.fill_between(
+        steps,
+        [min(values) for values in at],
+        [max(values) for values in at],
+        color="tab:blue",
+        alpha=0.2,
+        linewidth=0,
+        label="lowest to highest",
+    )
+    means = [sum(values) / len(values) for values in at]
+    label = f"mean of {len(curves)} runs"
+    axes.plot(steps, means, color="tab:blue", marker="o", markersize=3, label=label)
+    axes.set_title(title)
+    axes.set_xlabel(f"{STEP_NAMES[STEP_COLUMN]}s")
+    axes.set_ylabel("return of an episode")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _finish(axes)
+    _write(figure, output_png)
+
+
 def plot_dynamics_errors(
     rows: Sequence[Mapping[str, float | None]], output_png: Path, title: str
 ) -> None:

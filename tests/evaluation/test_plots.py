@@ -164,3 +164,28 @@ def test_what_a_comparison_shows(tmp_path, monkeypatch):
     means = [list(bar.lines[0].get_ydata()) for bar in axes.containers]
     ends = [[cap.get_ydata()[0] for cap in bar.lines[1]] for bar in axes.containers]
     assert means == [[2.0], [4.0]] and ends == [[1.0, 3.0], [4.0, 4.0]]
+
+
+def test_curves_of_several_runs(tmp_path, monkeypatch):
+    """Mean, lowest and highest of the runs that were evaluated at a step."""
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure_class, "savefig", lambda self, *a, **k: drawn.append(self))
+    curves = ({0: 1.0, 100: 5.0}, {0: 3.0, 100: 9.0, 200: 2.0}, {0: 2.0, 100: float("nan")}, {})
+    logs = [tmp_path / f"{i}.csv" for i in range(len(curves))]
+    for path, curve in zip(logs, curves, strict=True):
+        with MetricsLog(path) as log:
+            for step, value in curve.items():
+                log.write(step, {"eval/mean_reward": value})
+    plots.plot_learning_curves(logs, tmp_path / "x.png", "A title")
+    (axes,) = drawn[0].axes
+    *runs, mean = axes.lines
+    assert [list(line.get_ydata()) for line in runs] == [[1.0, 5.0], [3.0, 9.0, 2.0], [2.0]]
+    assert list(mean.get_xdata()) == [0, 100, 200]
+    assert list(mean.get_ydata()) == [2.0, 7.0, 2.0]
+    corners = {tuple(corner) for corner in axes.collections[0].get_paths()[0].vertices}
+    assert {(0, 1.0), (0, 3.0), (100, 5.0), (100, 9.0), (200, 2.0)} <= corners
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["lowest to highest", "mean of 3 runs"]
+    with pytest.raises(InputError, match="2 runs have no finite eval/mean_reward"):
+        plots.plot_learning_curves([logs[3]] * 2, tmp_path / "x.png", "A title")

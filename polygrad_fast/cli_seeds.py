@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from polygrad_fast.errors import CheckpointError, InputError, RunsFailedError
-from polygrad_fast.runs.checkpoint import read_metadata
-from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import refuse_another_run
 from polygrad_fast.runs.files import write_json_atomic
 from polygrad_fast.runs.interrupts import stop_on_signals
@@ -170,14 +168,16 @@ def train_seeds(
 def _arguments(plan: Plan, given: Sequence[str], run_dir: Path, seed: int) -> list[str]:
     """Return the arguments that begin or continue the run of one seed."""
     if (run_dir / "config.json").exists():
-        own = ["--resume"]
-        words = [*given, *own]
+        words = [*given, "--resume"]
     else:
         words = [*plan.arguments, *given, "--seed", str(seed)]
     return ["train", *words, "--run-dir", str(run_dir), "--no-progress"]
 
 
 def _is_finished(run_dir: Path, total: int) -> bool:
+    from polygrad_fast.runs.checkpoint import read_metadata
+    from polygrad_fast.runs.checkpoint_manager import CheckpointManager
+
     latest = CheckpointManager(run_dir).latest()
     return latest is not None and read_metadata(latest)["num_timesteps"] >= total
 

@@ -134,15 +134,18 @@ class DenoiserConfig(Options):
     """Denoising network and its training (tables 2 and 3)."""
 
     kind: Literal["residual_mlp", "transformer", "rollout"] = "residual_mlp"
-    """The paper's two, or one step's network rolled out over the horizon, for dynamics without
-    chance: it predicts clean states ("sample") from actions as they are (`sampler.scale_actions`
-    False)."""
+    """The paper's two, or one step's network rolled out over the horizon: it predicts clean states
+    ("sample") from actions as they are (`sampler.scale_actions` False), and of chance, with
+    `process_noise`, what is Gaussian."""
     hidden_dim: int | None = None
     """None: the paper's 1024 (horizon up to 10) or 2048 for the residual MLP, 312 for the
     transformer; 256 for the rollout."""
     num_layers: int = 6
     num_heads: int = 4
     """Attention heads; the transformer only."""
+    process_noise: bool = False
+    """Imagine chance too: every step adds Gaussian noise, as large as the data scatter around the
+    network's predictions; the rollout only."""
     step_conditioning: Literal["input", "layer", "learned", None] = "input"
     """"input": the released code's; "layer" (residual MLP), "learned" (transformer): the paper's;
     None: that of the two that the kind has. The rollout has "input" only."""
@@ -173,6 +176,8 @@ class DenoiserConfig(Options):
         self._check_at_least(0, "ema_start", "updates_per_env_step", "pretrain_updates")
         self._check_positive("hidden_dim", "learning_rate")
         self._check(0 <= self.ema_decay <= 1, "ema_decay", "in [0, 1]")
+        fits = self.kind == "rollout" or not self.process_noise
+        self._check(fits, "process_noise", f"False for kind {self.kind!r}")
 
     def _paper_step_conditioning(self) -> str:
         return {"residual_mlp": "layer", "transformer": "learned", "rollout": "input"}[self.kind]
@@ -196,6 +201,8 @@ class AutoregressiveConfig(Options):
 
     hidden_dim: int = 256
     num_layers: int = 3
+    process_noise: bool = False
+    """Imagine chance too, as `DenoiserConfig.process_noise`."""
     learning_rate: float = 1e-3
     batch_size: int = 64
     """Windows per update; each holds as many transitions as it has steps, less one."""

@@ -31,7 +31,7 @@ def build_denoiser(
         "num_layers": config.num_layers,
     }
     if config.kind == "rollout":
-        return RolloutDenoiser(**arguments)
+        return RolloutDenoiser(**arguments, process_noise=config.process_noise)
     arguments |= {
         "step_conditioning": config.step_conditioning,
         "num_train_timesteps": num_train_timesteps,

@@ -13,6 +13,8 @@ from polygrad_fast.terminals import alive_steps
 
 MIN_DIFFERENCE_SCALE = 1e-2
 """Smallest unit of a predicted difference, in normalized observations: entries that hardly move."""
+RESIDUAL_DECAY = 0.999
+"""Of earlier squared errors, per update."""
 
 
 class OneStepNetwork(nn.Module):
@@ -25,9 +27,18 @@ class OneStepNetwork(nn.Module):
     Args:
         observation_dim, action_dim: S and A.
         hidden_dim, num_layers: width and number of hidden layers.
+        process_noise: also measure how far the data scatter around the predictions, as
+            `residual_scale`.
     """
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dim: int, num_layers: int):
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_dim: int,
+        num_layers: int,
+        process_noise: bool = False,
+    ):
         super().__init__()
         self.observation_dim, self.action_dim = observation_dim, action_dim
         layers: list[nn.Module] = []
@@ -37,7 +48,23 @@ class OneStepNetwork(nn.Module):
             width = hidden_dim
         self.network = nn.Sequential(*layers, nn.Linear(width, observation_dim + 2))
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.process_noise = process_noise
+        if process_noise:
+            self.register_buffer("residual_squares", torch.zeros(observation_dim + 1))
+            self.register_buffer("residual_weight", torch.zeros(()))
         self.built = structure(self)
+
+    @property
+    def residual_scale(self) -> Tensor:
+        """Root mean square [S + 1] of the errors of the differences, in their own units, and of the
+        reward, over the last thousands of updates; with `process_noise` only. 0 before training."""
+        return (self.residual_squares / self.residual_weight.clamp(min=1e-8)).sqrt()
+
+    @torch.no_grad()
+    def note_residuals(self, squares: Tensor) -> None:
+        """Count the mean squared errors [S + 1] of a batch."""
+        self.residual_squares.lerp_(squares, 1.0 - RESIDUAL_DECAY)
+        self.residual_weight.lerp_(torch.ones_like(self.residual_weight), 1.0 - RESIDUAL_DECAY)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map [..., S] and [..., A] to differences in their own units [..., S], rewards [...] and
@@ -61,7 +88,8 @@ def one_step_losses(
     none for its difference, which is not in the data.
 
     Args:
-        network: what it predicts is compared; its unit of differences is set if it has none.
+        network: what it predicts is compared; its unit of differences is set if it has none, and
+            its residuals are noted if it measures them.
         observations, actions, rewards: normalized [B, H, S], [B, H, A] and [B, H].
         flags: terminals [B, H], 0 or 1.
         evaluate: computes what the network does; None: the network itself.
@@ -73,9 +101,13 @@ def one_step_losses(
     differences, predicted, logits = (evaluate or network)(observations, actions)
     error = differences[:, :-1] - wanted / network.difference_scale
     entropy = F.binary_cross_entropy_with_logits(logits, flags, reduction="none")
+    squares, reward_loss = error.square(), _weighted_mean((predicted - rewards).square(), is_real)
+    if network.process_noise:
+        of_differences = [_weighted_mean(entry, goes_on) for entry in squares.unbind(-1)]
+        network.note_residuals(torch.stack([*of_differences, reward_loss]))
     return {
-        "observation_loss": _weighted_mean(error.square().mean(-1), goes_on),
-        "reward_loss": _weighted_mean((predicted - rewards).square(), is_real),
+        "observation_loss": _weighted_mean(squares.mean(-1), goes_on),
+        "reward_loss": reward_loss,
         "terminal_loss": _weighted_mean(entropy, is_real),
     }
 

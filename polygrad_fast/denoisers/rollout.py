@@ -23,9 +23,16 @@ class RolloutDenoiser(nn.Module):
     diffusion does is to make states and actions agree, one more step of the horizon in each
     diffusion step (action update "exact").
 
+    With `process_noise` every step adds a normal, scaled by how far the data scatter around the
+    prediction (`OneStepNetwork.residual_scale`): the same entry of the normals that the diffusion
+    began from, which then stand in place of the noisy states (`reads_initial_noise`). A settled
+    sample is then one of the stochastic dynamics under the policy, however few the diffusion steps.
+
     Args:
         observation_dim, action_dim, horizon: S, A and H.
         hidden_dim, num_layers: width and depth of the step's network.
+        process_noise: whether chance is rolled out too, as Gaussian noise of the same size at every
+            state.
 
     Raises:
         InputError: a size that is no positive integer.
@@ -38,6 +45,7 @@ class RolloutDenoiser(nn.Module):
         horizon: int,
         hidden_dim: int = 256,
         num_layers: int = 3,
+        process_noise: bool = False,
     ):
         super().__init__()
         for name, value in (
@@ -51,32 +59,48 @@ class RolloutDenoiser(nn.Module):
         self.observation_dim, self.action_dim, self.horizon = observation_dim, action_dim, horizon
         self.hidden_dim, self.num_layers = hidden_dim, num_layers
         self.state_dim = observation_dim + 2
-        self.step = OneStepNetwork(observation_dim, action_dim, hidden_dim, num_layers)
+        self.step = OneStepNetwork(
+            observation_dim, action_dim, hidden_dim, num_layers, process_noise
+        )
+        self.process_noise = self.reads_initial_noise = process_noise
         # The normalized terminal flags 0 and 1, as far as windows have shown them.
         self.register_buffer("flags", torch.zeros(2))
         self.built = structure(self)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
         """Predict clean states: [B, H, D], [B, H, A], [B] (0-based step) -> [B, H, D]; all
-        normalized, the first observation of `trajectory` clean.
+        normalized, the first observation of `trajectory` clean; with `process_noise` the rest of it
+        standard normals.
 
         Raises:
             InputError: shapes or dtypes do not fit.
         """
         check_inputs(self, trajectory, actions, timesteps)
-        return self.rollout(trajectory[:, 0, : self.observation_dim], actions)
+        noise = trajectory if self.process_noise else None
+        return self.rollout(trajectory[:, 0, : self.observation_dim], actions, noise)
 
     @torch.no_grad()
-    def rollout(self, initial_observations: Tensor, actions: Tensor) -> Tensor:
+    def rollout(
+        self, initial_observations: Tensor, actions: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         """Return the states [B, H, D] from o_0 [B, S] under actions [B, H, A], all normalized.
 
         What follows an end counts by how probable it is: observations move less, rewards go on.
+
+        Args:
+            initial_observations, actions: o_0 and u.
+            noise: standard normals [B, H, D], as the states are laid out, that `residual_scale`
+                scales and rewards and observations (but o_0) get; None: no noise.
         """
         observation, scale = initial_observations, self.step.difference_scale
         goes_on = torch.ones_like(observation[:, :1])
         states = []
-        for action in actions.unbind(1):
+        for t, action in enumerate(actions.unbind(1)):
             difference, reward, logit = self.step(observation, action)
+            if noise is not None:
+                spread, following = self.step.residual_scale, min(t + 1, self.horizon - 1)
+                difference = difference + spread[:-1] * noise[:, following, :-2]
+                reward = reward + spread[-1] * noise[:, t, -2]
             goes_on = goes_on * torch.sigmoid(-logit).unsqueeze(-1)
             flag = self.flags[1] + (self.flags[0] - self.flags[1]) * goes_on
             states.append(torch.cat([observation, reward.unsqueeze(-1), flag], dim=-1))

@@ -36,6 +36,9 @@ class Denoiser(Protocol):
     Where it has `transition_losses`, which maps clean windows [B, H, D] and actions [B, H, A], all
     normalized, to scalars by name, training minimizes their sum in place of the denoising loss.
 
+    With a true attribute `reads_initial_noise` it is called, in every diffusion step of a sample,
+    with the normals that this began from instead of noisy states.
+
     Attributes:
         observation_dim, action_dim, horizon: S, A and H.
     """

@@ -53,6 +53,11 @@ class SamplerComponents:
         """K, the diffusion steps of a sample: all of the schedule, or `num_inference_steps`."""
         return self.schedule.num_train_timesteps
 
+    @property
+    def shows_initial_noise(self) -> bool:
+        """Whether the denoiser gets the normals that the diffusion began from in every step."""
+        return bool(getattr(self.denoiser, "reads_initial_noise", False))
+
     def shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of B trajectories' states [B, H, D] and actions [B, H, A]."""
         return (batch, self.horizon, self.observation_dim + 2), (

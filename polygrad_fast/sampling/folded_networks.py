@@ -257,6 +257,9 @@ class FoldedRollout(FoldedDenoiser):
         self.output_weight = self._put_weight("output", last.weight * unit.unsqueeze(1))
         self.output_bias = put("output.bias", last.bias * unit, dtype)
         self.flags = put("flags", d.flags, torch.float32)
+        if d.process_noise:
+            spread = d.step.residual_scale * unit[:-1]
+            self.residual_scale = put("residual_scale", spread, torch.float32)
 
     def begin(self, buffer: Tensor, states: Tensor) -> Rollout:
         """Return a rollout with no step computed yet, from the first observations of an input
@@ -269,7 +272,10 @@ class FoldedRollout(FoldedDenoiser):
         """Compute the steps before `stop` that a rollout still lacks, by the actions of an input
         buffer: rewards and flags of these steps, observations after them."""
         d, ops = self.denoiser, self.ops
-        actions = buffer[:, d.horizon * d.state_dim :].unflatten(1, (d.horizon, -1))
+        noise, actions = (
+            part.unflatten(1, (d.horizon, -1))
+            for part in buffer.split([d.horizon * d.state_dim, d.horizon * d.action_dim], dim=1)
+        )
         low, high = self.flags
         for t in range(rollout.num_steps, stop):
             x = torch.cat([rollout.observation, actions[:, t]], dim=1).to(self.dtype)
@@ -277,6 +283,10 @@ class FoldedRollout(FoldedDenoiser):
                 x = ops.linear(x, weight, bias, activation="silu")
             out = ops.linear(x, self.output_weight, self.output_bias).to(torch.float32)
             moved, reward, logit = out.split([d.observation_dim, 1, 1], dim=1)
+            if d.process_noise:
+                following, spread = min(t + 1, d.horizon - 1), self.residual_scale
+                moved = torch.addcmul(moved, noise[:, following, :-2], spread[:-1])
+                reward = torch.addcmul(reward, noise[:, t, -2:-1], spread[-1:])
             rollout.goes_on = rollout.goes_on * torch.sigmoid(-logit)
             flag = torch.addcmul(high, low - high, rollout.goes_on)
             torch.cat([reward, flag], dim=1, out=rollout.states[:, t, d.observation_dim :])

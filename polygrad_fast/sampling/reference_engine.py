@@ -22,15 +22,18 @@ def diffusion_step(
     guidance_scale: float | Tensor,
     trajectory_noise: Tensor,
     action_noise: Tensor | None,
+    shown: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Call the denoiser and advance from step i = k + 1 to k (Algorithm 2, lines 6-13).
 
-    The arguments are those of `guided_step`; the denoiser computes in its weights' dtype.
+    The arguments are those of `guided_step`, and the states that the denoiser is called with; None:
+    `trajectory`. The denoiser computes in its weights' dtype.
     """
     c = components
     seen = denoiser_actions(actions, k, c.schedule, c.normalizer, c.config, c.action_bounds)
     timestep = c.schedule.timesteps[k]
-    prediction = call_denoiser(c.denoiser, trajectory.clone(), seen.clone(), timestep)
+    states = trajectory if shown is None else shown
+    prediction = call_denoiser(c.denoiser, states.clone(), seen.clone(), timestep)
     return guided_step(
         prediction,
         trajectory,
@@ -69,13 +72,14 @@ class ReferenceEngine:
         normals = LoopNormals(c, len(initial_observations), generator, noise)
         trajectory, actions = normals.initial_trajectories.clone(), normals.initial_actions.clone()
         trajectory[:, 0, : c.observation_dim] = initial_observations
+        shown = trajectory if c.shows_initial_noise else None
         chain_length = c.chain_length(return_chain)
         chain = []
         for step, k in enumerate(reversed(range(c.num_steps))):
             noises = normals.step(step, k)
             with annotate("diffusion_step"):
                 trajectory, actions = diffusion_step(
-                    c, trajectory, actions, initial_observations, k, guidance_scale, *noises
+                    c, trajectory, actions, initial_observations, k, guidance_scale, *noises, shown
                 )
             if k < chain_length:
                 chain.append((trajectory, actions))

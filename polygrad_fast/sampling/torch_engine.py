@@ -196,7 +196,9 @@ class TorchEngine:
             if stepwise:
                 due = slice(step, step + 1) if step < self.components.horizon else None
             with annotate("denoiser"):
-                self.step.write_denoiser_input(ws, constants)
+                if step == 0 or not self.components.shows_initial_noise:
+                    ws.input_states.copy_(ws.trajectory)
+                self.step.write_seen_actions(ws, constants)
                 if stepwise:
                     prediction = self._extend_rollouts(ws, step)
                 else:

@@ -162,9 +162,8 @@ class TorchStep:
         reach = config.clip_std * std if config.clip_std is not None else None
         return ActionUpdate(std, pull, reach)
 
-    def write_denoiser_input(self, ws: Workspace, constants: StepConstants) -> None:
-        """Write states and actions as the denoiser sees them in this step."""
-        ws.input_states.copy_(ws.trajectory)
+    def write_seen_actions(self, ws: Workspace, constants: StepConstants) -> None:
+        """Write the actions as the denoiser sees them in this step."""
         seen = ws.actions
         if self.components.config.denoiser_actions == "clipped":
             seen = torch.clamp(seen, *self._bounds)

@@ -14,7 +14,8 @@ from polygrad_fast.world_models.rollout import StepwiseModel
 
 
 class Autoregressive(StepwiseModel):
-    """Deterministic dynamics of the one-step network, rolled out as `StepwiseModel` says.
+    """The one-step network rolled out as `StepwiseModel` says; deterministic, or with Gaussian
+    noise of the size by which the data scatter around its predictions.
 
     Args:
         config: size and training of the network.
@@ -31,7 +32,7 @@ class Autoregressive(StepwiseModel):
         device: torch.device,
     ):
         dims = normalizer.observation_dim, normalizer.action_dim
-        network = OneStepNetwork(*dims, config.hidden_dim, config.num_layers)
+        network = OneStepNetwork(*dims, config.hidden_dim, config.num_layers, config.process_noise)
         trainer = AveragedTrainer(
             network.to(device),
             config.learning_rate,
@@ -71,4 +72,9 @@ class Autoregressive(StepwiseModel):
         """Return the network's answer; see `StepwiseModel.step`."""
         network = self.trainer.ema_model
         difference, reward, logit = network(observation, seen)
+        if network.process_noise:
+            scale, device = network.residual_scale, observation.device
+            noise = torch.randn(len(observation), len(scale), generator=generator, device=device)
+            difference = difference + scale[:-1] * noise[:, :-1]
+            reward = reward + scale[-1] * noise[:, -1]
         return difference * network.difference_scale, reward, logit

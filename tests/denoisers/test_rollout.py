@@ -254,3 +254,67 @@ def test_what_does_not_suit_a_rollout_is_refused(options, message):
         TrainConfig(sampler=sampler, denoiser=DenoiserConfig(kind="rollout"))
     config = TrainConfig(world_model="autoregressive")
     changed(config, denoiser__kind="rollout", sampler__scale_actions=True)  # plays no part
+
+
+NOISE = torch.tensor([0.3, 0.1, 0.05])
+REWARD_NOISE = 0.2
+
+
+def noisy_windows(batch, seed):
+    """Normalized windows of a linear system with Gaussian noise on states and rewards."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(batch, S, generator=generator)
+    actions = torch.randn(batch, H, A, generator=generator)
+    push = torch.tensor([[0.5, 0.0, 0.1], [0.0, -0.4, 0.2]])
+    rows = []
+    for t in range(H):
+        reward = states[:, :1] + REWARD_NOISE * torch.randn(batch, 1, generator=generator)
+        rows.append(torch.cat([states, reward, torch.full_like(reward, LOW)], dim=1))
+        chance = NOISE * torch.randn(states.shape, generator=generator)
+        states = 0.9 * states + actions[:, t] @ push + chance
+    return torch.stack(rows, dim=1), actions
+
+
+def test_residuals_are_the_noise_of_the_data():
+    torch.manual_seed(0)
+    config = DenoiserConfig(
+        "rollout", 32, 2, process_noise=True, learning_rate=3e-3, ema_decay=0.9, ema_start=0
+    )
+    schedule, sampler = pg.NoiseSchedule.cosine(K), pg.SamplerConfig.official(scale_actions=False)
+    trainer = DenoiserTrainer(build_denoiser(config, S, A, H, K), schedule, config, sampler)
+    assert not trainer.model.step.residual_scale.any()
+    for update in range(1500):
+        trainer.update(*noisy_windows(128, seed=update))
+    step = trainer.ema_model.step
+    spread = step.residual_scale * torch.cat([step.difference_scale, torch.ones(1)])
+    # what the first updates had not learnt yet fades with a time constant of 1,000
+    torch.testing.assert_close(
+        spread, torch.cat([NOISE, torch.tensor([REWARD_NOISE])]), rtol=0.2, atol=0.02
+    )
+
+
+def test_each_normal_moves_its_own_observation_or_reward():
+    denoiser = build(process_noise=True)
+    denoiser.step.residual_squares.copy_(torch.tensor([0.04, 0.09, 0.16, 0.25]))
+    denoiser.step.residual_weight.fill_(1.0)
+    trajectory, actions, timesteps = inputs(4)
+    w = {name: value.double() for name, value in denoiser.state_dict().items()}
+    spread, scale = torch.tensor([0.2, 0.3, 0.4, 0.5]).double(), w["step.difference_scale"]
+    got, double = denoiser(trajectory, actions, timesteps).double(), denoiser.step.double()
+    for b in range(4):
+        observation, alive = trajectory[b, 0, :S].double(), 1.0
+        for t in range(H):
+            with torch.no_grad():
+                difference, reward, logit = double(observation, actions[b, t].double())
+            reward = reward + spread[-1] * trajectory[b, t, S]
+            assert (got[b, t, :S] - observation).abs().max() < 1e-4
+            assert (got[b, t, S] - reward).abs() < 1e-4
+            alive = alive / (1 + torch.exp(logit))
+            if t + 1 < H:
+                chance = spread[:-1] * trajectory[b, t + 1, :S]
+                observation = observation + alive * scale * (difference + chance)
+
+
+def test_process_noise_is_the_rollouts():
+    with pytest.raises(pg.InputError, match="process_noise must be False for kind 'transformer'"):
+        DenoiserConfig("transformer", process_noise=True)

@@ -298,3 +298,54 @@ def test_linear_world_reaches_the_closed_loop(engine, num_steps):
     assert (batch.mean_change < 1e-4) == (num_steps > horizon)
     z = (batch.actions - gain * batch.observations.flip(-1)) / std
     torch.testing.assert_close(z, noise.initial_actions, **close)
+
+
+class NoisyLinearStep(nn.Module):
+    """o' = o + 0.3 u + noise of 0.2 and 0.5, reward 0 + noise of 0.1, never terminal."""
+
+    process_noise = True
+
+    def __init__(self, dim):
+        super().__init__()
+        self.difference_scale = nn.Parameter(torch.ones(dim))
+        self.residual_scale = torch.tensor([0.2, 0.5, 0.1])
+
+    def forward(self, observations, actions):
+        never = torch.full_like(observations[..., 0], -1e4)
+        return 0.3 * actions, torch.zeros_like(never), never
+
+
+@pytest.mark.parametrize("num_steps", [6, 16])
+def test_few_steps_imagine_the_whole_chance_of_a_linear_gaussian_system(num_steps):
+    """The closed loop o' = A o + 0.3 std xi + w has a known mean and covariance at every step:
+    settled samples have them, with one step more than the horizon as with sixteen."""
+    dim, horizon, gain, std, batch = 2, 5, 0.8, 0.4, 40_000
+    normalizer = pg.Normalizer.from_moments(
+        observations=(torch.zeros(dim), torch.ones(dim) - 1e-6),
+        actions=(torch.zeros(dim), torch.ones(dim) - 1e-6),
+    )
+    denoiser = pg.RolloutDenoiser(dim, dim, horizon, process_noise=True)
+    denoiser.step = NoisyLinearStep(dim)
+    config = pg.SamplerConfig.official(
+        action_update="exact",
+        scale_actions=False,
+        clip_state_change=None,
+        num_inference_steps=num_steps,
+    )
+    sampler = pg.PolicyGuidedSampler(
+        denoiser, LinearPolicy(gain, std), pg.NoiseSchedule.cosine(16), normalizer, config
+    )
+    s0 = torch.tensor([1.0, -0.5])
+    batch = sampler.sample(s0.expand(batch, -1), generator=torch.Generator().manual_seed(0))
+    step = torch.eye(2).double() + 0.3 * gain * torch.eye(2).double().flip(-1)
+    noise = torch.diag(torch.tensor([0.2, 0.5]).double().square() + (0.3 * std) ** 2)
+    mean, covariance = s0.double(), torch.zeros(2, 2).double()
+    for t in range(horizon):
+        seen = batch.observations[:, t].double()
+        torch.testing.assert_close(seen.mean(0), mean, rtol=0, atol=0.02)
+        torch.testing.assert_close(seen.T.cov(), covariance, rtol=0.05, atol=0.01)
+        mean, covariance = step @ mean, step @ covariance @ step.T + noise
+    assert covariance.diagonal().sqrt().min() > 0.5
+    assert (batch.rewards.std(0) - 0.1).abs().max() < 0.003
+    neighbours = torch.corrcoef(batch.rewards.T)
+    assert (neighbours - torch.eye(horizon)).abs().max() < 0.02

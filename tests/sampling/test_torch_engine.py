@@ -26,9 +26,12 @@ from polygrad_fast.sampling.torch_engine import TorchEngine
 S, A = 5, 2
 
 
-def rollout_denoiser(horizon: int) -> pg.RolloutDenoiser:
-    """Return one whose differences and flags have units."""
-    denoiser = pg.RolloutDenoiser(S, A, horizon, hidden_dim=32, num_layers=2)
+def rollout_denoiser(horizon: int, process_noise: bool = False) -> pg.RolloutDenoiser:
+    """Return one whose differences and flags have units, and residuals are known."""
+    denoiser = pg.RolloutDenoiser(S, A, horizon, 32, 2, process_noise)
+    if process_noise:
+        denoiser.step.residual_squares.copy_(torch.linspace(0.1, 0.6, S + 1))
+        denoiser.step.residual_weight.fill_(1.0)
     denoiser.step.difference_scale.copy_(torch.linspace(0.2, 1.0, S))
     denoiser.flags.copy_(torch.tensor([-0.3, 2.0]))
     return denoiser
@@ -45,6 +48,8 @@ DENOISERS = {
         S, A, h, hidden_dim=32, num_layers=2, step_conditioning="learned", num_train_timesteps=k
     ),
 }
+KINDS = [*DENOISERS]  # whose steps stand alone
+DENOISERS["noisy_rollout"] = lambda h, k: rollout_denoiser(h, process_noise=True)
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -137,7 +142,7 @@ def test_released_chain(name):
 @settings(max_examples=80, deadline=None)
 @given(
     config=sampler_configs(),
-    kind=st.sampled_from(list(DENOISERS)),
+    kind=st.sampled_from(KINDS),
     horizon=st.sampled_from([1, 3]),
     batch=st.sampled_from([1, 7]),
     num_steps=st.integers(1, 5),
@@ -168,7 +173,7 @@ def test_every_option(
     assert_steps_agree(TorchEngine(c), c, s0, make_noise(c, batch), delta, 1e-5)
 
 
-@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [1, 7, 257])
 def test_whole_chain(kind, batch):
     c = make_components(kind, horizon=10)
@@ -179,7 +184,7 @@ def test_whole_chain(kind, batch):
         assert_close(g, w, 1e-4)
 
 
-@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_splitting_the_batch_changes_nothing(kind, monkeypatch):
     c = make_components(kind)
     s0, noise = torch.randn(29, S), make_noise(c, 29)
@@ -246,7 +251,7 @@ def reference_step(c, step, x, u, s0, noise):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
 def test_half_precision_error(kind, dtype, prediction_type):
     """At most twice the error of plain PyTorch at that dtype, against float64, every step from the
@@ -285,7 +290,7 @@ def test_half_precision_error(kind, dtype, prediction_type):
     assert actions.quantile(0.99) <= 2 * plain_actions.quantile(0.99)
 
 
-@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_changed_weights_are_seen(kind, dtype):
     c = make_components(kind)
@@ -353,7 +358,7 @@ def test_results_are_the_callers_own():
 
 
 def test_samplers_side_by_side_and_changing_batch_sizes():
-    cs = [make_components(kind, seed=i) for i, kind in enumerate(DENOISERS)]
+    cs = [make_components(kind, seed=i) for i, kind in enumerate(KINDS)]
     engines = [TorchEngine(c) for c in cs]
     for batch in (3, 1, 8, 3, *range(1, 12), 3):  # more sizes than workspaces are kept
         s0 = torch.randn(batch, S)
@@ -526,7 +531,7 @@ def test_dtypes_that_cannot_be():
 
 
 @pytest.mark.parametrize("path", ["mkl", "onednn", "packed"])
-@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_path_of_the_linears(kind, path, monkeypatch):
     """oneDNN for none and for all of them, packed or not, though it pays for large ones only;
     changed weights are packed again."""
@@ -556,7 +561,7 @@ def test_paper_sized_network():
 
 
 @pytest.mark.parametrize("dtype", ["float32", *HALF])
-@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_nan_is_not_hidden(kind, dtype):
     c = make_components(kind)
     first = c.denoiser.step.network[0] if kind == "rollout" else c.denoiser.input
@@ -580,7 +585,7 @@ class TracedGraphs:
         return tuple(output.clone() for output in self.traces[key](*inputs))
 
 
-@pytest.mark.parametrize("kind", DENOISERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("update", ["score", "states", "exact"])
 def test_what_a_graph_would_capture(kind, update):
     update_states = update == "states"
@@ -673,10 +678,11 @@ def rollout_sample(monkeypatch, c, batch, stepwise: bool, dtype="float32"):
 @pytest.mark.parametrize("batch", [1, 7, 257])
 @pytest.mark.parametrize("horizon, num_steps", [(1, 2), (4, 5), (4, 9)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["rollout", "noisy_rollout"])
 def test_rollouts_compute_each_step_of_the_horizon_once(
-    monkeypatch, batch, horizon, num_steps, dtype
+    monkeypatch, batch, horizon, num_steps, dtype, kind
 ):
-    c = make_components("rollout", horizon, num_steps, EXACT, normed_inputs=True)
+    c = make_components(kind, horizon, num_steps, EXACT, normed_inputs=True)
     states, actions, computed = rollout_sample(monkeypatch, c, batch, True, dtype)
     all_states, all_actions, whole = rollout_sample(monkeypatch, c, batch, False, dtype)
     assert computed == batch * horizon and whole == num_steps * computed
@@ -705,3 +711,20 @@ def test_what_needs_all_of_every_rollout_gets_it(options):
     wanted_states, wanted_actions, _ = reference(c, s0, noise)
     assert_close(states, wanted_states, 1e-4)
     assert_close(actions, wanted_actions, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "num_steps, config", [(5, EXACT), (3, EXACT), (6, replace(EXACT, action_update="sample"))]
+)
+def test_process_noise_is_the_initial_noise_in_every_step(num_steps, config):
+    c = make_components("noisy_rollout", 4, num_steps, config, normed_inputs=True)
+    s0, noise = torch.randn(6, S), make_noise(c, 6)
+    wanted_states, wanted_actions, wanted_chain = reference(c, s0, noise)
+    for return_chain in (False, True):
+        states, actions, chain = TorchEngine(c).sample(s0, 0.05, None, noise, return_chain)
+        assert_close(states, wanted_states, 1e-4)
+        assert_close(actions, wanted_actions, 1e-4)
+    for got, wanted in zip(chain, wanted_chain, strict=True):
+        assert_close(got, wanted, 1e-4)
+    c.denoiser.step.residual_squares.zero_()
+    assert (reference(c, s0, noise)[0] - wanted_states).abs().max() > 0.1

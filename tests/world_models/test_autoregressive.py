@@ -157,3 +157,23 @@ def test_training_continues_exactly_from_a_saved_state():
     for name, module in whole.modules().items():
         for key, tensor in module.state_dict().items():
             assert torch.equal(tensor, resumed.modules()[name].state_dict()[key]), (name, key)
+
+
+def test_process_noise_is_drawn_in_every_step():
+    model = make_model(AutoregressiveConfig(hidden_dim=16, num_layers=2, process_noise=True))
+    network, spread = model.trainer.ema_model, torch.linspace(0.1, 0.4, S + 1)
+    network.residual_squares.copy_(spread.square())
+    network.residual_weight.fill_(1.0)
+    network.difference_scale.copy_(torch.linspace(0.5, 2.0, S))
+    observation, seen = torch.randn(1, S).expand(20_000, -1), torch.zeros(20_000, A)
+    difference, reward, logit = model.step(observation, seen, torch.Generator().manual_seed(0))
+    assert torch.equal(logit, logit[:1].expand(20_000))
+    with torch.no_grad():
+        mean, mean_reward, _ = network(observation[0], seen[0])
+    drawn = torch.cat(
+        [difference / network.difference_scale - mean, reward[:, None] - mean_reward], 1
+    )
+    torch.testing.assert_close(drawn.std(0), spread, rtol=0.03, atol=0)
+    assert (torch.corrcoef(drawn.T) - torch.eye(S + 1)).abs().max() < 0.03
+    again = model.step(observation, seen, torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], difference) and torch.equal(again[1], reward)

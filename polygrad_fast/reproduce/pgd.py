@@ -70,10 +70,7 @@ class PGDExperiment:
             write_dataset(found, path, env)
             env.close()
 
-        described = {"recipe": recipe, "training_seed": scale.behaviour_seed}
-        if recipe == "medium-expert":
-            del described["training_seed"]  # its parts have one each
-        return self.stages.dataset(f"{env_id}-{recipe}", described, make)
+        return self.stages.dataset(f"{env_id}-{recipe}", {"recipe": recipe}, make)
 
     def diffusion(self, env_id: str, recipe: str, seed: int) -> Path:
         """Return the run directory of a diffusion model."""
@@ -152,10 +149,11 @@ class PGDExperiment:
             )
             return {"returns": found.episodes.returns.tolist(), "score": found.score}
 
-        scale = dataclasses.asdict(self.scale)
-        names = ("dataset_steps", "behaviour_seed", "preset", "agent_updates", "test_episodes")
-        inputs = {key: scale[key] for key in names} | self._model_inputs(data)
-        return self.stages.result(f"test/{env_id}-{recipe}-{name}-{data}-{seed}", inputs, play)
+        case = {"env_id": env_id, "recipe": recipe, "agent": name, "data": data, "seed": seed}
+        sizes = ("dataset_steps", "behaviour_seed", "preset", "agent_updates", "test_episodes")
+        inputs = case | {key: getattr(self.scale, key) for key in sizes} | self._model_inputs(data)
+        path = f"test/{env_id}-{recipe}-{name}-{data}-{seed}"
+        return self.stages.result(path, inputs, play)
 
     def _model_inputs(self, data: str) -> dict[str, Any]:
         """Return the sizes that agents on such data depend on besides their own."""

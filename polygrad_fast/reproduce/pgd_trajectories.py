@@ -125,7 +125,9 @@ class Measurement:
         updates = "ensemble_updates" if coefficient is None else "diffusion_updates"
         names = ("dataset_steps", "behaviour_seed", "preset", "agent_updates", updates)
         names += ("measured_trajectories",)
-        inputs = {name: getattr(scale, name) for name in names}
+        case = {"env_id": self.env_id, "model_recipe": recipe, "target": target, "length": length}
+        case |= {"coefficient": coefficient, "seed": self.seed}
+        inputs = case | {name: getattr(scale, name) for name in names}
         name = f"trajectories/{self.env_id}-{recipe}-{target}-{length}-{source}-{self.seed}"
         return self.stages.result(name, inputs, lambda: self._measure(target, length, coefficient))
 

@@ -8,9 +8,10 @@
 
 Tensors on "cuda" say so (`cuda:0`), refuse to meet tensors of the CPU, and count every operator
 launched on them. A captured CUDA graph keeps the operators that ran during its capture, with the
-tensors they ran on, and a replay runs them again: a number that Python computed during the capture
-stays what it was, a weight is read anew at its old address. What a capture forbids raises. Triton
-kernels run in the interpreter, as on a CPU, or are counted only.
+tensors they ran on (whose former values come back at its end), and a replay runs them again: a
+number that Python computed during the capture stays what it was, a weight is read anew at its old
+address. What a capture forbids raises. Triton kernels run in the interpreter, as on a CPU, or are
+counted only.
 
 Not imitated: what differs in PyTorch's own operators between the devices (an operator is one
 launch; its numbers and what it is made of are the CPU's), streams (everything runs in order), and
@@ -87,11 +88,29 @@ class Graph:
     def __init__(self):
         self.operations: list[Callable[[], None]] = []
         self.launches: collections.Counter[str] = collections.Counter()
-        self.generators: set[int] = set()
+        self.generators: dict[int, torch.Generator] = {}
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         """Allow a generator of one's own in the capture."""
-        self.generators.add(id(generator))
+        self.generators[id(generator)] = generator
+
+    def note_written(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        """Keep what an operator is going to write over."""
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in _tensors(given):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._before:
+                    self._before[storage._cdata] = storage, storage.clone()
+
+    def undo(self) -> None:
+        """Write back what was before the capture, which on a GPU computes nothing."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        self._before.clear()
 
     def replay(self) -> None:
         """Run every operation on the tensors it was captured with."""
@@ -176,10 +195,15 @@ class FakeCuda:
             raise RuntimeError("a CUDA graph is being captured already")
         self.capturing = graph
         self.graphs.append(graph)
+        states = [(generator, generator.get_state()) for generator in graph.generators.values()]
+        states.append((torch.default_generator, torch.default_generator.get_state()))
         try:
             yield
         finally:
             self.capturing = None
+            graph.undo()
+            for generator, state in states:
+                generator.set_state(state)
 
     def check_host_copy(self, host: Tensor, non_blocking: bool, name: str) -> None:
         """Note that the host waits, unless it need not: copies of pinned memory may go on."""
@@ -211,6 +235,8 @@ class Operators(TorchDispatchMode):
                 return func(*args, **kwargs)
             name = func._schema.name.split("::")[1]
             self._check(func, name, tensors, args, kwargs)
+            if self.gpu.capturing is not None:
+                self.gpu.capturing.note_written(func, args, kwargs)
             result = func(*args, **kwargs)
             copied_to_host = func is aten.copy_.default and args[0] not in self.gpu.memory
             if not copied_to_host:

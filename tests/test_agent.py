@@ -637,11 +637,11 @@ def crash_in_evaluation(agent):
 def interrupt_in_pretraining(agent):
     update, seen = agent.training.update_model, []
 
-    def interrupted():
+    def interrupted(count):
         seen.append(None)
         if len(seen) == 3:
             signal.raise_signal(signal.SIGINT)
-        update()
+        update(count)
 
     agent.training.update_model = interrupted
 
@@ -649,10 +649,10 @@ def interrupt_in_pretraining(agent):
 def interrupt_in_the_last_step(agent):
     update = agent.training.update_model
 
-    def interrupted():
+    def interrupted(count):
         if agent.num_timesteps == 229:
             signal.raise_signal(signal.SIGINT)
-        update()
+        update(count)
 
     agent.training.update_model = interrupted
 
@@ -715,13 +715,13 @@ def test_an_interrupt_stops_after_one_update_and_a_second_one_at_once(tmp_path):
     agent = pg.PolyGRAD("Pendulum-v1", config=tiny_config(), run_dir=tmp_path)
     update, updates = agent.training.update_model, []
 
-    def interrupted():
+    def interrupted(count):
         updates.append(agent.num_timesteps)
         if len(updates) in (2, 4):
             signal.raise_signal(signal.SIGINT)
         if len(updates) == 4:
             signal.raise_signal(signal.SIGINT)
-        update()
+        update(count)
 
     agent.training.update_model = interrupted
     with pytest.raises(KeyboardInterrupt):
@@ -1014,8 +1014,8 @@ def test_a_step_of_ones_own_is_that_of_learning_and_counts_once_it_is_finished(m
     learning.learn(60)
     update = stepping.training.update_model
 
-    def stopped():
-        update()
+    def stopped(count):
+        update(count)
         if stepping.replay.total_steps == 40:
             stepping.stop()
 

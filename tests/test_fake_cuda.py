@@ -115,6 +115,7 @@ def test_graphs(gpu):
         drawn = torch.randn(4, device="cuda")
         fresh = torch.zeros(3, device="cuda")
         fresh.add_(weight)
+    graph.replay()
     before = drawn.clone()
     weight.fill_(5.0)
     number = 7  # the graph keeps the number it was captured with
@@ -127,6 +128,30 @@ def test_graphs(gpu):
     with pytest.raises(RuntimeError, match="registered with the graph"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             torch.randn(3, generator=torch.Generator("cuda"), device="cuda")
+
+
+def test_a_capture_changes_nothing(gpu):
+    """Neither what it writes over nor the generators; its replay does."""
+    weight = torch.ones(3, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    state, default = generator.get_state(), torch.get_rng_state()
+    optimizer = torch.optim.Adam([torch.nn.Parameter(weight)], fused=True, capturable=True)
+    parameter = optimizer.param_groups[0]["params"][0]
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = weight.clone()
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        optimizer.step()
+        drawn = torch.randn(3, generator=generator, device="cuda") + torch.randn(3, device="cuda")
+    assert torch.equal(weight, before) and torch.equal(parameter, before)
+    assert torch.equal(generator.get_state(), state) and torch.equal(torch.get_rng_state(), default)
+    graph.replay()
+    assert not torch.equal(parameter, before) and not torch.equal(generator.get_state(), state)
+    first = drawn.clone()
+    graph.replay()
+    assert not torch.equal(first, drawn)
 
 
 def test_nothing_stays():

@@ -210,8 +210,29 @@ class ReplayBuffer:
         Raises:
             InputError: batch_size below 1, or no valid window yet.
         """
+        return self.windows(self.draw(batch_size, generator))
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw windows as `sample` does, and return where they are: int64 [B], for `windows`."""
         with annotate("replay_sample"):
-            return self._gather(self._draw(batch_size, generator))
+            return (self._draw(batch_size, generator) + self._first_start) % self.capacity
+
+    def windows(self, places: Tensor) -> Windows:
+        """Gather the windows that `draw` has drawn, before a step is added; may be captured in a
+        CUDA graph."""
+        with annotate("replay_sample"):
+            starts, lasts = self._starts[places].unbind(1)
+            steps = starts[:, None] + self._offsets  # [B, H]
+            padded = steps > lasts[:, None]
+            # Repeating the last step repeats its observation, action, terminal flag and its reward.
+            rows = self._steps[torch.minimum(steps, lasts[:, None]) % self.capacity]
+            observations, actions, rewards, terminals = rows.split(self._field_sizes, dim=-1)
+            return Windows(
+                observations=observations.contiguous(),
+                actions=actions.contiguous(),
+                rewards=rewards.squeeze(-1).masked_fill(padded, 0.0),
+                terminals=terminals.squeeze(-1).contiguous(),
+            )
 
     def sample_initial_observations(
         self,
@@ -375,21 +396,6 @@ class ReplayBuffer:
         highest = self.num_windows
         picks = torch.randint(oldest, highest, (batch_size,), generator=generator, device=device)
         return picks.to(self.device)
-
-    def _gather(self, picks: Tensor) -> Windows:
-        """Return the windows numbered `picks` (int64 [B]), oldest valid start first."""
-        starts, lasts = self._starts[(picks + self._first_start) % self.capacity].unbind(1)
-        steps = starts[:, None] + self._offsets  # [B, H]
-        padded = steps > lasts[:, None]
-        # Repeating the last step repeats its observation, action, terminal flag and its reward.
-        rows = self._steps[torch.minimum(steps, lasts[:, None]) % self.capacity]
-        observations, actions, rewards, terminals = rows.split(self._field_sizes, dim=-1)
-        return Windows(
-            observations=observations.contiguous(),
-            actions=actions.contiguous(),
-            rewards=rewards.squeeze(-1).masked_fill(padded, 0.0),
-            terminals=terminals.squeeze(-1).contiguous(),
-        )
 
     def _merge_moments(self) -> None:
         """Merge the steps added since the last merge into the moments."""

@@ -12,7 +12,10 @@ from polygrad_fast.denoisers.explicit_residual_mlp import ExplicitResidualMLP
 from polygrad_fast.denoisers.one_step import OneStepNetwork
 from polygrad_fast.denoisers.residual_mlp import ResidualMLPDenoiser
 from polygrad_fast.denoisers.rollout import RolloutDenoiser
+from polygrad_fast.denoisers.transformer import TransformerDenoiser
 from polygrad_fast.structure import change, parts
+
+NETWORKS = (OneStepNetwork, ResidualMLPDenoiser, RolloutDenoiser, TransformerDenoiser)
 
 
 class ExplicitPasses(Protocol):
@@ -49,9 +52,9 @@ def explicit_passes(
 
 
 def is_as_built(module: nn.Module) -> bool:
-    """Whether a network of this library computes what its type says, and nothing watches or stops
-    its gradients: no hook, no replaced part, no frozen weight."""
-    if change(module, module.built) is not None:
+    """Whether this is a network of this library that computes what its type says, and nothing
+    watches or stops its gradients: no hook, no replaced part, no frozen weight."""
+    if type(module) not in NETWORKS or change(module, module.built) is not None:
         return False
     for part in parts(module):
         if part._backward_hooks or part._backward_pre_hooks:

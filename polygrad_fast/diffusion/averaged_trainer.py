@@ -92,9 +92,8 @@ class AveragedTrainer:
     def network(self) -> Iterator[Callable[..., Any]]:
         """Give what evaluates `model` for the next loss, within the block: its written-out passes,
         or itself, under autocast where the products are of another dtype than the weights."""
-        usable = self._explicit is not None and is_as_built(self.model)
-        self._passes = self._explicit if usable else None
-        if usable:
+        self._passes = self._explicit if self._explicit and is_as_built(self.model) else None
+        if self._passes is not None:
             yield self._passes
         elif self._rounds:
             # the cache would keep tensors of a captured graph
@@ -115,16 +114,32 @@ class AveragedTrainer:
         if passes is not None:
             passes.backward()
         self.optimizer.step()
-        if self.num_updates % self._ema_interval == self._ema_phase:
-            self._move_average()
+        (share,) = self.averaging(1)
+        if share is not None:
+            self._move_average(share)
         self.num_updates += 1
 
+    def averaging(self, count: int) -> tuple[float | None, ...]:
+        """Return by which share of the way each of the next updates moves the average; None: it
+        does not. Besides the network's structure, all that an update is told by the host."""
+        return tuple(
+            None
+            if update % self._ema_interval != self._ema_phase
+            else 1.0 - (self._ema_decay if update >= self._ema_start else 0.0)
+            for update in range(self.num_updates, self.num_updates + count)
+        )
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether an update may be captured in a CUDA graph: where the network is this library's,
+        as built. What another does is not known."""
+        return self._device.type == "cuda" and is_as_built(self.model)
+
     @torch.no_grad()
-    def _move_average(self) -> None:
-        decay = self._ema_decay if self.num_updates >= self._ema_start else 0.0
+    def _move_average(self, share: float) -> None:
         buffers = self._averages.buffers, self._weights.buffers
         for average, weights in zip(*buffers, strict=True):
-            average.lerp_(weights, 1.0 - decay)
+            average.lerp_(weights, share)
         for copied, source in self._copied:
             copied.copy_(source)
 

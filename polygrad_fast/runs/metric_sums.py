@@ -26,15 +26,16 @@ class MetricSums:
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add quantities that are measured together, by name: detached scalars on one device, or
         numbers."""
-        names, found = tuple(values), list(values.values())
+        found = list(values.values())
         if torch.is_tensor(found[0]):
             measured = torch.stack(found)
         else:
             measured = torch.tensor(found, dtype=torch.float64)
-        if names not in self._groups:
-            before = [self._restored.pop(name, (0.0, 0.0)) for name in names]
-            self._groups[names] = _Group(names, before, measured.device)
-        self._groups[names].add(measured)
+        self._group(tuple(values), measured.device).add(measured, 1)
+
+    def add_rows(self, names: tuple[str, ...], rows: Tensor) -> None:
+        """Add n measurements of some quantities, [n, number of names]."""
+        self._group(names, rows.device).add(rows.double().sum(0), len(rows))
 
     def note(self, subject: str, finite: Mapping[str, Tensor]) -> None:
         """Note whether parts of something were finite, bool scalars by the parts' names."""
@@ -42,6 +43,12 @@ class MetricSums:
         if key not in self._groups:
             self._groups[key] = _Flags(subject, tuple(finite))
         self._groups[key].add(torch.stack(list(finite.values())))
+
+    def _group(self, names: tuple[str, ...], device: torch.device) -> _Group:
+        if names not in self._groups:
+            before = [self._restored.pop(name, (0.0, 0.0)) for name in names]
+            self._groups[names] = _Group(names, before, device)
+        return self._groups[names]
 
     def check(self) -> None:
         """Raise NonFiniteError where something since the last row was not finite, naming what was
@@ -86,9 +93,9 @@ class _Group:
         self._sums = torch.tensor(totals, dtype=torch.float64, device=device)
         self._count = 0
 
-    def add(self, values: Tensor) -> None:
+    def add(self, values: Tensor, count: int) -> None:
         self._sums += values
-        self._count += 1
+        self._count += count
 
     def entries(self) -> dict[str, tuple[float, float]]:
         counts = [before + self._count for before in self._before]

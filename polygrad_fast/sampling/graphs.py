@@ -34,6 +34,18 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@contextlib.contextmanager
+def as_before_a_capture(device: torch.device) -> Iterator[None]:
+    """Run the block on the stream of captures, between what comes before and after: calls there
+    compile kernels and set libraries up, which no capture allows."""
+    with torch.cuda.device(device):
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+
 class CapturedFunction:
     """One capture of `function`, replayed on copies of the inputs it is called with.
 
@@ -42,21 +54,29 @@ class CapturedFunction:
             a tensor). What it reads besides its arguments is read anew, at the captured addresses,
             by every replay.
         inputs: example arguments; shapes, dtypes and the device are fixed by them.
-        warmups: eager runs on a side stream beforehand, which compile kernels and set up libraries.
+        warmups: runs beforehand, see `as_before_a_capture`; 0 for a function that changes what it
+            reads, which the caller has run.
+        generator: what the function draws from, besides torch's default.
     """
 
-    def __init__(self, function: Function, inputs: tuple[Tensor, ...], warmups: int = 2):
+    def __init__(
+        self,
+        function: Function,
+        inputs: tuple[Tensor, ...],
+        warmups: int = 2,
+        generator: torch.Generator | None = None,
+    ):
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         device = self.inputs[0].device
         with torch.cuda.device(device):
             stream = _side_stream(device)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with as_before_a_capture(device):
                 for _ in range(warmups):
                     function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
             gc.collect()
             self.graph = torch.cuda.CUDAGraph()
+            if generator is not None:
+                self.graph.register_generator_state(generator)
             capture = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
             with _garbage_collection_off(), capture:
                 self.outputs = function(*self.inputs)
@@ -91,10 +111,10 @@ class GraphCache:
         self._entries: OrderedDict[Hashable, CapturedFunction] = OrderedDict()
 
     def __call__(
-        self, key: Hashable, function: Function, inputs: tuple[Tensor, ...]
+        self, key: Hashable, function: Function, inputs: tuple[Tensor, ...], **options
     ) -> tuple[Tensor, ...]:
         """Replay the capture of that key and these shapes, capturing `function` where there is
-        none."""
+        none, with `CapturedFunction`'s options."""
         key = (key, tuple((tensor.shape, tensor.dtype) for tensor in inputs))
         entry = self._entries.pop(key, None)
         if entry is None:
@@ -102,11 +122,11 @@ class GraphCache:
                 self._entries.popitem(last=False)
             with annotate("graph_capture"):
                 try:
-                    entry = CapturedFunction(function, inputs)
+                    entry = CapturedFunction(function, inputs, **options)
                 except torch.OutOfMemoryError:  # make room: every capture holds its own buffers
                     self.clear()
                     torch.cuda.empty_cache()
-                    entry = CapturedFunction(function, inputs)
+                    entry = CapturedFunction(function, inputs, **options)
         self._entries[key] = entry
         return entry(*inputs)
 

@@ -73,15 +73,16 @@ class Speed:
         self._begin(step)
 
     @contextlib.contextmanager
-    def measured(self, name: str) -> Iterator[None]:
+    def measured(self, name: str, count: int = 1) -> Iterator[None]:
         """Note how long one "env_step", "model_update", "policy_update", "evaluation", or "sample"
-        of a policy update takes, unless it fails."""
+        of a policy update takes, unless it fails; `count` of them, where the block takes
+        several."""
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
-        self._recent[name].append(seconds)
+        self._recent[name].append(seconds / count)
         self._seconds[name] += seconds
-        self._counts[name] += 1
+        self._counts[name] += count
 
     def typical(self) -> dict[str, float]:
         """Return the recent median of each part measured `MEASUREMENTS` times, or once if it is an

@@ -23,6 +23,7 @@ from polygrad_fast.sampling import TrajectoryBatch
 from polygrad_fast.training.actor import Actor
 from polygrad_fast.training.collector import Collector
 from polygrad_fast.training.estimate import Speed, num_updates
+from polygrad_fast.training.model_updates import ModelUpdates
 from polygrad_fast.world_models import WorldModel
 
 CHECK_INTERVAL = 256
@@ -77,6 +78,13 @@ class ImaginationTraining:
         self._sums = MetricSums()  # since the last row
         on_cpu = actor.device.type == "cpu"
         self._check_interval, self._unchecked = 1 if on_cpu else CHECK_INTERVAL, 0
+        self._model_updates = ModelUpdates(
+            world_model,
+            replay,
+            config.world_model_training.batch_size,
+            streams.generator,
+            self._sums,
+        )
         self._policy_updates = 0
 
     def step(self) -> bool:
@@ -98,14 +106,18 @@ class ImaginationTraining:
             except NonFiniteError:
                 self.check_finite()  # what was measured before is the cause
                 raise
-        updates = {"model_update": self.update_model, "policy_update": self.update_policy}
-        for name, update in updates.items():
+        updates = {
+            "model_update": (self.update_model, self._model_updates.at_once),
+            "policy_update": (self.update_policy, lambda due: 1),
+        }
+        for name, (update, at_once) in updates.items():
             while self.updates_left[name] > 0:
                 if self.stop_requested:
                     return False
-                with self.speed.measured(name), self._indivisible():
-                    update()
-                    self.updates_left[name] -= 1
+                count = at_once(self.updates_left[name])
+                with self.speed.measured(name, count), self._indivisible():
+                    update(count)
+                    self.updates_left[name] -= count
         return True
 
     def count_step(self) -> None:
@@ -158,26 +170,27 @@ class ImaginationTraining:
                 "policy_update": _due(delayed, c.policy_updates_per_env_step),
             }
 
-    def update_model(self) -> None:
-        """Train the world model once on windows of the replay buffer.
+    def update_model(self, count: int = 1) -> None:
+        """Train the world model on windows of the replay buffer, `count` times.
 
         Raises:
             NonFiniteError: a loss is not finite, or was not in an update before.
         """
         with annotate("model_update"):
-            batch_size = self.config.world_model_training.batch_size
-            windows = self.replay.sample(batch_size, self.streams.generator)
-            losses = self.world_model.update(windows, self.streams.generator)
-            self._sums.add(losses)
+            self._model_updates.take(count)
             self._check_if_due()
 
-    def update_policy(self) -> None:
-        """Imagine a batch under the current policy and train the policy on it once.
+    def update_policy(self, count: int = 1) -> None:
+        """Imagine a batch under the current policy and train the policy on it, `count` times.
 
         Raises:
             NonFiniteError: something imagined, a loss or a gradient is not finite, or was not in an
                 update before.
         """
+        for _ in range(count):
+            self._update_policy()
+
+    def _update_policy(self) -> None:
         with annotate("policy_update"):
             with self.speed.measured("sample"):
                 batch = self.imagine(self.config.imagined_batch_size, normalized=True)
@@ -307,6 +320,7 @@ class ImaginationTraining:
         """Restore what `state_dict` returned; the environments follow with the next step."""
         self.num_timesteps = state["num_timesteps"]
         self._sums.load_state_dict(state["sums"])
+        self._model_updates.reset()
         self.world_model.load_state_dict(state)
         self.learner.load_state_dict(state["actor_critic"])
         self.replay.load_state_dict(state["replay"])

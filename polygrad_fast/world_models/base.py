@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polygrad_fast.arguments import as_integer
 from polygrad_fast.data.replay import Windows
+from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling import TrajectoryBatch
 
@@ -22,9 +23,11 @@ class WorldModel(Protocol):
 
     Attributes:
         longest_horizon: the most steps that it can imagine; None: as many as are asked for.
+        trainer: takes the gradient steps of `update` and counts them.
     """
 
     longest_horizon: int | None
+    trainer: AveragedTrainer
 
     def prepare(self, policy: Any) -> None:
         """Build what imagining under `policy` needs, so that errors come before any work.

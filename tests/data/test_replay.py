@@ -63,7 +63,8 @@ def naive_windows(
 
 def all_windows(buffer: ReplayBuffer) -> list[list[tuple[int, float, float]]]:
     """Every window the buffer could draw, in order, after checking observations and actions."""
-    windows = buffer._gather(torch.arange(buffer.num_windows))
+    places = (torch.arange(buffer.num_windows) + buffer._first_start) % buffer.capacity
+    windows = buffer.windows(places)
     steps = windows.observations[..., 0]
     for field in (windows.observations, windows.actions, windows.rewards, windows.terminals):
         assert field.dtype == torch.float32 and field.is_contiguous()

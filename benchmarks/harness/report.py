@@ -9,6 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.pgd_tables import (
+    returns_caption,
+    returns_table,
+    trajectories_caption,
+    trajectories_table,
+)
 from harness.rows import Row
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
@@ -769,6 +775,14 @@ TABLES = {
     ),
     "world_models": Table(_world_models, ("world_models",), caption=_world_models_caption),
     "on_policy": Table(_on_policy, ("on_policy",), caption=_on_policy_caption),
+    "pgd_returns": Table(
+        lambda rows: _grid(*returns_table(rows)), ("pgd_returns",), caption=returns_caption
+    ),
+    "pgd_trajectories": Table(
+        lambda rows: _grid(*trajectories_table(rows)),
+        ("pgd_trajectories",),
+        caption=trajectories_caption,
+    ),
     "claims": _claims,
     "speed": _speed,
     "sampler_cpu": Table(_sampler_steps, ("sampler step",), caption=_sampler_steps_caption),

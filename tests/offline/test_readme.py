@@ -21,7 +21,7 @@ def test_the_code_and_the_commands_run(
     monkeypatch.chdir(tmp_path)
     text = README.read_text()
     data, python = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    _, shell, baseline = re.findall(r"```\n(polygrad-fast.*?)```", text, re.DOTALL)
+    _, shell, baseline, _ = re.findall(r"```\n(polygrad-fast.*?)```", text, re.DOTALL)
     names: dict = {}
     exec(compile(data, "README.md", "exec"), names)
     commands = (baseline + shell).replace("\\\n", " ").splitlines()

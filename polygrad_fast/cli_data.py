@@ -37,8 +37,8 @@ class Collect:
     """A folder that is not there yet, for a Minari dataset, or a file .npz."""
     policy: str = "random"
     """"random", the run directory of a trained agent, or a model of Stable-Baselines3 (.zip), whose
-    loading runs code that it holds. With --recipe medium-replay, the run whose replay buffer is
-    written up to its first medium policy."""
+    loading runs code that it holds. With --recipe medium-replay or medium, the run directory of
+    the behaviour policy, which then is not trained."""
     recipe: Literal["medium-replay", "medium", "medium-expert", "mixed-noise"] | None = None
     """Train a behaviour policy (preset laptop, world model autoregressive) up to --medium-return:
     medium-replay is all its training steps, medium its episodes, medium-expert half of them and
@@ -120,11 +120,6 @@ def _check_recipe(command: Collect) -> None:
                 "--episodes and --steps must be left out with --recipe medium-replay, which is as "
                 "long as the training"
             )
-    elif command.policy != "random":
-        raise InputError(
-            f"--policy must be left out with --recipe {command.recipe}, which trains its own "
-            f"policy, got {command.policy}"
-        )
 
 
 def _from_recipe(command: Collect, env: gymnasium.Env) -> Callable[[], OfflineDataset]:
@@ -134,8 +129,9 @@ def _from_recipe(command: Collect, env: gymnasium.Env) -> Callable[[], OfflineDa
     levels = recipes.levels_of(command.recipe)
     returns = recipes.level_returns(command.env_id, levels, given)
     if command.policy != "random":
-        run = Path(command.policy)
-        return lambda: recipes.recorded_replay(run, env, returns["medium"])
+        options = command.checkpoint, command.episodes, command.steps, command.seed
+        run = command.recipe, Path(command.policy), env, returns["medium"]
+        return lambda: recipes.collect_from_run(*run, *options)
     name = re.sub(r"[^\w.-]+", "-", command.env_id)
     run_dir = Path(command.run_dir or f"runs/{name}-behaviour-{command.seed}")
     behaviour = recipes.Behaviour(

@@ -193,16 +193,22 @@ class Behaviour:
     def describe(self, agent: PolyGRAD, level: str) -> dict[str, Any]:
         """Return what a dataset's recipe says of the policy."""
         step = agent.num_timesteps
-        return {
-            "policy": level,
-            "trained_by": f"PolyGRAD, preset {agent.preset}, world model "
-            f"{self.config.world_model}, {self.config.policy_updates_per_env_step:g} policy "
-            f"updates per environment step",
-            "training_seed": self.seed,
-            "env_step": step,
-            "wanted_return": self.returns[level],
-            "evaluated_return": self.return_at(step),
-        }
+        return _described(agent, level, step, self.returns[level], self.return_at(step))
+
+
+def _described(
+    agent: PolyGRAD, level: str, step: int, wanted: float, evaluated: float
+) -> dict[str, Any]:
+    config = agent.config
+    return {
+        "policy": level,
+        "trained_by": f"PolyGRAD, preset {agent.preset}, world model {config.world_model}, "
+        f"{config.policy_updates_per_env_step:g} policy updates per environment step",
+        "training_seed": agent.seed,
+        "env_step": step,
+        "wanted_return": wanted,
+        "evaluated_return": evaluated,
+    }
 
 
 def evaluations(path: Path) -> dict[int, float]:
@@ -348,36 +354,59 @@ def replay_dataset(
     return dataclasses.replace(dataset, recipe=described | describe_episodes(dataset))
 
 
-def recorded_replay(run_dir: Path, env: gymnasium.Env, medium_return: float) -> OfflineDataset:
-    """Return medium-replay of a run that went on: its steps up to the first evaluation that reached
-    a mean return.
+def collect_from_run(
+    recipe: str,
+    run_dir: Path,
+    env: gymnasium.Env,
+    medium_return: float,
+    checkpoint: str = "last",
+    num_episodes: int | None = None,
+    num_steps: int | None = None,
+    seed: int = 0,
+    on_episode: OnEpisode | None = None,
+) -> OfflineDataset:
+    """Return the dataset of a recipe whose behaviour policy is that of a run of `train`.
+
+    Args:
+        recipe: "medium-replay": the run's steps up to the first evaluation that reached the return;
+            "medium": episodes of the policy of a checkpoint whose evaluation reached it.
+        run_dir: of the run.
+        env: the environment to play in.
+        medium_return: mean return from which on a policy is medium.
+        checkpoint: "best" or "last", of "medium".
+        num_episodes, num_steps, seed, on_episode: of "medium", see `collect_recipe`.
 
     Raises:
-        InputError: of another environment, or no evaluation reached it.
+        InputError: another recipe, a run of another environment, or the return was not reached.
         CheckpointError: no run of `train`, or no checkpoint that can be used.
     """
-    stored = read_run_config(run_dir)
-    agent = PolyGRAD.load(run_dir, device="cpu", checkpoint="last")
+    if recipe not in ("medium-replay", "medium"):
+        raise InputError(
+            f"--policy must be left out with --recipe {recipe}, which trains its own policy, got "
+            f"{run_dir}"
+        )
+    read_run_config(run_dir)
     name = environment_name(env)
+    replays = recipe == "medium-replay"
+    agent = PolyGRAD.load(run_dir, device="cpu", checkpoint="last" if replays else checkpoint)
     if agent.env_id != name:
         raise InputError(f"--policy must be a run of {name}, got one of {agent.env_id}")
     found = evaluations(run_dir / "metrics.csv")
-    found = {step: found[step] for step in found if step > agent.config.learning_starts}
-    reached = [step for step, value in sorted(found.items()) if value >= medium_return]
+    begun = agent.config.learning_starts
+    asked = [step for step in found if step > begun and (replays or step == agent.num_timesteps)]
+    reached = [step for step in sorted(asked) if found[step] >= medium_return]
     if not reached:
+        best = max((found[step] for step in asked), default=-np.inf)
         raise InputError(
             f"--policy {run_dir} must have reached a mean return of {medium_return:g} "
-            f"(--medium-return), got {max(found.values(), default=-np.inf):.0f} at best"
+            f"(--medium-return), got {best:.0f}{'' if replays else f' of its {checkpoint} policy'}"
         )
-    recipe = {
-        "recipe": "medium-replay",
-        "policy": "medium",
-        "trained_by": f"PolyGRAD, preset {stored['preset']}, world model "
-        f"{agent.config.world_model}, {agent.config.policy_updates_per_env_step:g} policy updates "
-        f"per environment step",
-        "training_seed": agent.seed,
-        "env_step": reached[0],
-        "wanted_return": medium_return,
-        "evaluated_return": found[reached[0]],
-    }
-    return replay_dataset(agent.replay, agent.action_scaler, name, recipe, until=reached[0])
+    step = reached[0]
+    described = {"recipe": recipe}
+    described |= _described(agent, "medium", step, medium_return, found[step])
+    if replays:
+        return replay_dataset(agent.replay, agent.action_scaler, name, described, step)
+    if num_episodes is None and num_steps is None:
+        num_steps = STEPS
+    act = stochastic_actions(agent, seed)
+    return collect_episodes(env, act, num_episodes, seed, (), described, on_episode, num_steps)

@@ -203,15 +203,22 @@ def test_the_command_trains_and_continues(tmp_path, monkeypatch, capsys):
     given, own = load_dataset("given.npz"), load_dataset("r")
     assert np.array_equal(given.observations, own.observations)
     assert given.recipe["env_step"] == 60
+    words = ("--policy", run_dir, "--recipe", "medium", "--steps", "30", "--checkpoint", "last")
+    assert collect("played.npz", *words, *returns) == 0
+    played = load_dataset("played.npz")
+    assert np.array_equal(played.actions, dataset.actions) and played.recipe["env_step"] == 60
     capsys.readouterr()
-    assert collect("no.npz", *words[:-1], "1e9") == 2
-    assert "must have reached a mean return of 1e+09" in capsys.readouterr().err
+    for recipe, end in (("medium-replay", ""), ("medium", " of its last policy")):
+        words = ("--policy", run_dir, "--recipe", recipe, "--checkpoint", "last")
+        assert collect("no.npz", *words, "--medium-return", "1e9") == 2
+        err = capsys.readouterr().err
+        assert "must have reached a mean return of 1e+09" in err and err.endswith(f"{end}\n")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--recipe medium --policy run", "--policy must be left out with --recipe medium"),
+        ("--recipe mixed-noise --policy run", "--policy must be left out with --recipe mixed"),
         ("--recipe medium --deterministic", "--deterministic must be left out with --recipe"),
         ("--recipe medium --noise-std 0.1", "--noise-std must be left out with --recipe medium"),
         ("--recipe medium-replay --steps 9", "--episodes and --steps must be left out"),

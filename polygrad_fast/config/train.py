@@ -324,6 +324,7 @@ def _laptop(env_id: str) -> TrainConfig:
         ensemble=EnsembleConfig(batch_size=32, pretrain_updates=1000),
         policy=PolicyConfig(hidden_dim=64, init_std=0.6, min_std=0.15, normed_inputs=True),
         a2c=A2CConfig(
+            gae_lambda=0.7,
             actor_learning_rate=3e-3,
             actor_learning_rate_lr=0.03,
             critic_learning_rate=1e-3,
@@ -338,9 +339,10 @@ def _laptop(env_id: str) -> TrainConfig:
         normalizer=NormalizerConfig(
             preserve_functions=True, min_std_rewards=0.1, min_std_terminals=0.1
         ),
-        total_timesteps=100_000,
+        total_timesteps=60_000,
         imagined_batch_size=256,
         share_of_newest=0.5,
+        policy_updates_per_env_step=0.5,
         learning_starts=2000,
         policy_delay_steps=0,
         replay_capacity=500_000,

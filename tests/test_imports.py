@@ -32,7 +32,7 @@ ARROWS = {
     "sampling": "reference kernels",
     "reference": "diffusion denoisers protocols",
     "kernels": "diffusion denoisers",
-    "learners": "protocols",
+    "learners": "protocols kernels",
     "protocols": "config policy normalizer",
     "diffusion": "denoisers",
     "denoisers": "config policy normalizer",

@@ -792,7 +792,9 @@ TABLES = {
         _updates, ("denoiser update", "A2C update", "whole update", "replay windows"), EVERYWHERE
     ),
     "offline_updates": Table(_offline_updates, ("offline update",), EVERYWHERE),
-    "kernels": Table(_kernels, ("residual_mlp layer", "guided_step"), EVERYWHERE),
+    "kernels": Table(
+        _kernels, ("residual_mlp layer", "guided_step", "generalized_advantages"), EVERYWHERE
+    ),
     "environments": Table(_environments, ("environment step", "dynamics replay")),
     "provenance": _provenance,
 }

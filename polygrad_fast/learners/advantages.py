@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,20 +38,45 @@ def generalized_advantages(
     delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t)
     A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}
 
-    The last step only serves as the next value.
+    The last step only serves as the next value. On a GPU it is one kernel, where triton is there;
+    else a scan whose spans double.
 
     Args:
         rewards, values, terminals: r, V and d, [B, H] each.
         gamma, gae_lambda: discount and decay, 0 to 1.
     """
-    continues = 1.0 - terminals[:, :-1]
-    deltas = rewards[:, :-1] + gamma * continues * values[:, 1:] - values[:, :-1]
-    advantages = torch.empty_like(deltas)
-    running = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(deltas.shape[1])):
-        running = deltas[:, t] + gamma * gae_lambda * continues[:, t] * running
-        advantages[:, t] = running
-    return advantages
+    if rewards.device.type == "cuda" and rewards.dtype == torch.float32:
+        kernel = _kernel()
+        if kernel is not None:
+            return kernel(rewards, values, terminals, gamma, gae_lambda)
+    return doubling_scan(rewards, values, terminals, gamma, gae_lambda)
+
+
+def doubling_scan(
+    rewards: Tensor, values: Tensor, terminals: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Return the same in log2 H operations, on any device."""
+    # one row per step: PyTorch is slow where the last axis is short
+    rewards, values, terminals = (x.t().contiguous() for x in (rewards, values, terminals))
+    continues = 1.0 - terminals[:-1]
+    advantages = torch.addcmul(rewards[:-1] - values[:-1], continues, values[1:], value=gamma)
+    # A_t is the sum over `span` steps from t so far, and decay_t what multiplies the steps after
+    decay, span = continues.mul_(gamma * gae_lambda), 1
+    while span < len(advantages):
+        advantages[:-span] = torch.addcmul(advantages[:-span], decay[:-span], advantages[span:])
+        decay[:-span] = decay[:-span] * decay[span:]
+        span *= 2
+    return advantages.t()
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """Return the GPU's kernel, None without triton."""
+    try:
+        from polygrad_fast.kernels.generalized_advantages import generalized_advantages
+    except ImportError:
+        return None
+    return generalized_advantages
 
 
 def step_weights(terminals: Tensor, terminal_step_weight: float) -> Tensor:

@@ -74,7 +74,7 @@ class FusedAdamW(torch.optim.AdamW):
             found_inf=skip,
         )
         if skip is not None:
-            torch._foreach_sub_(counts, skip)
+            torch._foreach_add_(counts, skip, alpha=-1.0)  # without alpha it would be read
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def test_all_benchmarks_in_tiny_sizes(tmp_path):
     assert {row.benchmark for row in rows} == {
         "sample", "sampler step", "guided_step", "residual_mlp layer", "denoiser update",
         "A2C update", "offline update", "whole update", "environment step", "dynamics replay",
-        "replay windows", "edm sample",
+        "replay windows", "edm sample", "generalized_advantages",
     }  # fmt: skip
     sampled = {
         (row.case["engine"], row.case["denoiser"], row.dtype)

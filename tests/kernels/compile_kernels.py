@@ -22,7 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from polygrad_fast.config import SamplerConfig
-from polygrad_fast.kernels import guided_step, initial_state, residual_mlp
+from polygrad_fast.kernels import (
+    generalized_advantages,
+    guided_step,
+    initial_state,
+    residual_mlp,
+)
 from polygrad_fast.kernels.denoiser_input import ActionSpace
 from polygrad_fast.kernels.policy_mean import MAX_ONE_LAYER_STATE_DIM, PolicyOperands
 from polygrad_fast.kernels.precision import PRECISIONS
@@ -236,9 +241,19 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                 yield name, initial.kernel, initial.launches.pop()
 
 
+def advantage_launches() -> Iterator[tuple[str, object, dict]]:
+    """Generalized advantages of contiguous trajectories, and of transposed ones."""
+    recorder = Recorder(generalized_advantages._generalized_advantages_kernel)
+    generalized_advantages._generalized_advantages_kernel = recorder
+    rewards = torch.empty(1024, 10)
+    for name, values in (("", rewards), (" transposed", torch.empty(10, 1024).t())):
+        generalized_advantages.generalized_advantages(rewards, values, rewards, 0.99, 0.9)
+        yield f"generalized_advantages{name}", recorder.kernel, recorder.launches.pop()
+
+
 def main(architecture: int, only: str = "") -> None:
     """Print one row per kernel whose name matches the regular expression `only`."""
-    for launches in (layer_launches, step_launches):
+    for launches in (layer_launches, step_launches, advantage_launches):
         for name, kernel, arguments in launches():
             if re.search(only, name):
                 print(json.dumps(compile_row(name, kernel, arguments, architecture)), flush=True)

@@ -83,7 +83,7 @@ def test_no_spills(tables, target):
 def test_tensor_cores(tables, target):
     for row in tables[target]:
         name, instruction = row["kernel"], TARGETS[target][1]
-        if name.startswith("initial_state") or "float32" in name:
+        if name.startswith(("initial_state", "generalized_advantages")) or "float32" in name:
             assert row["wgmma"] == row["mma"] == row["tcgen05"] == 0, row
             continue
         if any(f"rows={rows}" in name for rows in (16, 32)):
@@ -108,6 +108,13 @@ def test_tf32_operands_are_rounded(tables):
             name = row["kernel"]
             rounds = "tf32" in name or ("guided_step float16" in name)
             assert (row["cvt_tf32"] > 0) == rounds, row
+
+
+def test_advantages_stay_in_registers(tables):
+    for target in (80, 90):
+        rows = [r for r in tables[target] if r["kernel"].startswith("generalized_advantages")]
+        assert len(rows) == 2
+        assert all(r["stack"] == r["shared"] == 0 and r["registers"] <= 64 for r in rows)
 
 
 def test_one_layer_policies_of_the_widest_states(tables):

@@ -26,6 +26,7 @@ from polygrad_fast.evaluation.evaluator import Evaluator
 from polygrad_fast.evaluation.returns import EpisodeStatistics
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
+from polygrad_fast.ranks import current_ranks
 from polygrad_fast.runs.checkpoint import load_checkpoint, save_checkpoint
 from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.directory import (
@@ -48,6 +49,15 @@ from polygrad_fast.training.session import Session
 from polygrad_fast.world_models import TrajectoryDiffusion, WorldModel
 
 Callback = Callable[["PolyGRAD", dict[str, float]], Any]
+SPLIT_OPTIONS = (
+    "num_envs",
+    "learning_starts",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "imagined_batch_size",
+)
+"""Of TrainConfig, what processes that train together have equal parts of."""
 
 
 class PolyGRAD:
@@ -80,6 +90,8 @@ class PolyGRAD:
         num_timesteps: environment steps taken so far, the prefill included, with all updates due
             after them.
         policy, world_model, normalizer, replay: what is being trained, on what.
+        ranks: the processes that train together, where torch.distributed is set up: each calls the
+            same methods.
         training: the loop of Algorithm 3 with its environment, learner and random streams.
 
     Raises:
@@ -106,23 +118,34 @@ class PolyGRAD:
                 f"config must be a TrainConfig (for instance TrainConfig.from_preset('quick')), "
                 f"got {config!r}"
             )
+        self.ranks = current_ranks()
         if run_dir is not None:
             run_dir = as_path(run_dir, "run_dir")
-            refuse_another_run(run_dir)
+            if self.ranks.index > 0:  # the first process writes
+                run_dir, tensorboard = None, False
+            else:
+                refuse_another_run(run_dir)
         environment = build_environment(env)
         dims = check_spaces(environment)
         # as given: "module:Name-v0" must be imported again by whoever loads the agent
         self.env_id = env if isinstance(env, str) else environment_name(environment)
         config = config if config is not None else TrainConfig.from_preset(preset, self.env_id)
         self.config = c = config.resolved(self.env_id)
+        self.ranks.check_multiples(
+            **{name: getattr(c, name) for name in SPLIT_OPTIONS},
+            batch_size=c.world_model_training.batch_size,
+        )
         self.preset, self.seed = preset, as_integer(seed, "seed", 0, below=2**32)
         self.device = as_device(device)
         self._memory_checked = run_dir is not None  # else `learn` checks: a loaded one may only act
         check_training_memory(c, *dims, self.device, self._memory_checked)
 
         own = {"denoiser": denoiser, "policy": policy}
-        several = training_environments(environment, env, c.num_envs, c.env_processes)
-        self.training = build_training(c, several, self.seed, self.device, denoiser, policy)
+        number = c.num_envs // self.ranks.number
+        several = training_environments(environment, env, number, c.env_processes)
+        self.training = build_training(
+            c, several, self.seed, self.device, self.ranks, denoiser, policy
+        )
 
         warn_of_statistics(environment)
         environments = EvaluationEnvironments(environment, env, eval_env, c.eval_processes)
@@ -243,6 +266,7 @@ class PolyGRAD:
             OSError: a file cannot be written; names file, step and last checkpoint.
         """
         total_timesteps = as_integer(total_timesteps, "total_timesteps", 1)
+        self.ranks.check_multiples(total_timesteps=total_timesteps)
         if callback is not None and not callable(callback):
             raise InputError(f"callback must be callable, got {callback!r}")
         if not self._can_learn:
@@ -372,7 +396,8 @@ class PolyGRAD:
         with annotate("checkpoint"):
             state = self.training.state_dict() | self.evaluator.state_dict()
             metadata = self.run.metadata(self.num_timesteps)
-            return save_checkpoint(path, self.training.weights(), state, metadata)
+            weights = self.training.weights()
+            return self.ranks.first(lambda: save_checkpoint(path, weights, state, metadata))
 
     @classmethod
     def load(
@@ -473,8 +498,9 @@ class PolyGRAD:
         return agent
 
     def _continue_in(self, checkpoints: CheckpointManager, tensorboard: bool) -> None:
-        checkpoints.keep_last = self.config.keep_checkpoints
-        self.run = Run(self.run.identity, checkpoints, tensorboard)
+        if self.ranks.index == 0:
+            checkpoints.keep_last = self.config.keep_checkpoints
+            self.run = Run(self.run.identity, checkpoints, tensorboard)
 
     def extend(self, total_timesteps: int) -> None:
         """Set the length of the run that `run_dir` describes, so that resuming it knows it too.

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from polygrad_fast.agent import PolyGRAD
     from polygrad_fast.diagnostics.dream import Dream as DreamFound
+    from polygrad_fast.ranks import Ranks
 
 EVALUATION_SEED = 1_000_003
 SPEEDS = {
@@ -426,13 +427,23 @@ def _first_sentence(boxed: str) -> str:
 
 
 def _train(command: Train) -> None:
-    total = command.config.total_timesteps
     run_dir = Path(
         command.run_dir
         or f"runs/{command.env_id}-{command.preset}-{command.seed}".replace(":", "-")
     )
     with end_on_interrupt():
-        agent = _agent_to_train(command, run_dir)
+        from polygrad_fast.ranks import joined
+    with joined() as ranks, contextlib.ExitStack() as stack:
+        if ranks.index > 0:  # the first process speaks for all
+            stack.enter_context(contextlib.redirect_stdout(None))
+        _train_together(command, run_dir, ranks)
+
+
+def _train_together(command: Train, run_dir: Path, ranks: Ranks) -> None:
+    """Train in one of the processes that do so together, or alone."""
+    total = command.config.total_timesteps
+    with end_on_interrupt():
+        agent = _agent_to_train(command, run_dir, ranks)
     if command.resume:
         if total < agent.num_timesteps:
             raise InputError(
@@ -447,9 +458,11 @@ def _train(command: Train) -> None:
             agent.extend(total)
         print(begin)
         if agent.num_timesteps < total:
+            shows = command.progress and ranks.index == 0
             with stop_on_signals(agent.stop, (signal.SIGINT, signal.SIGTERM)):
-                agent.learn(total - agent.num_timesteps, progress_bar=command.progress)
-        _summarize(agent, run_dir)
+                agent.learn(total - agent.num_timesteps, progress_bar=shows)
+        if ranks.index == 0:
+            _summarize(agent, run_dir)
     if agent.num_timesteps < total:
         again = f"polygrad-fast train --resume --run-dir {shlex.quote(str(run_dir))}"
         print(f"stopped; `{again}` continues")
@@ -475,17 +488,20 @@ def _train_seeds(several: SeveralSeeds) -> None:
     )
 
 
-def _agent_to_train(command: Train, run_dir: Path) -> PolyGRAD:
+def _agent_to_train(command: Train, run_dir: Path, ranks: Ranks) -> PolyGRAD:
     from polygrad_fast.agent import PolyGRAD
 
     if command.resume:
         return PolyGRAD.resume(run_dir, device=command.device, tensorboard=command.tensorboard)
+    config = command.config
+    if config.num_envs < ranks.number:
+        config = dataclasses.replace(config, num_envs=ranks.number)
     return PolyGRAD(
         command.env_id,
         command.preset,
         command.seed,
         command.device,
-        command.config,
+        config,
         run_dir,
         command.tensorboard,
     )
@@ -965,3 +981,7 @@ COMMANDS = {
     **cli_reproduce.COMMANDS,
 }
 """Name -> its options, and what runs it."""
+
+
+if __name__ == "__main__":  # as torchrun begins it: -m polygrad_fast.cli
+    sys.exit(main())

@@ -52,6 +52,7 @@ FOUNDATION = {
     "terminals": "",
     "threads": "",
     "arguments": "errors",
+    "ranks": "errors",
     "transitions": "arguments errors",
     "trajectory_normalizer": "errors",
     "profiling": "arguments errors runs",

@@ -58,7 +58,8 @@ class TrainConfig(Options):
     replay_capacity: int = 1_000_000
     num_envs: int = 1
     """Training environments, which take turns: environment step n is taken in number n mod
-    num_envs. Everything else still counts single environment steps."""
+    num_envs. Everything else still counts single environment steps. Processes of torchrun have
+    equal parts of them, one each at least."""
     env_processes: bool = False
     """Let every training environment step in a process of its own while the updates run; an action
     then comes from the policy as it was before the updates due after the last num_envs steps."""

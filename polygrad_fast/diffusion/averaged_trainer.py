@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from polygrad_fast.denoisers.explicit import explicit_passes, is_as_built
 from polygrad_fast.diffusion.flat_weights import FlatWeights
 from polygrad_fast.errors import InputError
+from polygrad_fast.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -43,6 +44,7 @@ class AveragedTrainer:
         model: the network being trained.
         ema_model: its averaged copy.
         num_updates: how often `minimize` has been called.
+        ranks: the processes over whose losses the gradient is averaged.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class AveragedTrainer:
         self._explicit = explicit_passes(model, num_train_timesteps, self._dtype)
         self._passes = None  # those that the next loss comes from
         self.num_updates = 0
+        self.ranks = Ranks()
         self._ema_decay, self._ema_interval, self._ema_start = ema_decay, ema_interval, ema_start
         self._ema_phase = 0 if average_at_start else ema_interval - 1
 
@@ -113,6 +116,7 @@ class AveragedTrainer:
         loss.backward()
         if passes is not None:
             passes.backward()
+        self.ranks.average_([buffer.grad for buffer in self._weights.buffers])
         self.optimizer.step()
         (share,) = self.averaging(1)
         if share is not None:
@@ -132,8 +136,10 @@ class AveragedTrainer:
     @property
     def can_be_captured(self) -> bool:
         """Whether an update may be captured in a CUDA graph: where the network is this library's,
-        as built. What another does is not known."""
-        return self._device.type == "cuda" and is_as_built(self.model)
+        as built, and trains in this process alone. What another does is not known, nor whether a
+        graph can hold its exchange with other processes."""
+        alone = self.ranks.number == 1
+        return self._device.type == "cuda" and alone and is_as_built(self.model)
 
     @torch.no_grad()
     def _move_average(self, share: float) -> None:

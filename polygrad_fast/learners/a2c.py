@@ -25,6 +25,7 @@ from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import ValueFunction
 from polygrad_fast.profiling import annotate
 from polygrad_fast.protocols import reads_normalized
+from polygrad_fast.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class ActorCritic:
         config: default `A2CConfig()`, the released settings.
         normed_inputs: whether the value function reads normalized observations and learns from
             normalized rewards; None: where the policy reads normalized observations.
+
+    Attributes:
+        ranks: the processes that train on a part of every batch each: moments of advantages,
+            gradients, metrics and the line search are those of the whole batch.
 
     Raises:
         InputError: a policy that is no module with weights to train, or, with `saturation_coef`,
@@ -90,6 +95,7 @@ class ActorCritic:
         self.learning_rate_optimizer = FusedAdamW(
             [self.log_actor_learning_rate], scalar(c.actor_learning_rate_lr)
         )
+        self.ranks = Ranks()
         self._line_search = LineSearch(c, weight.device, weight.dtype)
         self._actor = self._critic = None
 
@@ -131,6 +137,8 @@ class ActorCritic:
         self._choose_passes()
         batch, found = self._batch(observations, actions, rewards, terminals, config)
         actor, critic = self._actor.gradients(batch, config), self._critic.gradients(batch)
+        gradients = [g for g in (*actor.gradients, *critic.gradients) if g is not None]
+        self.ranks.average_(gradients)
         with torch.no_grad():
             metrics = {"actor_loss": actor.loss, "critic_loss": critic.loss}
             metrics |= self._clip(actor.gradients, critic.gradients)
@@ -144,6 +152,7 @@ class ActorCritic:
                 "reward": found.rewards.mean(),
                 "terminal_rate": terminals.mean(),
             }
+            self.ranks.average_(list(metrics.values()))
             finite = torch.stack(list(metrics.values())).isfinite().all()
             with annotate("line_search"):
                 step, finite = self._step_actor(batch, actor, target_update, finite)
@@ -259,8 +268,10 @@ class ActorCritic:
         value_targets = advantages + target_values[:, :-1]
         weights = step_weights(terminals[:, :-1], config.terminal_step_weight)
         if config.normalize_advantages:
-            counted = weights if config.advantage_moments == "counted" else None
-            advantages = standardized(advantages, counted)
+            everyone = self.ranks.concatenate(advantages)
+            counted = config.advantage_moments == "counted"
+            counts = self.ranks.concatenate(weights) if counted else None
+            advantages = self.ranks.own(standardized(everyone, counts))
         value_inputs = policy_inputs = read[:, :-1].contiguous()
         if policy_normed != self.normed_inputs:
             policy_inputs = (observations if policy_normed else raw_observations)[:, :-1]
@@ -355,7 +366,8 @@ class ActorCritic:
                 slopes = torch.linalg.vecdot(old.z, (mean - old.mean) / old.std, dim=0)
                 changes = changes - spread_out.sum(0)
                 slopes = slopes + (squares * spread_out).sum(0)
-                return changes.flatten(), slopes.flatten()
+                concatenate = self.ranks.concatenate
+                return concatenate(changes.flatten()), concatenate(slopes.flatten())
 
         step = self._line_search(move, measure, target_update, optimizer.learning_rate)
         finite = finite & step.initial_size.isfinite() & step.size.isfinite()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,18 @@ class MetricSums:
                 before = found.get(name, (0.0, 0.0))
                 found[name] = before[0] + total, before[1] + count
         return found
+
+
+def merged_sums(states: Sequence[Mapping[str, Any]]) -> MetricSums:
+    """Return the sums of several `MetricSums.state_dict`, as of one that has measured it all."""
+    merged: dict[str, tuple[float, float]] = {}
+    for state in states:
+        for name, (total, count) in state.items():
+            before = merged.get(name, (0.0, 0.0))
+            merged[name] = before[0] + total, before[1] + count
+    sums = MetricSums()
+    sums.load_state_dict(merged)
+    return sums
 
 
 class _Group:

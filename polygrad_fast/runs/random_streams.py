@@ -19,6 +19,8 @@ class RandomStreams:
     Args:
         seed: of everything.
         device: of `generator`.
+        index: of the process, among several that train together: in each, what they draw is
+            another, but for the global generators and the environments' seeds.
 
     Attributes:
         generator: batches, updates and imagination; on the device.
@@ -26,13 +28,15 @@ class RandomStreams:
         predictions: actions that a user asks for, which must not change the run; on the CPU.
     """
 
-    def __init__(self, seed: int, device: torch.device):
+    def __init__(self, seed: int, device: torch.device, index: int = 0):
         streams = np.random.SeedSequence(seed).spawn(5)
         seeds = [int(stream.generate_state(1, np.uint64)[0]) for stream in streams]
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seeds[0])
-        self._seed = seed
+        self._seed, self._index = seed, index
+        if index > 0:
+            seeds[1:4] = self._anew(0, 3)
         self.generator = torch.Generator(device).manual_seed(seeds[1])
         self.acting = torch.Generator().manual_seed(seeds[2])
         self.predictions = torch.Generator().manual_seed(seeds[3])
@@ -57,9 +61,25 @@ class RandomStreams:
             "numpy_rng": json.dumps([numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]]),
         }
 
+    def _anew(self, step: int, number: int) -> list[int]:
+        """Return seeds of this process for streams that begin at an environment step."""
+        entropy = np.random.SeedSequence([self._seed, step, self._index])
+        return entropy.generate_state(number, np.uint64).tolist()
+
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Restore what `state_dict` returned at an environment step; on another type of device,
-        whose generators take no such state, `generator` starts anew and a warning says so."""
+        """Restore what `state_dict` returned at an environment step, of the processes together:
+        "other_streams" holds those of the processes after the first. On another type of device,
+        whose generators take no such state, `generator` starts anew and a warning says so; so do
+        the streams of a process that was not there, without one."""
+        others = state.get("other_streams", [])  # older checkpoints are of one process
+        if self._index > len(others):
+            generator, acting = self._anew(step, 2)
+            self.generator.manual_seed(generator)
+            self.acting.manual_seed(acting)
+            self._load_global(state)
+            return
+        if self._index > 0:
+            state = others[self._index - 1]
         device_type = self.generator.device.type
         if state["device_type"] == device_type:
             self.generator.set_state(state["generator"])
@@ -72,6 +92,9 @@ class RandomStreams:
                 stacklevel=5,
             )
         self.acting.set_state(state["acting_generator"])
+        self._load_global(state)
+
+    def _load_global(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["torch_rng"])
         version, internal, gauss = json.loads(state["python_rng"])
         random.setstate((version, tuple(internal), gauss))

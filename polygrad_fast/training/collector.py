@@ -23,6 +23,11 @@ class Transition(NamedTuple):
     terminated: bool
     truncated: bool
 
+    @property
+    def over(self) -> bool:
+        """Whether its episode has ended."""
+        return bool(self.terminated or self.truncated)
+
 
 class Collector:
     """Takes one environment step at a time, step n in environment n mod N.
@@ -133,15 +138,30 @@ class Collector:
         actions = [None if a is None else torch.from_numpy(a.copy()) for a in self._actions]
         return {"environments": states, "actions": actions}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, or what was written for one environment before; the
-        environments follow with the next step."""
+    @staticmethod
+    def joined_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the states of several processes' environments as that of all, which take turns."""
+        return {
+            name: [entry for turn in zip(*(s[name] for s in states), strict=True) for entry in turn]
+            for name in ("environments", "actions")
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], index: int = 0, number: int = 1) -> None:
+        """Restore the part of `joined_states` that is one of several processes', or what was
+        written for one environment before; the environments follow with the next step.
+
+        Args:
+            state: of all environments.
+            index, number: the process, and how many there are now.
+
+        Raises:
+            CheckpointError: it is of another number of environments.
+        """
         if "environments" not in state:
             state = {"environments": [state["environment"]], "actions": [state.get("action")]}
-        wanted = len(self.environments)
-        if len(state["environments"]) != wanted:
-            raise CheckpointError(
-                f"the checkpoint must be of {wanted} environments, got {len(state['environments'])}"
-            )
-        self._actions = [None if a is None else a.numpy().copy() for a in state["actions"]]
-        self._kept = list(state["environments"])
+        wanted, got = number * len(self.environments), len(state["environments"])
+        if got != wanted:
+            raise CheckpointError(f"the checkpoint must be of {wanted} environments, got {got}")
+        actions = state["actions"][index::number]
+        self._actions = [None if a is None else a.numpy().copy() for a in actions]
+        self._kept = state["environments"][index::number]

@@ -17,11 +17,12 @@ from polygrad_fast.errors import CheckpointError, NonFiniteError
 from polygrad_fast.learners import Learner
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
-from polygrad_fast.runs.metric_sums import MetricSums
+from polygrad_fast.ranks import Ranks
+from polygrad_fast.runs.metric_sums import MetricSums, merged_sums
 from polygrad_fast.runs.random_streams import RandomStreams
 from polygrad_fast.sampling import TrajectoryBatch
 from polygrad_fast.training.actor import Actor
-from polygrad_fast.training.collector import Collector
+from polygrad_fast.training.collector import Collector, Transition
 from polygrad_fast.training.estimate import Speed, num_updates
 from polygrad_fast.training.model_updates import ModelUpdates
 from polygrad_fast.world_models import WorldModel
@@ -42,6 +43,7 @@ class ImaginationTraining:
         normalizer: shared by all networks; its moments are set here.
         world_model, learner: what imagines, and what improves the policy.
         streams: random numbers.
+        ranks: the processes that train together, each with its part of environments and batches.
 
     Attributes:
         num_timesteps: environment steps taken so far with all updates due after them.
@@ -66,11 +68,13 @@ class ImaginationTraining:
         world_model: WorldModel,
         learner: Learner,
         streams: RandomStreams,
+        ranks: Ranks,
     ):
         self.config = config
         self.collector, self.action_scaler, self.actor = collector, action_scaler, actor
         self.replay, self.normalizer = replay, normalizer
         self.world_model, self.learner, self.streams = world_model, learner, streams
+        self.ranks = world_model.trainer.ranks = learner.ranks = ranks
         self.num_timesteps, self.target_timesteps = 0, config.total_timesteps
         self.updates_left: dict[str, int] | None = None
         self.consistent, self.stop_requested = True, False
@@ -81,14 +85,15 @@ class ImaginationTraining:
         self._model_updates = ModelUpdates(
             world_model,
             replay,
-            config.world_model_training.batch_size,
+            config.world_model_training.batch_size // ranks.number,
             streams.generator,
             self._sums,
         )
         self._policy_updates = 0
 
     def step(self) -> bool:
-        """Take one environment step and all updates due after it; `count_step` then counts it.
+        """Take one environment step, in each of the processes, and all updates due after that;
+        `count_step` then counts.
 
         Returns:
             False where `stop_requested` left updates for the next call.
@@ -112,7 +117,7 @@ class ImaginationTraining:
         }
         for name, (update, at_once) in updates.items():
             while self.updates_left[name] > 0:
-                if self.stop_requested:
+                if self.ranks.any(self.stop_requested):
                     return False
                 count = at_once(self.updates_left[name])
                 with self.speed.measured(name, count), self._indivisible():
@@ -121,13 +126,18 @@ class ImaginationTraining:
         return True
 
     def count_step(self) -> None:
-        """Count the step that `step` has finished."""
-        self.num_timesteps, self.updates_left = self.num_timesteps + 1, None
+        """Count the steps that `step` has finished."""
+        self.num_timesteps, self.updates_left = self.following_step, None
+
+    @property
+    def following_step(self) -> int:
+        """`num_timesteps` after the next `step`."""
+        return self.num_timesteps + self.ranks.number
 
     def _interact(self) -> None:
         """Take one environment step and note the updates that are due after it; where the
         environments step while these run, begin the next step of the one that stepped."""
-        step, collector = self.num_timesteps, self.collector
+        step, collector = self.num_timesteps // self.ranks.number, self.collector
         with self.speed.measured("env_step"):
             self._draw_action(step)
             self._take_environment_step(step)
@@ -143,14 +153,17 @@ class ImaginationTraining:
 
     def _take_environment_step(self, step: int) -> None:
         c = self.config
-        observation, action, reward, terminated, truncated = self.collector.take(step)
+        taken = self.collector.take(step)
         with self._indivisible():
             if c.sampler.denoiser_actions == "clipped":
-                action = np.clip(action, self.action_scaler.low, self.action_scaler.high)
+                bounds = self.action_scaler.low, self.action_scaler.high
+                taken = taken._replace(action=np.clip(taken.action, *bounds))
+            transitions = [Transition(*values) for values in self.ranks.exchange(taken)]
             with annotate("replay_add"):
-                self.replay.add(observation, action, reward, terminated, truncated)
-            trained_steps = step + 1 - c.learning_starts
-            if terminated or truncated:
+                for transition in transitions:
+                    self.replay.add(*transition)
+            trained_steps = self.following_step - c.learning_starts
+            if taken.over:
                 environment = self.collector.turn(step)
                 self._sums.add(
                     {
@@ -158,16 +171,16 @@ class ImaginationTraining:
                         "train/episode_length": environment.episode_length,
                     }
                 )
-                if trained_steps > 0 and c.normalizer.refresh == "episode":
-                    self._refresh_normalizer()
-            if trained_steps == 0:
+            ended = any(transition.over for transition in transitions)
+            by_episode = c.normalizer.refresh == "episode" and ended and trained_steps > 0
+            if by_episode or trained_steps == 0:
                 self._refresh_normalizer()
             model = c.world_model_training
             pretrain = model.pretrain_updates if trained_steps == 0 else 0
             delayed = trained_steps - c.policy_delay_steps
             self.updates_left = {
-                "model_update": pretrain + _due(trained_steps, model.updates_per_env_step),
-                "policy_update": _due(delayed, c.policy_updates_per_env_step),
+                "model_update": pretrain + self._due(trained_steps, model.updates_per_env_step),
+                "policy_update": self._due(delayed, c.policy_updates_per_env_step),
             }
 
     def update_model(self, count: int = 1) -> None:
@@ -193,7 +206,8 @@ class ImaginationTraining:
     def _update_policy(self) -> None:
         with annotate("policy_update"):
             with self.speed.measured("sample"):
-                batch = self.imagine(self.config.imagined_batch_size, normalized=True)
+                number = self.config.imagined_batch_size // self.ranks.number
+                batch = self.imagine(number, normalized=True)
             self._sums.note("imagined", batch.finite())
             self._check_if_due()
             terminals = self.normalizer.unnormalize(batch.terminals, "terminals")
@@ -208,7 +222,7 @@ class ImaginationTraining:
                     batch.actions,
                     batch.rewards,
                     flags,
-                    progress=min(1.0, (self.num_timesteps + 1) / self.target_timesteps),
+                    progress=min(1.0, self.following_step / self.target_timesteps),
                 )
             self.actor.acting.refresh()
             tuned = self.world_model.feedback(metrics)
@@ -261,8 +275,8 @@ class ImaginationTraining:
             return self.world_model.imagine(observations, policy, generator, normalized)
 
     def metrics(self) -> dict[str, float]:
-        """Return the means of what was measured since `clear_metrics`."""
-        return self._sums.means()
+        """Return the means of what was measured, in all processes, since `clear_metrics`."""
+        return merged_sums(self.ranks.gather(self._sums.state_dict())).means()
 
     def clear_metrics(self) -> None:
         """Begin a new row of metrics."""
@@ -302,31 +316,37 @@ class ImaginationTraining:
                 ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but weights that continues the training exactly."""
+        """Return everything but weights that continues the training exactly, of all processes; to
+        be called in each of them."""
+        gather = self.ranks.gather
+        streams, *others = gather(self.streams.state_dict())
         return {
             "num_timesteps": self.num_timesteps,
-            "sums": self._sums.state_dict(),
+            "sums": merged_sums(gather(self._sums.state_dict())).state_dict(),
             "begun_step": self.updates_left,
             "policy_updates": self._policy_updates,
             **self.world_model.state_dict(),
             "actor_critic": self.learner.state_dict(),
             "replay": self.replay.state_dict(),
-            **self.collector.state_dict(),
+            **Collector.joined_states(gather(self.collector.state_dict())),
             **self.actor.acting.state_dict(),
-            **self.streams.state_dict(),
+            **streams,
+            "other_streams": others,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; the environments follow with the next step."""
         self.num_timesteps = state["num_timesteps"]
-        self._sums.load_state_dict(state["sums"])
+        self.ranks.check_multiples(num_timesteps=self.num_timesteps)
+        # what was measured before is one process's, the first
+        self._sums.load_state_dict(state["sums"] if self.ranks.index == 0 else {})
         self._model_updates.reset()
         self.world_model.load_state_dict(state)
         self.learner.load_state_dict(state["actor_critic"])
         self.replay.load_state_dict(state["replay"])
         self.actor.acting.load_state_dict(state)
         self.streams.load_state_dict(state, self.num_timesteps)
-        self.collector.load_state_dict(state)
+        self.collector.load_state_dict(state, self.ranks.index, self.ranks.number)
         left = state.get("begun_step")
         if left is not None:
             left = {_FORMER_NAMES.get(name, name): count for name, count in left.items()}
@@ -340,6 +360,11 @@ class ImaginationTraining:
         yield
         self.consistent = True
 
+    def _due(self, steps: int, ratio: float) -> int:
+        """Return how many updates fall on the last step of each process, of `steps` steps in all,
+        at `ratio` updates per step."""
+        return num_updates(steps, ratio) - num_updates(steps - self.ranks.number, ratio)
+
     def _refresh_normalizer(self) -> None:
         with annotate("normalizer_update"):
             c, normalizer = self.config.normalizer, self.normalizer
@@ -348,8 +373,3 @@ class ImaginationTraining:
             if c.preserve_functions and self.num_timesteps >= self.config.learning_starts:
                 self.learner.keep_functions(*before)
             self.actor.acting.refresh()
-
-
-def _due(steps: int, ratio: float) -> int:
-    """Return how many updates fall on the last of `steps` steps at `ratio` updates per step."""
-    return num_updates(steps, ratio) - num_updates(steps - 1, ratio)

@@ -97,18 +97,19 @@ class Session:
             self._write(0, metrics)
             self._tell(metrics)
         while training.updates_left is not None or (
-            training.num_timesteps < training.target_timesteps and not training.stop_requested
+            training.num_timesteps < training.target_timesteps
+            and not training.ranks.any(training.stop_requested)
         ):
             unsaved = True
             if not training.step():
                 break
-            step = training.num_timesteps + 1
+            step = training.following_step
             metrics = self._due_metrics(step)
             if metrics:
                 self._write(step, metrics)
                 training.clear_metrics()
             training.count_step()
-            self._bar.update(1)
+            self._bar.update(training.ranks.number)
             if metrics:
                 self._tell(metrics)
             if not self._estimated and step > training.config.learning_starts:
@@ -135,7 +136,8 @@ class Session:
         """Evaluate the policy as of an environment step and keep it if none was better."""
         self.training.check_finite()
         with self.training.speed.measured("evaluation"):
-            result = self.evaluator.evaluate(self.training.config.eval_episodes)
+            episodes = self.training.config.eval_episodes
+            result = self.training.ranks.first(lambda: self.evaluator.evaluate(episodes))
             row = self.evaluator.note(result, lambda: self._save_best(step))
             return self._compare_gradients() | row
 
@@ -180,8 +182,8 @@ class Session:
             self._stop()
 
     def _save(self) -> None:
-        if self.run.directory is not None:
-            training = self.training
+        training = self.training
+        if training.ranks.any(self.run.directory is not None):  # that of the first process
             training.check_finite()
             with annotate("checkpoint"):
                 state = training.state_dict() | self.evaluator.state_dict()
@@ -192,7 +194,8 @@ class Session:
         training = self.training
         training.collector.keep()  # the error may have left the environments anywhere
         at_once = isinstance(error, KeyboardInterrupt) and training.stop_requested
-        if training.consistent and training.num_timesteps > 0 and not at_once:
+        alone = training.ranks.number == 1  # what others hold cannot be asked for after an error
+        if alone and training.consistent and training.num_timesteps > 0 and not at_once:
             # where saving itself fails, the last checkpoint is an older one
             with contextlib.suppress(OSError, NonFiniteError):
                 self._save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,13 @@ from polygrad_fast.learners.advantages import (
 from polygrad_fast.learners.checks import check_learning_policy, check_trajectories
 from polygrad_fast.learners.line_search import FoundStep, LineSearch
 from polygrad_fast.learners.optimizers import FusedAdamW, clip_gradients
-from polygrad_fast.learners.passes import ActorPass, Batch, actor_passes, critic_passes
+from polygrad_fast.learners.passes import (
+    ActorPass,
+    Batch,
+    actor_passes,
+    critic_passes,
+    is_as_built,
+)
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import ValueFunction
 from polygrad_fast.profiling import annotate
@@ -195,6 +202,18 @@ class ActorCritic:
             if not math.isfinite(value):
                 raise NonFiniteError(f"{name} is {value}")
         return metrics
+
+    def capture_key(self) -> Hashable | None:
+        """Return what a CUDA graph of a `step` depends on besides its arguments' shapes and the
+        contents of tensors, None on a CPU and for networks that are not this library's or were
+        changed: what they do no graph may hold."""
+        networks = self.policy, self.value_function, self.target_value_function
+        if self._line_search.reads or not all(map(is_as_built, networks)):
+            return None
+        optimizers = self.actor_optimizer, self.critic_optimizer, self.learning_rate_optimizer
+        moments = tuple(optimizer.moments.data_ptr() for optimizer in optimizers)
+        weights = (p for network in networks for p in network.parameters())
+        return moments, tuple((p.data_ptr(), p.requires_grad) for p in weights)
 
     def actor_gradient(
         self,

@@ -3,7 +3,7 @@ learns from transitions of a dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ class Learner(Protocol):
         actions: Tensor,
         rewards: Tensor,
         terminals: Tensor,
-        progress: float = 0.0,
+        progress: float | Tensor = 0.0,
     ) -> dict[str, Tensor]:
         """Train on normalized trajectories, with no reading on the host; terminals are 0 or 1.
 
@@ -38,13 +38,18 @@ class Learner(Protocol):
 
         Args:
             observations, actions, rewards, terminals: [B, H, S], [B, H, A], [B, H], [B, H].
-            progress: share of the training that is over, 0 to 1, for what is annealed.
+            progress: share of the training that is over, 0 to 1, for what is annealed; a scalar on
+                the device for a step that a graph holds.
 
         Returns:
             What was measured, by name, detached scalars on the device: "action_std" and
             "action_mean_abs" among it (see `advantages.spread`), from which trajectory diffusion
             tunes its guidance scale.
         """
+
+    def capture_key(self) -> Hashable | None:
+        """Return what a CUDA graph of a `step` depends on besides its arguments' shapes and the
+        contents of tensors, None where no graph can hold it."""
 
     def update(
         self,

@@ -245,7 +245,7 @@ def actor_passes(
     Args:
         last: what this returned before, to be used again where it fits.
     """
-    if not (type(policy) is GaussianPolicy and _is_as_built(policy)):
+    if not (_is_on_cpu(policy) and isinstance(policy, GaussianPolicy) and is_as_built(policy)):
         return AutogradActor(policy, normalizer)
     if isinstance(last, ExplicitActor) and last.policy is policy:
         if last.passes.fits(policy.network):
@@ -257,20 +257,27 @@ def critic_passes(
     value_function: nn.Module, last: ExplicitCritic | AutogradCritic | None
 ) -> ExplicitCritic | AutogradCritic:
     """Return the same of a value function and `ValueFunction`."""
-    if not (type(value_function) is ValueFunction and _is_as_built(value_function)):
-        return AutogradCritic(value_function)
-    if isinstance(last, ExplicitCritic) and last.value_function is value_function:
-        if last.passes.fits(value_function.network):
+    module = value_function
+    if not (_is_on_cpu(module) and isinstance(module, ValueFunction) and is_as_built(module)):
+        return AutogradCritic(module)
+    if isinstance(last, ExplicitCritic) and last.value_function is module:
+        if last.passes.fits(module.network):
             return last
-    return ExplicitCritic(value_function)
+    return ExplicitCritic(module)
 
 
-def _is_as_built(module: GaussianPolicy | ValueFunction) -> bool:
-    """Whether a network on a CPU computes what its constructor made it for, and no hook sees its
-    gradients."""
-    if module.network[0].weight.device.type != "cpu" or change(module, module.built) is not None:
+def is_as_built(module: nn.Module) -> bool:
+    """Whether a policy or value function is this library's, computes what its constructor made it
+    for, and no hook sees its gradients."""
+    if type(module) not in (GaussianPolicy, ValueFunction):
+        return False
+    if change(module, module.built) is not None:
         return False
     watched = (part._backward_hooks or part._backward_pre_hooks for part in parts(module))
     return not any(watched) and not any(
         p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()
     )
+
+
+def _is_on_cpu(module: nn.Module) -> bool:
+    return next(module.parameters()).device.type == "cpu"

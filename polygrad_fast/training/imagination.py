@@ -24,6 +24,7 @@ from polygrad_fast.sampling import TrajectoryBatch
 from polygrad_fast.training.actor import Actor
 from polygrad_fast.training.collector import Collector, Transition
 from polygrad_fast.training.estimate import Speed, num_updates
+from polygrad_fast.training.learner_steps import LearnerSteps
 from polygrad_fast.training.model_updates import ModelUpdates
 from polygrad_fast.world_models import WorldModel
 
@@ -89,7 +90,7 @@ class ImaginationTraining:
             streams.generator,
             self._sums,
         )
-        self._policy_updates = 0
+        self._step_learner, self._policy_updates = LearnerSteps(learner), 0
 
     def step(self) -> bool:
         """Take one environment step, in each of the processes, and all updates due after that;
@@ -217,7 +218,7 @@ class ImaginationTraining:
                 self._measure_actions(batch, flags)
             self._policy_updates += 1
             with annotate("a2c_update"):
-                metrics = self.learner.step(
+                metrics = self._step_learner(
                     batch.observations,
                     batch.actions,
                     batch.rewards,

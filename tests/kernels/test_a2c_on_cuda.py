@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 import polygrad_fast as pg  # noqa: E402
 from polygrad_fast.sampling.graphs import CapturedFunction  # noqa: E402
+from polygrad_fast.training.learner_steps import EAGER_STEPS, LearnerSteps  # noqa: E402
 
 S, A, B, H = 4, 2, 16, 6
 FIELDS = ("observations", "actions", "rewards", "terminals")
@@ -165,6 +166,49 @@ def test_a_graph_holds_a_step(gpu):
     assert graph.launches["_generalized_advantages_kernel"] == 1
 
 
+def check_steps(device, restored=False):
+    """Steps of a training: eager ones, then those of a graph, equal a CPU's."""
+    learner, plain = (make(d, "annealed") for d in (device, "cpu"))
+    steps = LearnerSteps(learner)
+    for seed in range(EAGER_STEPS + 4):
+        if restored and seed == EAGER_STEPS + 1:  # other moments, at another address
+            learner.load_state_dict(copy.deepcopy(learner.state_dict()))
+        found = steps(*make_batch(device, seed).values(), progress=seed / 9)
+        wanted = plain.step(**make_batch("cpu", seed), progress=seed / 9)
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value.cpu(), wanted[name], rtol=2e-3, atol=1e-5, msg=name)
+    assert_same_learners(learner, plain)
+    return learner, steps
+
+
+def test_training_steps_come_from_a_graph(gpu):
+    learner, steps = check_steps("cuda")
+    assert len(gpu.graphs) == 1
+    batch = make_batch("cuda", 99)
+    with gpu.without_syncs() as launches:
+        steps(*batch.values(), progress=0.9)
+    assert launches["graph replay"] == 1 and launches.total() < 40
+    learner.policy.network[0].register_forward_hook(lambda *_: None)
+    with gpu.without_syncs() as launches:
+        steps(*batch.values(), progress=0.9)
+    assert "graph replay" not in launches, "hooks are run"
+
+
+def test_restored_moments_are_captured_anew(gpu):
+    check_steps("cuda", restored=True)
+    assert len(gpu.graphs) == 1, "three eager steps come first, and one is left"
+
+
+def test_policies_of_the_users_are_stepped_eagerly(gpu):
+    learner = make("cuda", "default", "own")
+    assert learner.capture_key() is None and make("cpu", "default").capture_key() is None
+    steps = LearnerSteps(learner)
+    for seed in range(EAGER_STEPS + 2):
+        steps(*make_batch("cuda", seed).values(), progress=0.0)
+    assert not gpu.graphs
+
+
 @pytest.mark.gpu
 class TestOnAGpu:
     @pytest.mark.parametrize("policy", ["gaussian", "own"])
@@ -180,3 +224,7 @@ class TestOnAGpu:
 
     def test_a_graph_holds_a_step(self):
         check_graph("cuda")
+
+    @pytest.mark.parametrize("restored", [False, True])
+    def test_training_steps_come_from_a_graph(self, restored):
+        check_steps("cuda", restored)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import fake_cuda
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -9,9 +13,11 @@ from torch import nn
 
 import polygrad_fast as pg
 from cases import tiny_config
+from polygrad_fast.data import ActionScaler
 from polygrad_fast.protocols import policy_moments
 from polygrad_fast.runs.checkpoint import load_checkpoint
 from polygrad_fast.training.acting_policy import ActingPolicy, moments_of
+from polygrad_fast.training.actor import Actor
 
 S, A = 5, 3
 
@@ -196,3 +202,50 @@ def test_a_resumed_copy_is_as_old_as_it_was(tmp_path):
         assert torch.equal(tensor, second.training.weights()[name]), name
     observations = [agent.environment.observation for agent in (whole, second)]
     np.testing.assert_array_equal(*observations)
+
+
+@pytest.fixture(
+    params=[
+        "imitated",
+        pytest.param(
+            "real",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+            ],
+        ),
+    ]
+)
+def gpu(request):
+    """The imitated device, or None for a real one."""
+    with fake_cuda.installed() if request.param == "imitated" else contextlib.nullcontext() as gpu:
+        yield gpu
+
+
+@pytest.mark.parametrize("kind", ["own", "GaussianPolicy"])
+def test_acting_does_not_wait_for_a_gpu(gpu, kind):
+    """Telling of a change waits for the copy that the one before began, and for nothing else."""
+    device = torch.device("cuda", 0)
+    on_cpu = make_normalizer()
+    policy = OwnPolicy() if kind == "own" else make_policy(on_cpu)
+    normalizer = make_normalizer().to(device)
+    if kind == "GaussianPolicy":
+        object.__setattr__(policy, "normalizer", normalizer)
+    policy = policy.to(device)
+    scaler = ActionScaler(gymnasium.spaces.Box(-1, 1, (A,)), rescale=True)
+    actor = Actor(policy, normalizer, scaler, device)
+    observation = np.linspace(-1, 1, S).astype(np.float32)
+    drawn = []
+    if gpu is not None:
+        gpu.syncs.clear()
+    for step in range(4):
+        with gpu.without_syncs() if gpu is not None else contextlib.nullcontext():
+            drawn.append(actor.sample(observation, torch.Generator().manual_seed(0)))
+            with torch.no_grad():
+                for weight in policy.parameters():
+                    weight.mul_(1.0 + 0.1 * step).add_(0.1)
+        actor.acting.refresh()
+    if gpu is not None:  # for the copy of the change before, which is one change behind
+        assert gpu.syncs == {"Event.synchronize": 4}
+    assert np.array_equal(drawn[0], drawn[1])  # the first change acts after the second
+    assert len({action.tobytes() for action in drawn[1:]}) == 3

@@ -70,7 +70,7 @@ class TrainConfig(Options):
     eval_episodes: int = 10
     eval_processes: int = 0
     """Processes that play the evaluation's episodes, the same ones as without; 0: played here. Pays
-    where a step of the environment takes longer than to hand it over, about 0.1 ms."""
+    where a step of the environment takes longer than to hand it over, about 0.05 ms."""
     log_interval: int = 1000
     """Environment steps between two rows of metrics.csv."""
     checkpoint_interval: int = 10_000

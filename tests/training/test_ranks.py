@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +27,19 @@ from polygrad_fast.runs.metrics import read_metrics
 
 TESTS = Path(__file__).resolve().parents[1]
 S, A, B, H, K = 3, 2, 12, 5, 8
-TOGETHER = 2
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def together(*words: str, number: int = TOGETHER) -> subprocess.CompletedProcess:
-    """Run a Python command in several processes of torch.distributed, on a CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(Path(__file__).parent)])
-    return subprocess.run(
-        [*command, "--nproc-per-node", str(number), *words],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+def environment() -> dict[str, str]:
+    """Of processes on a CPU that can import this file."""
+    path = os.pathsep.join([str(TESTS), str(Path(__file__).parent)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+
+
+def together(*words: str, number: int = 2) -> subprocess.CompletedProcess:
+    """Run a Python command in several processes of torch.distributed."""
+    command = [*TORCHRUN, "--nproc-per-node", str(number), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -195,17 +196,44 @@ def test_what_two_processes_saved_one_continues(folder):
         assert torch.equal(each.state_dict()["actions"][:15], saved["actions"])
 
 
-def test_training_by_torchrun_and_resuming_alone(tmp_path, capsys):
-    pytest.importorskip("mujoco")
-    run = tmp_path / "run"
+def train(env_id: str, run: Path, total: int) -> list[str]:
+    """Return the arguments of a short training."""
     tiny = (
         "--preset quick --horizon 4 --schedule.num-train-timesteps 3 --denoiser.hidden-dim 16 "
         "--denoiser.num-layers 1 --denoiser.batch-size 16 --denoiser.pretrain-updates 5 "
         "--policy.hidden-dim 8 --imagined-batch-size 8 --learning-starts 40 --eval-interval 60 "
         "--eval-episodes 1 --log-interval 20 --checkpoint-interval 20 --policy-delay-steps 0"
     ).split()
-    words = ["train", "--env-id", "InvertedPendulum-v5", "--run-dir", str(run), "--no-progress"]
-    result = together("-m", "polygrad_fast.cli", *words, *tiny, "--total-timesteps", "80")
+    words = ["train", "--env-id", env_id, "--run-dir", str(run), "--no-progress"]
+    return ["-m", "polygrad_fast.cli", *words, *tiny, "--total-timesteps", str(total)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(tmp_path, number):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [*TORCHRUN, "--nproc-per-node", "2", *train("Pendulum-v1", run, 10**6)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(run.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=300)
+    assert f"stopped; `polygrad-fast train --resume --run-dir {run}` continues" in out, err
+    saved = {int(path.name[5:]) for path in run.glob("checkpoints/step_*")}
+    assert max(saved) == pg.PolyGRAD.load(run, device="cpu").num_timesteps
+
+
+def test_training_by_torchrun_and_resuming_alone(tmp_path, capsys):
+    pytest.importorskip("mujoco")
+    run = tmp_path / "run"
+    result = together(*train("InvertedPendulum-v5", run, 80))
     assert result.returncode == 0, result.stderr[:4000]
     assert result.stdout.count("training InvertedPendulum-v5") == 1  # one speaks for all
     rows = read_metrics(run / "metrics.csv")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polygrad_fast.config import check_choices
 from polygrad_fast.kernels.denoiser_input import ActionSpace, input_rows, store_action_operand
+from polygrad_fast.kernels.dependent_launch import launch_options, wait_for_previous
 from polygrad_fast.kernels.policy_mean import PolicyOperands, policy_mean
 from polygrad_fast.kernels.precision import clip, is_interpreted, padded, store_operand
 from polygrad_fast.kernels.random_normals import normals
@@ -41,8 +42,8 @@ class StepBlocks:
 
 
 # By the GEMMs' precision and the states' padded width: (few rows, many rows). Chosen so that
-# none of a paper-sized sampler's at full batch spills on sm_80 or sm_90; a few others spill up to
-# 16 bytes (README.md; tests/kernels/test_compiled.py prints the table).
+# none of a paper-sized sampler's at full batch spills on sm_90 and two programs of half precision
+# share a multiprocessor; README.md lists what spills, tests/kernels/test_compiled.py prints all.
 STEP_BLOCKS = {
     "float32": {
         16: (StepBlocks(16, 32, 8, 2), StepBlocks(32, 32, 8, 2)),
@@ -61,8 +62,8 @@ STEP_BLOCKS = {
         512: (StepBlocks(16, 16, 8, 2), StepBlocks(16, 16, 8, 2)),
     },
     "float16": {
-        16: (StepBlocks(16, 64, 8, 2), StepBlocks(64, 64, 8, 2)),
-        32: (StepBlocks(16, 64, 8, 2), StepBlocks(64, 64, 8, 2)),
+        16: (StepBlocks(16, 64, 8, 2), StepBlocks(64, 32, 4, 2)),
+        32: (StepBlocks(16, 64, 8, 2), StepBlocks(64, 32, 4, 2)),
         64: (StepBlocks(16, 64, 8, 2), StepBlocks(64, 32, 8, 2)),
         128: (StepBlocks(16, 32, 8, 2), StepBlocks(32, 32, 8, 2)),
         256: (StepBlocks(16, 16, 8, 2), StepBlocks(16, 16, 8, 2)),
@@ -134,7 +135,10 @@ def _guided_step_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        wait_for_previous()
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # one (trajectory, t) each
     row_mask = row < num_rows
     batch = row // horizon
@@ -258,6 +262,7 @@ def guided_step(
     actions_out: Tensor,
     denoiser_input: Tensor,
     blocks: StepBlocks | None = None,
+    dependent: bool = False,
 ) -> None:
     """Advance states and actions from diffusion step k + 1 to k (Algorithm 2, lines 8-13, with
     equation 11) and write the denoiser's next input, in one launch.
@@ -280,6 +285,7 @@ def guided_step(
         denoiser_input: [B, >= H (D + A)] in the denoiser's dtype; columns beyond are left alone.
             Not written in the last step.
         blocks: tile sizes; default `step_blocks`.
+        dependent: launch before the kernel before has ended, see `dependent_launch`.
 
     Numerics: element-wise parts, LayerNorms and the policy's last layer in float32; its first layer
     in float32 or (precision "tf32", "float16") tf32, its second in `hidden_weight`'s dtype or,
@@ -363,4 +369,5 @@ def guided_step(
         BLOCK_HIDDEN=padded(hidden),
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        **launch_options(dependent),
     )

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from polygrad_fast.kernels.denoiser_input import ActionSpace, input_rows, store_action_operand
+from polygrad_fast.kernels.dependent_launch import launch_options, wait_for_previous
 from polygrad_fast.kernels.precision import padded, store_operand
 from polygrad_fast.kernels.random_normals import normals
 from polygrad_fast.kernels.step_table import ACTION_SCALE, NUM_COLUMNS, StepOptions
@@ -42,7 +43,10 @@ def _initial_state_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_A: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        wait_for_previous()
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = row < num_rows
     batch = row // horizon
@@ -91,6 +95,7 @@ def initial_state(
     trajectory_out: Tensor,
     actions_out: Tensor,
     denoiser_input: Tensor,
+    dependent: bool = False,
 ) -> None:
     """Draw x_K and u_K, put s0 into x_K, write both and the first denoiser input.
 
@@ -128,4 +133,5 @@ def initial_state(
         BLOCK_A=padded(action_dim),
         num_warps=4,
         num_stages=2,
+        **launch_options(dependent),
     )

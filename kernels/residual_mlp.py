@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polygrad_fast.kernels.dependent_launch import launch_options, wait_for_previous
 from polygrad_fast.kernels.precision import (
     ALL,
     PRECISIONS,
@@ -126,7 +127,10 @@ def _residual_mlp_layer_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        wait_for_previous()
     # Neighbouring programs share their rows: x is read from memory once and from L2 afterwards.
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -193,6 +197,7 @@ def residual_mlp_layer(
     operand_out: Tensor | None = None,
     moments_out: Tensor | None = None,
     blocks: LayerBlocks | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     """Write f(x) W^T + b (+ residual) to `out`, f being LayerNorm and ReLU, either or none, in one
     launch.
@@ -218,6 +223,7 @@ def residual_mlp_layer(
         moments_out: `moments_shape(precision, rows, out_dim)`, float32, receives out's moments.
         blocks: tile sizes; default `layer_blocks`. block_n must be the precision's moments tile
             where moments are written.
+        dependent: launch before the kernel before has ended, see `dependent_launch`.
 
     Returns:
         `out`.
@@ -265,5 +271,6 @@ def residual_mlp_layer(
         BLOCK_K=blocks.block_k,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        **launch_options(dependent),
     )
     return out

@@ -38,6 +38,18 @@ class Generator(REAL_GENERATOR, metaclass=_GeneratorKind):
     device = property(lambda self: self.on)
 
 
+class DefaultGenerator:
+    """The device's own generator: what is drawn on it without one comes from the host's own."""
+
+    device = DEVICE
+
+    def get_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
 class Stream:
     """A stream; everything runs in order."""
 
@@ -112,6 +124,7 @@ def runtime(gpu: FakeCuda) -> dict[str, object]:
         CUDAGraph=CUDAGraph,
         graph=gpu.capture,
         is_current_stream_capturing=lambda: gpu.capturing is not None,
+        default_generators=(DefaultGenerator(),),
         get_rng_state=lambda device=None: torch.get_rng_state(),
         set_rng_state=lambda state, device=None: torch.set_rng_state(state),
     )

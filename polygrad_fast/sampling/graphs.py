@@ -28,6 +28,17 @@ def _garbage_collection_off() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _state_kept(generator: torch.Generator | None) -> Iterator[None]:
+    """Put a generator's state back as it was; it lies on the host."""
+    state = None if generator is None else generator.get_state()
+    try:
+        yield
+    finally:
+        if generator is not None:
+            generator.set_state(state)
+
+
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return one stream per device for all captures: libraries keep a workspace for each stream."""
@@ -56,7 +67,8 @@ class CapturedFunction:
         inputs: example arguments; shapes, dtypes and the device are fixed by them.
         warmups: runs beforehand, see `as_before_a_capture`; 0 for a function that changes what it
             reads, which the caller has run.
-        generator: what the function draws from, besides torch's default.
+        generator: what the function draws from, besides torch's default. A replay draws from the
+            state it has then; the capture leaves it as it was.
     """
 
     def __init__(
@@ -68,7 +80,7 @@ class CapturedFunction:
     ):
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         device = self.inputs[0].device
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _state_kept(generator):
             stream = _side_stream(device)
             with as_before_a_capture(device):
                 for _ in range(warmups):

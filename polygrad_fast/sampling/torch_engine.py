@@ -51,10 +51,9 @@ class TorchEngine:
     more step of the horizon, whatever the later ones are. Where only what is returned counts
     (`settles`, and no chain), the one step due is computed in each: the same trajectories.
 
-    On a GPU all K steps are one CUDA graph, captured once per batch size, and all normals of a
-    sample are drawn before it, in another order than the reference's; they take 8 K B H (D + A)
-    bytes. No call reads a tensor on the host. Foreign modules (`why_foreign`) are called as they
-    are, step by step and uncaptured.
+    On a GPU all K steps are one CUDA graph, captured once per batch size, which draws the normals
+    of a step in that step. No call reads a tensor on the host. Foreign modules (`why_foreign`) are
+    called as they are, step by step and uncaptured.
 
     Args:
         components: modules and options.
@@ -102,6 +101,8 @@ class TorchEngine:
         self.constants = step_constants(components)
         self._workspaces: dict[int, Workspace] = {}
         self._graphs = GraphCache()
+        # The graphs draw from it; every sample lends it the state of the caller's.
+        self._generator = torch.Generator(device) if self._captures else None
 
     @torch.no_grad()
     def sample(
@@ -132,27 +133,24 @@ class TorchEngine:
     def _sample_captured(self, initial_observations, generator, noise, chain_length) -> Sampled:
         """Replay the graph of all steps."""
         c, batch = self.components, len(initial_observations)
-        if noise is not None:
-            normals = tuple(vars(noise).values())
-        else:
-            states, actions = c.shapes(batch)
-            kept = c.config.action_update == "exact"  # the initial ones serve all steps
-            action_steps = 0 if kept else c.num_steps
-            shapes = (states, actions, (c.num_steps, *states), (action_steps, *actions))
-            with annotate("noise"):
-                normals = tuple(
-                    torch.randn(shape, generator=generator, device=c.device) for shape in shapes
-                )
+        given = () if noise is None else tuple(vars(noise).values())
 
-        def run(initial_observations, *normals):
+        def run(initial_observations, *given):
             # This workspace belongs to the graph: it is allocated from the graph's own memory.
             ws = self._new_workspace(batch)
-            given = LoopNormals(c, batch, noise=SampleNoise(*normals))
-            chain = self._loop(ws, initial_observations, given, chain_length)
+            noise = SampleNoise(*given) if given else None
+            normals = LoopNormals(c, batch, self._generator, noise)
+            chain = self._loop(ws, initial_observations, normals, chain_length)
             return ws.trajectory, ws.actions, *(chain or ())
 
         key = (chain_length, self.step.update.pull.shape, self.step.guidance_scale.shape)
-        trajectory, actions, *chain = self._graphs(key, run, (initial_observations, *normals))
+        source = generator
+        if source is None:
+            source = torch.cuda.default_generators[c.device.index]
+        self._generator.set_state(source.get_state())
+        inputs = (initial_observations, *given)
+        trajectory, actions, *chain = self._graphs(key, run, inputs, generator=self._generator)
+        source.set_state(self._generator.get_state())
         return trajectory, actions, tuple(chain) or None
 
     def _matmul_precision(self) -> contextlib.AbstractContextManager:

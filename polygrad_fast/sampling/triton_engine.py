@@ -21,6 +21,8 @@ from polygrad_fast.sampling.triton_operands import DenoiserOperands, PolicyWeigh
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 MINIMUM_CAPABILITY = (8, 0)
+BATCH_ALIGNMENT = 16
+"""Triton compiles a kernel anew for sizes that are no multiple of this."""
 
 
 def _refuse(got: str, wanted: str) -> None:
@@ -43,6 +45,8 @@ class TritonEngine:
             foreign, see `why_foreign`); with 1 layer at most 62 observations.
         dtype: what the GEMMs' operands are in: "float32" (no tensor cores), "tf32", "float16" or
             "bfloat16". Residual stream, sums and states are float32 in all of them.
+        dependent_launch: launch kernels before those before them have ended (compute capability 9.0
+            or newer; not measured yet).
 
     Raises:
         InputError: an option, network or device that this engine does not offer; the message names
@@ -54,10 +58,13 @@ class TritonEngine:
 
     settles = False
 
-    def __init__(self, components: SamplerComponents, dtype: str = "float32"):
+    def __init__(
+        self, components: SamplerComponents, dtype: str = "float32", dependent_launch: bool = False
+    ):
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
         self.components, self.device = components, components.device
+        self.dependent_launch = dependent_launch
         self._check_options(components)
         self.kernels = load_kernels()
         self._check_device()
@@ -119,8 +126,11 @@ class TritonEngine:
             )
         if self.device.type == "cuda":
             capability = torch.cuda.get_device_capability(self.device)
-            if capability < MINIMUM_CAPABILITY:
-                _refuse(f"compute capability {capability}", f"{MINIMUM_CAPABILITY} or newer")
+            minimum = MINIMUM_CAPABILITY
+            if self.dependent_launch:
+                minimum = self.kernels.dependent_launch.MINIMUM_CAPABILITY
+            if capability < minimum:
+                _refuse(f"compute capability {capability}", f"{minimum} or newer")
         elif not self.interpreted:
             raise InputError(
                 f"engine 'triton' needs a CUDA GPU (or TRITON_INTERPRET=1 in the environment, for "
@@ -131,11 +141,17 @@ class TritonEngine:
     @torch.no_grad()
     def _check_launch(self) -> None:
         """Run one diffusion step, uncaptured: what does not compile (no C compiler, no ptxas) or
-        launch (shared memory, registers) here shall be known now."""
+        launch (shared memory, registers) here shall be known now.
+
+        On as many trajectories as take the tiles of many rows, whose kernels samples of some
+        hundred trajectories use: those of a single one would be compiled for it alone.
+        """
         c = self.components
+        multiple = BATCH_ALIGNMENT * c.horizon
+        batch = BATCH_ALIGNMENT * -(-self.kernels.guided_step.MANY_ROWS // multiple)
         try:
             with self._on_device():
-                s0 = torch.zeros(1, c.observation_dim, device=self.device)
+                s0 = torch.zeros(batch, c.observation_dim, device=self.device)
                 guidance = torch.zeros(1, device=self.device)
                 seed = torch.zeros(2, dtype=torch.int64, device=self.device)
                 self._run(0, s0, guidance, seed, max_steps=1)
@@ -228,6 +244,7 @@ class TritonEngine:
             options=self.options,
             seed=seed,
             denoiser_input=workspace.input,
+            dependent=self.dependent_launch,
         )
         with annotate("noise"):
             self.kernels.initial_state.initial_state(
@@ -235,7 +252,7 @@ class TritonEngine:
             )
         for step, k in enumerate(list(reversed(range(c.num_steps)))[:max_steps]):
             with annotate("denoiser"):
-                prediction = self.denoiser.predict(workspace, k)
+                prediction = self.denoiser.predict(workspace, k, self.dependent_launch)
             row = max(0, step - (c.num_steps - kept))
             with annotate("guided_step"):
                 self.kernels.guided_step.guided_step(

@@ -27,7 +27,12 @@ def load_kernels() -> ModuleType:
     """
     try:
         from polygrad_fast import kernels
-        from polygrad_fast.kernels import guided_step, initial_state, residual_mlp  # noqa: F401
+        from polygrad_fast.kernels import (  # noqa: F401
+            dependent_launch,
+            guided_step,
+            initial_state,
+            residual_mlp,
+        )
     except ImportError as error:
         raise InputError(
             f"engine 'triton' needs the package triton ({error}); install polygrad-fast[triton] "
@@ -134,8 +139,10 @@ class DenoiserOperands:
             prediction=torch.empty(batch, self.out_dim, device=self.device),
         )
 
-    def predict(self, workspace: DenoiserWorkspace, k: int) -> Tensor:
-        """Run the denoiser on the workspace's input in step k; return its prediction [B, H D]."""
+    def predict(self, workspace: DenoiserWorkspace, k: int, dependent: bool = False) -> Tensor:
+        """Run the denoiser on the workspace's input in step k; return its prediction [B, H D].
+
+        With `dependent` its kernels are launched before those before them have ended."""
         ws, normalized = workspace, not self.by_layer
         # those of full width share their tiles, whether they write moments or not
         blocks = self.layer.layer_blocks(
@@ -149,7 +156,9 @@ class DenoiserOperands:
                 blocks=blocks,
             )
 
-        layer = functools.partial(self.layer.residual_mlp_layer, precision=self.precision)
+        layer = functools.partial(
+            self.layer.residual_mlp_layer, precision=self.precision, dependent=dependent
+        )
         layer(ws.input, self.input_weight, self.input_bias[k], ws.streams[0], **written(0))
         modules = [*self.denoiser.blocks, self.denoiser]
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):

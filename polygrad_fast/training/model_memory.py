@@ -102,8 +102,8 @@ def _diffusion_sampling(
     on_gpu = device_type == "cuda"
     # workspace, result and its unnormalized copy, or the copies a file is written from
     floats = batch * horizon * (4 * state_dim + 3 * action_dim + 4 * pair)
-    if on_gpu:  # all normals of a sample, and the graph's own copy of them
-        floats += 2 * (config.schedule.num_train_timesteps + 1) * batch * horizon * pair
+    if on_gpu:  # the normals of a step, and the results' copies outside the graph
+        floats += 2 * batch * horizon * pair
     whole = on_gpu or config.engine == "reference"
     rows = horizon if c.kind == "transformer" else 1  # of activations per trajectory
     if c.kind == "transformer":

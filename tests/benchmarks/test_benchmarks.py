@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cases import tiny_config
-from harness.rows import Row, RowFile, provenance, read_rows
+from harness.rows import Check, Row, RowFile, provenance, read_rows, write_rows
 from harness.session import Session
 from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment
@@ -610,7 +610,7 @@ def test_order_of_cases_on_a_gpu():
     ]
     controls = [word for word in words if word.startswith("compile")]
     assert controls[0] == "compile float16 residual_mlp B=1024 H=10"
-    assert words.index(controls[0]) < 20 < 60 < words.index(controls[1])
+    assert words[-len(controls) :] == controls
 
 
 def test_gpu_check_is_a_script_whose_parts_exist():
@@ -631,11 +631,104 @@ def test_gpu_check_is_a_script_whose_parts_exist():
         assert f" --{option}" in text and f'"--{option}"' in offered
 
 
+STAND_IN = """#!/usr/bin/env bash
+# Stands for python on a machine with a GPU.
+echo "$*" >>"$CALLS"
+case "$*" in
+    "-") echo "GPU sm_90 132 multiprocessors" ;;
+    "- "*) exec "$REAL_PYTHON" "$@" ;;
+    "-c import xdist") exit 1 ;;
+    *benchmark-only*) [[ -z $ROWS ]] || cp "$ROWS" "$OUT/rows.jsonl" ;;
+    *"$SKIPPING"*) echo "SKIPPED [2] test_it.py:7: $REASON" ;;
+esac
+"""
+
+
+def gpu_check(tmp_path, rows=(), skipping="nothing", reason="", **environment):
+    """Run the GPU check with a stand-in for python; return exit code, summary and its calls."""
+    stand_in, out, calls = tmp_path / "python", tmp_path / "out", tmp_path / "calls"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    stored = ""
+    if rows:
+        stored = str(tmp_path / "stored.jsonl")
+        write_rows(stored, rows)
+    result = subprocess.run(
+        ["bash", GPU_CHECK, out],
+        env={
+            **os.environ,
+            "PYTHON": str(stand_in),
+            "REAL_PYTHON": sys.executable,
+            "OUT": str(out),
+            "CALLS": str(calls),
+            "ROWS": stored,
+            "SKIPPING": skipping,
+            "REASON": reason,
+            "POLYGRAD_COMMIT": "a" * 40,
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return result.returncode, (out / "summary.txt").read_text(), calls.read_text().splitlines()
+
+
+def timed_row(engine="triton") -> Row:
+    case = {"engine": engine, "denoiser": "residual_mlp", "batch": 1024, "horizon": 10}
+    facts = vars(provenance(torch.device("cpu"), None, "a" * 40))
+    facts |= {"checks": (Check("largest error", 1e-6, 1e-4),), "status": "ok", "ms": 9.0}
+    return Row(**facts, benchmark="sample", dtype="float16", case=case)
+
+
+def test_gpu_check_passes(tmp_path):
+    """Wheels are installed first, kernels compiled beside the tests, times taken last."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "a.whl").touch()
+    code, summary, calls = gpu_check(
+        tmp_path, [timed_row()], "tests/kernels", "what happens without a GPU", WHEELS=str(wheels)
+    )
+    assert code == 0, summary
+    assert calls[0].startswith("-m pip install") and calls[0].endswith("a.whl")
+    order = ["tests/parity", "test_gpu_training", "--benchmark-only", "--kernel-times"]
+    at = [next(i for i, call in enumerate(calls) if word in call) for word in order]
+    assert at == sorted(at)
+    (compiling,) = (call for call in calls if "compile_sample.py" in call)
+    assert "compile_sample.py 90 --timed" in compiling and calls.index(compiling) < at[1]
+    (timing,) = (call for call in calls if "--benchmark-only" in call)
+    assert f"--commit {'a' * 40}" in timing and "--tests passed" in timing
+
+
+@pytest.mark.parametrize(
+    "skipping, engine, wanted",
+    [
+        ("tests/kernels", "triton", "test_it.py:7: needs a CUDA GPU"),
+        ("nothing", "torch", "no time of engine triton at B = 1024, H = 10"),
+    ],
+)
+def test_gpu_check_fails(tmp_path, skipping, engine, wanted):
+    """Where a test of the GPU is skipped, and where the engine it is about has no time."""
+    code, summary, _ = gpu_check(tmp_path, [timed_row(engine)], skipping, "needs a CUDA GPU")
+    assert code == 1 and wanted in summary, summary
+
+
+def test_gpu_check_wants_a_commit(tmp_path):
+    """It travels apart where the checkout is no git repository."""
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "gpu_check.sh"
+    script.write_text(GPU_CHECK.read_text())
+    environment = {k: v for k, v in os.environ.items() if k != "POLYGRAD_COMMIT"}
+    command = ["bash", script, tmp_path / "out"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "POLYGRAD_COMMIT must name the commit" in result.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
 def test_gpu_check_says_what_is_missing(tmp_path):
     result = subprocess.run(
         ["bash", GPU_CHECK, tmp_path / "out"],
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": sys.executable, "POLYGRAD_COMMIT": "a" * 40},
         capture_output=True,
         text=True,
         timeout=120,

@@ -2,24 +2,18 @@
 per kernel.
 
 Run as a script, without TRITON_INTERPRET: the interpreter replaces the kernels when it is on. The
-launchers themselves are called, on host tensors, with the kernels replaced by recorders that
-compile what they are launched with.
+launchers themselves are called, on host tensors, and what they launch is recorded.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from launches import compiled, recorded
 
 from polygrad_fast.config import SamplerConfig
 from polygrad_fast.kernels import (
@@ -33,90 +27,11 @@ from polygrad_fast.kernels.policy_mean import MAX_ONE_LAYER_STATE_DIM, PolicyOpe
 from polygrad_fast.kernels.precision import PRECISIONS
 from polygrad_fast.kernels.step_table import step_options
 
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-}
-OPTIONS = ("num_warps", "num_stages")
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-
-class Recorder:
-    """Stands in for a kernel: keeps what it is launched with."""
-
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
-
-    def __getitem__(self, grid):
-        return lambda **arguments: self.launches.append(arguments)
-
-
-def source(kernel, arguments: dict) -> tuple[ASTSource, dict]:
-    """Specialize as a launch would: types, divisibility by 16, the integer 1, constants."""
-    options = {name: arguments[name] for name in OPTIONS}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        divisible = False
-        if parameter.is_constexpr or (
-            value == 1 if isinstance(value, int) and not parameter.do_not_specialize else False
-        ):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif torch.is_tensor(value):
-            signature[parameter.name] = POINTERS[value.dtype]
-            divisible = value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32"
-            divisible = value % 16 == 0 and not parameter.do_not_specialize
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes), options
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Read registers and stack (spills lie there) out of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return {
-        "registers": int(numbers["REG"]),
-        "stack": int(numbers["STACK"]) + int(numbers["LOCAL"]),
-    }
-
-
-def compile_row(name: str, kernel, arguments: dict, architecture: int) -> dict:
-    """Compile one launch for one GPU and return its row of the table."""
-    src, options = source(kernel, arguments)
-    compiled = triton.compile(src, target=GPUTarget("cuda", architecture, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    return {
-        "kernel": name,
-        "sm": architecture,
-        "warps": options["num_warps"],
-        "stages": options["num_stages"],
-        "shared": compiled.metadata.shared,
-        **resources(compiled.asm["cubin"]),
-        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
-        "cvt_tf32": len(re.findall(r"cvt\.rna\.tf32", ptx)),
-        "cp_async": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-    }
-
-
-def layer_launches() -> Iterator[tuple[str, object, dict]]:
-    """Every tile size of the layer in the roles it ships in, paper-sized (H = 10, Walker2d), and
-    the hidden layer of other widths and of the paper's network (no LayerNorm)."""
-    recorder = Recorder(residual_mlp._residual_mlp_layer_kernel)
-    residual_mlp._residual_mlp_layer_kernel = recorder
+def layer_launches() -> Iterator[str]:
+    """Launch every tile size of the layer in the roles it ships in, paper-sized (H = 10, Walker2d),
+    and the hidden layer of other widths and of the paper's network (no LayerNorm); yield a name
+    after each."""
 
     def launch(role, precision, rows, width=1024, in_dim=256, out_dim=190, paper=False):
         setting = PRECISIONS[precision]
@@ -147,11 +62,12 @@ def layer_launches() -> Iterator[tuple[str, object, dict]]:
             arguments = dict(x=operand, weight=weight[:out_dim], out=torch.empty(rows, out_dim))
             arguments |= read
         residual_mlp.residual_mlp_layer(precision=precision, bias=gamma, **arguments)
-        recorded = recorder.launches.pop()
-        tile = "x".join(str(recorded[f"BLOCK_{axis}"]) for axis in "MNK")
+        blocks = arguments.get("blocks") or residual_mlp.layer_blocks(
+            precision, rows, out_dim, writes_moments=False
+        )
+        tile = f"{blocks.block_m}x{blocks.block_n}x{blocks.block_k}"
         name = f"layer {role} {precision} {tile}" + (" paper" if paper else "")
-        name += "" if width == 1024 else f" W={width}"
-        return name, recorder.kernel, recorded
+        return name + ("" if width == 1024 else f" W={width}")
 
     for precision in PRECISIONS:
         for rows in (1024, 16384):
@@ -171,13 +87,10 @@ def layer_launches() -> Iterator[tuple[str, object, dict]]:
     yield launch("output", "float16", 1024, 2048, out_dim=3800)
 
 
-def step_launches() -> Iterator[tuple[str, object, dict]]:
-    """Every tile size of the guided step with a paper-sized policy, also with the paper's options
-    and with one layer of the widest states it may have, and the initial state."""
-    recorder = Recorder(guided_step._guided_step_kernel)
-    guided_step._guided_step_kernel = recorder
-    initial = Recorder(initial_state._initial_state_kernel)
-    initial_state._initial_state_kernel = initial
+def step_launches() -> Iterator[str]:
+    """Launch every tile size of the guided step with a paper-sized policy, also with the paper's
+    options and with one layer of the widest states it may have, and the initial state; yield a name
+    after each."""
     action_dim, hidden, num_steps = 6, 256, 128
     vector = torch.empty(action_dim)
     space = ActionSpace(vector, vector, vector, vector)
@@ -234,29 +147,29 @@ def step_launches() -> Iterator[tuple[str, object, dict]]:
                     name = f"guided_step {precision} D={state_dim} layers={num_layers} "
                     name += f"rows={blocks.block_rows}" + ("" if k else " last")
                     name += {official: "", paper: " paper", exact: " exact"}[config]
-                    yield name, recorder.kernel, recorder.launches.pop()
+                    yield name
             if precision == "float16" and state_dim in (19, 511):
                 initial_state.initial_state(options=options, **common)
-                name = f"initial_state {precision} D={state_dim}"
-                yield name, initial.kernel, initial.launches.pop()
+                yield f"initial_state {precision} D={state_dim}"
 
 
-def advantage_launches() -> Iterator[tuple[str, object, dict]]:
-    """Generalized advantages of contiguous trajectories, and of transposed ones."""
-    recorder = Recorder(generalized_advantages._generalized_advantages_kernel)
-    generalized_advantages._generalized_advantages_kernel = recorder
+def advantage_launches() -> Iterator[str]:
+    """Launch generalized advantages of contiguous trajectories, and of transposed ones; yield a
+    name after each."""
     rewards = torch.empty(1024, 10)
     for name, values in (("", rewards), (" transposed", torch.empty(10, 1024).t())):
         generalized_advantages.generalized_advantages(rewards, values, rewards, 0.99, 0.9)
-        yield f"generalized_advantages{name}", recorder.kernel, recorder.launches.pop()
+        yield f"generalized_advantages{name}"
 
 
 def main(architecture: int, only: str = "") -> None:
     """Print one row per kernel whose name matches the regular expression `only`."""
-    for launches in (layer_launches, step_launches, advantage_launches):
-        for name, kernel, arguments in launches():
-            if re.search(only, name):
-                print(json.dumps(compile_row(name, kernel, arguments, architecture)), flush=True)
+    with recorded(architecture) as launches:
+        names = [*layer_launches(), *step_launches(), *advantage_launches()]
+    chosen = [pair for pair in zip(names, launches, strict=True) if re.search(only, pair[0])]
+    rows = compiled([launch for _, launch in chosen], architecture, jobs=1)
+    for (name, _), row in zip(chosen, rows, strict=True):
+        print(json.dumps({"kernel": name, **row}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Without a GPU the kernels run in triton's interpreter, which must be chosen before triton is
 imported."""
 
+import importlib.util
 import os
 
 import pytest
@@ -20,3 +21,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def guards():
+    """Interpreted kernels run between guards, their programs in random order."""
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import guarded_kernels
+
+    with guarded_kernels.guards():
+        yield

@@ -67,13 +67,16 @@ def test_shared_memory(tables, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills(tables, target):
-    """Nothing spills in layers of width 1024 or 2048, nor in the steps of a paper-sized sampler at
-    full batch; at most eight words elsewhere, where ptxas trades them for a second program per
-    multiprocessor. Rows of odd width, whose loads are element by element, spill up to 128 bytes."""
+    """Nothing spills in layers of width 1024 or 2048, nor on sm_90 and newer in the steps of a
+    paper-sized sampler at full batch; at most eight words elsewhere, where ptxas trades them for a
+    second program per multiprocessor. Rows of odd width, whose loads are element by element, spill
+    up to 128 bytes, steps of 64 rows on sm_80 up to 96."""
     for row in tables[target]:
         name, allowed = row["kernel"], 32
         if "W=50" in name:
             allowed = 128
+        elif target == 80 and "rows=64" in name:
+            allowed = 96
         elif name.startswith("layer") and "W=512" not in name or "D=19 layers=2 rows=64" in name:
             allowed = 0
         assert row["stack"] <= allowed, row

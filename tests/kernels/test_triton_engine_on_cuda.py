@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import polygrad_fast as pg  # noqa: E402
-from polygrad_fast.kernels import precision  # noqa: E402
+from polygrad_fast.kernels import guided_step, precision  # noqa: E402
 from polygrad_fast.sampling.triton_engine import TritonEngine  # noqa: E402
 
 if torch.cuda.is_available():
@@ -31,6 +31,7 @@ def counted(monkeypatch):
 def computed(monkeypatch):
     """A device whose kernels run in the interpreter."""
     monkeypatch.setattr(precision, "is_interpreted", lambda: False)
+    monkeypatch.setattr(guided_step, "MANY_ROWS", 1)  # the engine's first step: it is slow
     with fake_cuda.installed() as gpu:
         yield gpu
 

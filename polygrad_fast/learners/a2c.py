@@ -205,10 +205,13 @@ class ActorCritic:
 
     def capture_key(self) -> Hashable | None:
         """Return what a CUDA graph of a `step` depends on besides its arguments' shapes and the
-        contents of tensors, None on a CPU and for networks that are not this library's or were
-        changed: what they do no graph may hold."""
+        contents of tensors. None on a CPU, for networks that are not this library's or were
+        changed, and where several processes train together: what these do may be nothing for a
+        graph."""
         networks = self.policy, self.value_function, self.target_value_function
-        if self._line_search.reads or not all(map(is_as_built, networks)):
+        if self._line_search.reads or self.ranks.number > 1:
+            return None
+        if not all(map(is_as_built, networks)):
             return None
         optimizers = self.actor_optimizer, self.critic_optimizer, self.learning_rate_optimizer
         moments = tuple(optimizer.moments.data_ptr() for optimizer in optimizers)

@@ -273,10 +273,13 @@ def is_as_built(module: nn.Module) -> bool:
         return False
     if change(module, module.built) is not None:
         return False
-    watched = (part._backward_hooks or part._backward_pre_hooks for part in parts(module))
-    return not any(watched) and not any(
-        p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()
-    )
+    for part in parts(module):
+        if part._backward_hooks or part._backward_pre_hooks:
+            return False
+        for p in part._parameters.values():
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                return False
+    return True
 
 
 def _is_on_cpu(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import polygrad_fast as pg  # noqa: E402
+from polygrad_fast.ranks import Ranks  # noqa: E402
 from polygrad_fast.sampling.graphs import CapturedFunction  # noqa: E402
 from polygrad_fast.training.learner_steps import EAGER_STEPS, LearnerSteps  # noqa: E402
 
@@ -41,6 +42,10 @@ class Own(torch.nn.Module):
     def forward(self, observations):
         mean, log_std = self.head(self.body(observations)).chunk(2, -1)
         return mean, 0.5 + log_std.exp()
+
+
+class Two(Ranks):
+    number = 2
 
 
 def make(device, name, policy="gaussian", normed_inputs=True) -> pg.ActorCritic:
@@ -203,6 +208,10 @@ def test_restored_moments_are_captured_anew(gpu):
 def test_policies_of_the_users_are_stepped_eagerly(gpu):
     learner = make("cuda", "default", "own")
     assert learner.capture_key() is None and make("cpu", "default").capture_key() is None
+    together = make("cuda", "default")
+    assert together.capture_key() is not None
+    together.ranks = Two()
+    assert together.capture_key() is None
     steps = LearnerSteps(learner)
     for seed in range(EAGER_STEPS + 2):
         steps(*make_batch("cuda", seed).values(), progress=0.0)

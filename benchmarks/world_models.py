@@ -34,7 +34,7 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.learners.advantages import spread
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.world_models import WorldModel
-from polygrad_fast.world_models.build import build_world_model
+from polygrad_fast.world_models.build import STEPWISE, build_world_model
 
 RESULTS = Path(__file__).parent / "results" / "world_models.jsonl"
 TIMED_BATCH = 256
@@ -75,15 +75,14 @@ def cases(config: TrainConfig) -> dict[str, tuple[TrainConfig, tuple[int, ...]]]
         return trajectory_diffusion(config, sampler, denoiser, num_steps)
 
     few, many = (16, 8, 4), (128, 64, 32, 16, 8)
-    settled = tuple(steps for steps in (128, 64, 32, 16) if steps >= config.horizon)
+    settled = tuple(steps for steps in (128, 64, 32, 16) if steps > config.horizon)
     return {
         "residual MLP, released update": (of(RELEASED, RESIDUAL_MLP, 16), (16,)),
         "residual MLP, exact": (of(EXACT, RESIDUAL_MLP, 16), few),
         "residual MLP, exact, K = 128": (of(EXACT, RESIDUAL_MLP, 128), many),
-        "rollout, exact": (of(unscaled, rollout, 16), (16, config.horizon)),
+        "rollout, exact": (of(unscaled, rollout, 16), (16, config.horizon + 1)),
         "rollout, exact, K = 128": (of(unscaled, rollout, 128), settled),
-        "autoregressive": (replace(config, world_model="autoregressive"), (0,)),
-    }
+    } | {name.replace("_", " "): (replace(config, world_model=name), (0,)) for name in STEPWISE}
 
 
 def train(world_model: WorldModel, agent: PolyGRAD, config: TrainConfig, seconds: float) -> int:

@@ -8,9 +8,7 @@ from polygrad_fast.config.edm import (
 )
 from polygrad_fast.config.groups import (
     A2CConfig,
-    AutoregressiveConfig,
     DenoiserConfig,
-    EnsembleConfig,
     GuidanceConfig,
     NormalizerConfig,
     PolicyConfig,
@@ -23,10 +21,17 @@ from polygrad_fast.config.offline_agents import IQLConfig, OfflineAgentConfig, T
 from polygrad_fast.config.options import from_dict
 from polygrad_fast.config.reproduce import PGD_SCALES, PGDScale
 from polygrad_fast.config.train import PRESETS, TrainConfig
+from polygrad_fast.config.world_models import (
+    AutoregressiveConfig,
+    AutoregressiveDiffusionConfig,
+    EnsembleConfig,
+    TransformerModelConfig,
+)
 
 __all__ = [
     "A2CConfig",
     "AutoregressiveConfig",
+    "AutoregressiveDiffusionConfig",
     "DenoiserConfig",
     "DiffuseConfig",
     "DynamicsConfig",
@@ -48,6 +53,7 @@ __all__ = [
     "TD3BCConfig",
     "TemporalUNetConfig",
     "TrainConfig",
+    "TransformerModelConfig",
     "check_choices",
     "from_dict",
 ]

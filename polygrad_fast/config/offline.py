@@ -11,9 +11,9 @@ from polygrad_fast.config.edm import (
     PolicyGuidanceConfig,
     TemporalUNetConfig,
 )
-from polygrad_fast.config.groups import EnsembleConfig
 from polygrad_fast.config.offline_agents import IQLConfig, TD3BCConfig
 from polygrad_fast.config.options import Options
+from polygrad_fast.config.world_models import EnsembleConfig
 from polygrad_fast.errors import InputError
 
 

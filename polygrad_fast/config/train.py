@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from polygrad_fast.config.edm import EDMConfig
 from polygrad_fast.config.groups import (
     A2CConfig,
-    AutoregressiveConfig,
     DenoiserConfig,
-    EnsembleConfig,
     GuidanceConfig,
     NormalizerConfig,
     PolicyConfig,
@@ -17,6 +16,12 @@ from polygrad_fast.config.groups import (
     ScheduleConfig,
 )
 from polygrad_fast.config.options import Options
+from polygrad_fast.config.world_models import (
+    AutoregressiveConfig,
+    AutoregressiveDiffusionConfig,
+    EnsembleConfig,
+    TransformerModelConfig,
+)
 from polygrad_fast.errors import InputError
 
 
@@ -24,19 +29,27 @@ from polygrad_fast.errors import InputError
 class TrainConfig(Options):
     """Everything a run of Algorithm 3 needs besides the environment, seed and device."""
 
-    world_model: Literal["trajectory_diffusion", "autoregressive", "ensemble"] = (
-        "trajectory_diffusion"
-    )
-    """What imagines: policy-guided trajectory diffusion, a plain one-step network rolled out
-    (options autoregressive), or an ensemble of probabilistic ones (options ensemble). Options of
-    the others have no effect: schedule, sampler, denoiser, guidance, engine and dtype are those of
-    trajectory diffusion."""
+    world_model: Literal[
+        "trajectory_diffusion",
+        "autoregressive",
+        "ensemble",
+        "transformer",
+        "autoregressive_diffusion",
+    ] = "trajectory_diffusion"
+    """What imagines: policy-guided trajectory diffusion, or, step by step, a plain network, an
+    ensemble of probabilistic ones, a transformer, or a diffusion of every step; each has a group of
+    options of its name. Options of the others have no effect: schedule, sampler, denoiser,
+    guidance, engine and dtype are those of trajectory diffusion."""
     horizon: int = 10
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     autoregressive: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    transformer: TransformerModelConfig = field(default_factory=TransformerModelConfig)
+    autoregressive_diffusion: AutoregressiveDiffusionConfig = field(
+        default_factory=AutoregressiveDiffusionConfig
+    )
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     a2c: A2CConfig = field(default_factory=A2CConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -149,7 +162,15 @@ class TrainConfig(Options):
             )
 
     @property
-    def world_model_training(self) -> DenoiserConfig | AutoregressiveConfig | EnsembleConfig:
+    def world_model_training(
+        self,
+    ) -> (
+        DenoiserConfig
+        | AutoregressiveConfig
+        | EnsembleConfig
+        | TransformerModelConfig
+        | AutoregressiveDiffusionConfig
+    ):
         """The options of the world model in use that say how often and on how much it trains:
         batch_size, updates_per_env_step, pretrain_updates."""
         groups = {"trajectory_diffusion": "denoiser"}
@@ -225,6 +246,27 @@ def _paper(env_id: str) -> TrainConfig:
     )
 
 
+def _small_transformer(pretrain_updates: int) -> TransformerModelConfig:
+    return TransformerModelConfig(
+        hidden_dim=64,
+        num_layers=2,
+        learning_rate=1e-3,
+        batch_size=32,
+        pretrain_updates=pretrain_updates,
+    )
+
+
+def _small_autoregressive_diffusion(pretrain_updates: int) -> AutoregressiveDiffusionConfig:
+    return AutoregressiveDiffusionConfig(
+        hidden_dim=128,
+        num_layers=3,
+        sampler=EDMConfig.paper(num_inference_steps=32),
+        learning_rate=1e-3,
+        batch_size=32,
+        pretrain_updates=pretrain_updates,
+    )
+
+
 def _quick(env_id: str) -> TrainConfig:
     """Small enough for one CPU core and minutes; tuned on Pendulum-v1 and InvertedPendulum-v5.
 
@@ -258,6 +300,8 @@ def _quick(env_id: str) -> TrainConfig:
         ),
         autoregressive=AutoregressiveConfig(pretrain_updates=600),
         ensemble=EnsembleConfig(pretrain_updates=600),
+        transformer=_small_transformer(pretrain_updates=600),
+        autoregressive_diffusion=_small_autoregressive_diffusion(pretrain_updates=600),
         policy=PolicyConfig(
             hidden_dim=64,
             init_std=1.0 if pendulum else 0.5,
@@ -323,6 +367,8 @@ def _laptop(env_id: str) -> TrainConfig:
         ),
         autoregressive=AutoregressiveConfig(batch_size=32, pretrain_updates=1000),
         ensemble=EnsembleConfig(batch_size=32, pretrain_updates=1000),
+        transformer=_small_transformer(pretrain_updates=1000),
+        autoregressive_diffusion=_small_autoregressive_diffusion(pretrain_updates=1000),
         policy=PolicyConfig(hidden_dim=64, init_std=0.6, min_std=0.15, normed_inputs=True),
         a2c=A2CConfig(
             gae_lambda=0.7,

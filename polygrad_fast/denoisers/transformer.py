@@ -36,6 +36,19 @@ class TransformerBlock(nn.Module):
         return x + self.mlp_output(F.gelu(self.mlp_input(self.norm_2(x))))
 
 
+def init_transformer(module: nn.Module, blocks: nn.ModuleList) -> None:
+    """Draw all weights of a module of `TransformerBlock`s as GPT-2's: standard deviation 0.02, of
+    residual projections less with more blocks."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
+    for block in blocks:
+        for linear in (block.attention_output, block.mlp_output):
+            nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(blocks)))
+
+
 class TransformerDenoiser(nn.Module):
     """eps_theta with one token per (state, action) pair (paper, appendix A, table 3).
 
@@ -95,18 +108,8 @@ class TransformerDenoiser(nn.Module):
             raise InputError(
                 f"step_conditioning must be 'input' or 'learned', got {step_conditioning!r}"
             )
-        self.apply(self._init_weights)
-        for block in self.blocks:  # residual projections, GPT-2
-            for linear in (block.attention_output, block.mlp_output):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * num_layers))
+        init_transformer(self, self.blocks)
         self.built = structure(self)
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:
         """Predict noise or clean states [B, H, D], normalized; see `polygrad_fast.Denoiser`.

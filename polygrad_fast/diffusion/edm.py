@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polygrad_fast.arguments import as_integer
-from polygrad_fast.config import EDMConfig, EDMTrainingConfig
+from polygrad_fast.config import AutoregressiveDiffusionConfig, EDMConfig, EDMTrainingConfig
 from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
 from polygrad_fast.errors import InputError
 
@@ -94,13 +94,20 @@ def denoise(network: Network, trajectory: Tensor, sigma: Tensor, sigma_data: flo
     return c_skip * trajectory + c_out * network(c_in * trajectory, c.c_noise)
 
 
-def training_sigma(sigma_normal: Tensor, config: EDMTrainingConfig) -> Tensor:
+def training_sigma(
+    sigma_normal: Tensor, config: EDMTrainingConfig | AutoregressiveDiffusionConfig
+) -> Tensor:
     """Return the noise levels exp(p_mean + p_std n) of standard normals n, [B] -> [B]."""
     return torch.exp(config.p_mean + config.p_std * sigma_normal)
 
 
 def edm_loss(
-    network: Network, batch: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float
+    network: Network,
+    batch: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    sigma_data: float,
+    entry_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the denoising loss, a scalar (equations 2 and 7, table 1).
 
@@ -112,11 +119,15 @@ def edm_loss(
         sigma: one noise level per trajectory, [B].
         noise: standard normals n, [B, L, D].
         sigma_data: standard deviation of the data.
+        entry_weights: how much each entry counts in the mean, [B, L, D]; None: all alike.
     """
     level = sigma.view(-1, 1, 1)
     denoised = denoise(network, batch + level * noise, sigma, sigma_data)
     weight = (level.square() + sigma_data**2) / (level * sigma_data).square()
-    return (weight * (denoised - batch).square()).mean()
+    errors = weight * (denoised - batch).square()
+    if entry_weights is None:
+        return errors.mean()
+    return (errors * entry_weights).sum() / entry_weights.sum().clamp(min=1.0)
 
 
 def num_training_updates(num_windows: int, config: EDMTrainingConfig) -> int:

@@ -59,6 +59,24 @@ def _one_step_parameters(width: int, layers: int, observation_dim: int, action_d
     return ends + (layers - 1) * (width + 1) * width
 
 
+def transformer_parameters(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    """Return the number of parameters of the configured autoregressive transformer."""
+    t = config.transformer
+    width = t.hidden_dim
+    ends = (observation_dim + action_dim + 1) * width + (width + 1) * (observation_dim + 2)
+    return ends + (t.context + 2) * width + t.num_layers * (12 * width + 13) * width
+
+
+def autoregressive_diffusion_parameters(
+    config: TrainConfig, observation_dim: int, action_dim: int
+) -> int:
+    """Return the number of parameters of the configured denoiser of transitions."""
+    d, state_dim = config.autoregressive_diffusion, observation_dim + 2
+    width = d.hidden_dim
+    inputs = (state_dim + observation_dim + action_dim + 1) * width + (18 + width + 1) * width
+    return inputs + d.num_layers * (width + 3) * width + 2 * width + (width + 1) * state_dim
+
+
 def _autoregressive_sampling(
     config: TrainConfig,
     observation_dim: int,
@@ -86,6 +104,33 @@ def _ensemble_sampling(
     gathered = config.ensemble.num_elites / config.ensemble.num_members
     weights = round(gathered * ensemble_parameters(config, observation_dim, action_dim))
     return results + batch * (4 * widest + 8 * (observation_dim + 2)) + weights
+
+
+def _transformer_sampling(
+    config: TrainConfig,
+    observation_dim: int,
+    action_dim: int,
+    batch: int,
+    device_type: str,
+    threads: int,
+) -> int:
+    results = batch * config.horizon * 5 * (observation_dim + 2 + action_dim)
+    t = config.transformer
+    tokens = batch * min(config.horizon, t.context)
+    return results + max(12 * tokens * t.hidden_dim, 4 * batch * config.policy.hidden_dim)
+
+
+def _autoregressive_diffusion_sampling(
+    config: TrainConfig,
+    observation_dim: int,
+    action_dim: int,
+    batch: int,
+    device_type: str,
+    threads: int,
+) -> int:
+    results = batch * config.horizon * 5 * (observation_dim + 2 + action_dim)
+    widest = max(config.autoregressive_diffusion.hidden_dim, config.policy.hidden_dim)
+    return results + batch * (4 * widest + 12 * (observation_dim + 2))
 
 
 def _diffusion_sampling(
@@ -127,6 +172,20 @@ def _ensemble_update(config: TrainConfig, observation_dim: int, action_dim: int)
     e = config.ensemble
     per_row = 3 * e.num_layers * e.hidden_dim + 16 * (observation_dim + 2)
     return e.num_members * e.batch_size * config.horizon * per_row
+
+
+def _transformer_update(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
+    t = config.transformer
+    tokens = t.batch_size * min(config.horizon, t.context)
+    return tokens * (17 * t.num_layers + 12) * t.hidden_dim
+
+
+def _autoregressive_diffusion_update(
+    config: TrainConfig, observation_dim: int, action_dim: int
+) -> int:
+    d = config.autoregressive_diffusion
+    per_row = (3 * d.num_layers + 6) * d.hidden_dim + 20 * (observation_dim + 2)
+    return d.batch_size * config.horizon * per_row
 
 
 def _diffusion_update(config: TrainConfig, observation_dim: int, action_dim: int) -> int:
@@ -179,6 +238,20 @@ MODEL_MEMORY = {
         ensemble_parameters,
         _ensemble_update,
         _ensemble_sampling,
+        lambda config: 0,
+    ),
+    "transformer": ModelMemory(
+        "transformer",
+        transformer_parameters,
+        _transformer_update,
+        _transformer_sampling,
+        lambda config: 0,
+    ),
+    "autoregressive_diffusion": ModelMemory(
+        "autoregressive_diffusion",
+        autoregressive_diffusion_parameters,
+        _autoregressive_diffusion_update,
+        _autoregressive_diffusion_sampling,
         lambda config: 0,
     ),
 }

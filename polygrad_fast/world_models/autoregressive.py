@@ -67,14 +67,17 @@ class Autoregressive(StepwiseModel):
         return {f"dynamics/{name}": value.detach() for name, value in losses.items()}
 
     def step(
-        self, observation: Tensor, seen: Tensor, generator: torch.Generator | None
+        self,
+        observations: list[Tensor],
+        seen: list[Tensor],
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the network's answer; see `StepwiseModel.step`."""
         network = self.trainer.ema_model
-        difference, reward, logit = network(observation, seen)
+        difference, reward, logit = network(observations[-1], seen[-1])
         if network.process_noise:
-            scale, device = network.residual_scale, observation.device
-            noise = torch.randn(len(observation), len(scale), generator=generator, device=device)
+            scale, device = network.residual_scale, reward.device
+            noise = torch.randn(len(reward), len(scale), generator=generator, device=device)
             difference = difference + scale[:-1] * noise[:, :-1]
             reward = reward + scale[-1] * noise[:, -1]
         return difference * network.difference_scale, reward, logit

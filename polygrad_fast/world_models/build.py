@@ -10,11 +10,18 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.protocols import check_denoiser
 from polygrad_fast.world_models.autoregressive import Autoregressive
+from polygrad_fast.world_models.autoregressive_diffusion import AutoregressiveDiffusion
 from polygrad_fast.world_models.base import WorldModel
 from polygrad_fast.world_models.ensemble import Ensemble
 from polygrad_fast.world_models.trajectory_diffusion import TrajectoryDiffusion
+from polygrad_fast.world_models.transformer import Transformer
 
-STEPWISE = {"autoregressive": Autoregressive, "ensemble": Ensemble}
+STEPWISE = {
+    "autoregressive": Autoregressive,
+    "ensemble": Ensemble,
+    "transformer": Transformer,
+    "autoregressive_diffusion": AutoregressiveDiffusion,
+}
 
 
 def build_world_model(

@@ -142,7 +142,10 @@ class Ensemble(StepwiseModel):
         return counts.scatter_add_(1, drawn, torch.ones(shape, device=device))
 
     def step(
-        self, observation: Tensor, seen: Tensor, generator: torch.Generator | None
+        self,
+        observations: list[Tensor],
+        seen: list[Tensor],
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw from elites; see `StepwiseModel.step`."""
-        return self.network.draw(observation, seen, generator)
+        return self.network.draw(observations[-1], seen[-1], generator)

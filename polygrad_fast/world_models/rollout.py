@@ -55,14 +55,17 @@ class StepwiseModel(WorldModel):
 
     @abstractmethod
     def step(
-        self, observation: Tensor, seen: Tensor, generator: torch.Generator | None
+        self,
+        observations: list[Tensor],
+        seen: list[Tensor],
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the difference to the next observation [B, S], the reward [B] and the terminal
         flag's logit [B] that the averaged network predicts.
 
         Args:
-            observation: normalized, [B, S].
-            seen: actions clipped and normalized, [B, A].
+            observations: of the trajectories so far, normalized, [B, S] each; the last is now.
+            seen: their actions, clipped and normalized, [B, A] each.
             generator: of what is drawn.
         """
 
@@ -87,12 +90,14 @@ class StepwiseModel(WorldModel):
         else:
             observation = normalizer.normalize(initial_observations, "observations")
         ended = torch.zeros(len(observation), dtype=torch.bool, device=observation.device)
-        steps = []
+        steps, observations, seen = [], [], []
         for _ in range(horizon):
             mean, std = policy(normalizer.unnormalize(observation, "observations"))
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
             action = mean + std * noise
-            difference, reward, logit = self.step(observation, self.seen(action), generator)
+            observations.append(observation)
+            seen.append(self.seen(action))
+            difference, reward, logit = self.step(observations, seen, generator)
             ended = ended | (logit > 0)
             steps.append((observation, action, reward, ended.to(reward.dtype)))
             observation = torch.where(ended.unsqueeze(-1), observation, observation + difference)

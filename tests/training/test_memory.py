@@ -16,6 +16,8 @@ from polygrad_fast import cli
 from polygrad_fast.denoisers.build import build_denoiser
 from polygrad_fast.denoisers.ensemble import EnsembleNetwork
 from polygrad_fast.denoisers.one_step import OneStepNetwork
+from polygrad_fast.denoisers.transformer_dynamics import TransformerDynamics
+from polygrad_fast.denoisers.transition_denoiser import TransitionDenoiser
 from polygrad_fast.training import memory, model_memory
 
 GB = 10**9
@@ -45,6 +47,25 @@ def test_parameters_of_the_ensemble_are_counted_as_they_are_built(
     }
     config = changed(pg.TrainConfig(), **sizes)
     assert model_memory.ensemble_parameters(config, *WALKER) == wanted
+
+
+@pytest.mark.parametrize("hidden_dim, num_layers", [(8, 1), (24, 3)])
+def test_parameters_of_the_other_step_networks_are_counted_as_they_are_built(
+    hidden_dim, num_layers
+):
+    sizes = {"hidden_dim": hidden_dim, "num_layers": num_layers}
+    networks = {
+        "transformer": TransformerDynamics(*WALKER, 7, **sizes),
+        "autoregressive_diffusion": TransitionDenoiser(*WALKER, **sizes),
+    }
+    for name, network in networks.items():
+        config = changed(
+            pg.TrainConfig(),
+            transformer__context=7,
+            **{f"{name}__{option}": size for option, size in sizes.items()},
+        )
+        counted = model_memory.MODEL_MEMORY[name].parameters(config, *WALKER)
+        assert counted == sum(weight.numel() for weight in network.parameters()), name
 
 
 @pytest.fixture
@@ -272,6 +293,10 @@ print(status("VmHWM") - before[0])
          "autoregressive__num_layers": 3, "autoregressive__batch_size": 1024},
         {"world_model": "ensemble", "ensemble__hidden_dim": 256, "horizon": 20,
          "ensemble__num_layers": 3, "ensemble__batch_size": 512},
+        {"world_model": "transformer", "transformer__hidden_dim": 128, "horizon": 15,
+         "transformer__num_layers": 2, "transformer__batch_size": 512},
+        {"world_model": "autoregressive_diffusion", "autoregressive_diffusion__batch_size": 1024,
+         "autoregressive_diffusion__hidden_dim": 256},
     ],
     ids=lambda options: "-".join(map(str, options)) or "tiny",
 )  # fmt: skip

@@ -6,51 +6,16 @@ import pytest
 import torch
 
 import polygrad_fast as pg
+from linear_system import HIGH, LOW, MEAN, STD, A, H, S, make_normalizer, make_windows, policy, step
 from polygrad_fast.config import AutoregressiveConfig
-from polygrad_fast.data.replay import Windows
 from polygrad_fast.world_models.autoregressive import Autoregressive
-
-S, A, H = 2, 1, 5
-LOW, HIGH = -1.0, 1.0
-MEAN, STD = torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.5])
-
-
-def step(observations, actions):
-    """o' = M o + N clip(a); reward o[0] + 2 clip(a); terminal where o[1] is above 0."""
-    clipped = actions.clamp(LOW, HIGH)
-    moved = observations @ torch.tensor([[0.9, 0.1], [-0.2, 0.8]]).T
-    moved = moved + clipped @ torch.tensor([[0.3, -0.1]])
-    rewards = observations[..., 0] + 2 * clipped[..., 0]
-    return moved, rewards, (observations[..., 1] > 0).float()
-
-
-def make_windows(batch: int, seed: int) -> Windows:
-    g = torch.Generator().manual_seed(seed)
-    observation = MEAN + STD * torch.randn(batch, S, generator=g)
-    ended = torch.zeros(batch, dtype=torch.bool)
-    action, reward = torch.zeros(batch, A), torch.zeros(batch)
-    columns = []
-    for _ in range(H):
-        action = torch.where(ended[:, None], action, 1.5 * torch.randn(batch, A, generator=g))
-        moved, reward, terminal = step(observation, action)
-        reward, terminal = reward.masked_fill(ended, 0.0), terminal.masked_fill(ended, 1.0)
-        columns.append((observation, action, reward, terminal))
-        ended = ended | (terminal > 0)
-        observation = torch.where(ended[:, None], observation, moved)
-    return Windows(*(torch.stack(part, dim=1) for part in zip(*columns, strict=True)))
 
 
 def make_model(config=None) -> Autoregressive:
     torch.manual_seed(0)
-    normalizer = pg.Normalizer.from_moments(
-        observations=(MEAN, STD),
-        actions=(torch.tensor([0.2]), torch.tensor([0.7])),
-        rewards=(0.5, 3.0),
-        terminals=(0.1, 0.3),
-    )
     config = config or AutoregressiveConfig(hidden_dim=64, num_layers=2)
     bounds = torch.tensor([LOW]), torch.tensor([HIGH])
-    return Autoregressive(config, H, normalizer, bounds, torch.device("cpu"))
+    return Autoregressive(config, H, make_normalizer(), bounds, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +25,6 @@ def trained() -> Autoregressive:
         losses = model.update(make_windows(64, seed))
     assert losses["dynamics/loss"] < 0.1
     return model
-
-
-def policy(observations):
-    return 0.3 * observations[..., :1], torch.full_like(observations[..., :1], 0.8)
 
 
 def test_imagined_steps_are_those_of_the_system(trained):
@@ -166,7 +127,7 @@ def test_process_noise_is_drawn_in_every_step():
     network.residual_weight.fill_(1.0)
     network.difference_scale.copy_(torch.linspace(0.5, 2.0, S))
     observation, seen = torch.randn(1, S).expand(20_000, -1), torch.zeros(20_000, A)
-    difference, reward, logit = model.step(observation, seen, torch.Generator().manual_seed(0))
+    difference, reward, logit = model.step([observation], [seen], torch.Generator().manual_seed(0))
     assert torch.equal(logit, logit[:1].expand(20_000))
     with torch.no_grad():
         mean, mean_reward, _ = network(observation[0], seen[0])
@@ -175,5 +136,5 @@ def test_process_noise_is_drawn_in_every_step():
     )
     torch.testing.assert_close(drawn.std(0), spread, rtol=0.03, atol=0)
     assert (torch.corrcoef(drawn.T) - torch.eye(S + 1)).abs().max() < 0.03
-    again = model.step(observation, seen, torch.Generator().manual_seed(0))
+    again = model.step([observation], [seen], torch.Generator().manual_seed(0))
     assert torch.equal(again[0], difference) and torch.equal(again[1], reward)

@@ -20,6 +20,7 @@ import torch
 
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
+from polygrad_fast.learners.explicit_mlp import BLOCK_SIZE
 from polygrad_fast.training.model_memory import FLOAT, MODEL_MEMORY
 
 OVERHEAD = 250 * 2**20
@@ -100,8 +101,14 @@ def training_memory(
         config, observation_dim, action_dim, config.imagined_batch_size, device_type, threads
     )
     steps_imagined = config.imagined_batch_size * horizon
-    per_step = (6 * p.num_layers + 3) * p.hidden_dim + 6 * pair + 20
-    a2c_update = _on(device_type, FLOAT * steps_imagined * per_step)
+    # on a CPU the built-in networks' activations are of one block of rows
+    rows = (
+        steps_imagined
+        if device_type == "cuda"
+        else min(steps_imagined, BLOCK_SIZE // p.hidden_dim + 1)
+    )
+    activations = rows * (6 * p.num_layers + 3) * p.hidden_dim
+    a2c_update = _on(device_type, FLOAT * (activations + steps_imagined * (6 * pair + 30)))
     written = config.replay_capacity * (FLOAT * pair + 32) + 4 * FLOAT * (weights + 3 * policy)
     checkpoint = Memory(written)
     passing = model_update + a2c_update + checkpoint

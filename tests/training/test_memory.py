@@ -114,7 +114,7 @@ def test_presets_train_on_a_machine_with_8_gb(host, preset, sizes):
         ({"replay_capacity": 10**12}, r"replay_capacity 1,000,000,000,000 needs about 2\d\d TB of"),
         (
             {"imagined_batch_size": 2 * 10**9},
-            r"imagined_batch_size 2,000,000,000 needs about 3\d\d TB",
+            r"imagined_batch_size 2,000,000,000 needs about 3\d TB",
         ),
         ({"horizon": 5000}, r"horizon 5,000 needs about 1.\d TB of memory, 18 GB are available$"),
         ({"denoiser__hidden_dim": 10**7}, r"denoiser.hidden_dim 10,000,000 needs about \d\d PB"),

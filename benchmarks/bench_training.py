@@ -120,7 +120,7 @@ def denoiser_errors(trainer: DenoiserTrainer, trajectory, actions, generator) ->
     of the differences) from Algorithm 1, line 6, in float64."""
     exact, schedule = copy.deepcopy(trainer.model).double(), trainer.schedule
     optimizer = torch.optim.Adam(copy.deepcopy(trainer.model).parameters())
-    optimizer.load_state_dict(trainer.state_dict()["optimizer"])
+    optimizer.load_state_dict(copy.deepcopy(trainer.state_dict()["optimizer"]))  # its own moments
     before = weights(trainer.model)
     config, state = trainer.sampler_config, generator.get_state()
     loss = trainer.update(trajectory, actions, generator)["loss"].double()
@@ -367,9 +367,10 @@ def check_whole_update(case, agent, env_steps: int, update) -> int:
         errors.append(float(abs(wanted - action).max()))
         return step(action)
 
-    def watched_learn(*imagined, **options):
+    def watched_learn(observations, actions, rewards, terminals, *options):
+        imagined = observations, actions, rewards, terminals
         shapes.append({tuple(tensor.shape[:2]) for tensor in imagined})
-        return learn(*imagined, **options)
+        return learn(*imagined, *options)
 
     networks = {"policy": ac.policy, "value": ac.value_function, "denoiser": trainer.model}
     before = {name: weights(module) for name, module in networks.items()}

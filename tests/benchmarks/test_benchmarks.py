@@ -373,9 +373,10 @@ def test_world_models_are_judged(tmp_path):
     rows = read_rows(tmp_path / "rows.jsonl")
     assert {(row.case["world_model"], row.case["steps"]) for row in rows} == {
         ("residual MLP, released update", 16),
-        *(("rollout, exact", steps) for steps in (16, 4)),
+        *(("rollout, exact", steps) for steps in (16, 5)),  # the horizon and one
         *(("rollout, exact, K = 128", steps) for steps in (128, 64, 32, 16)),
         ("autoregressive", 0),
+        ("autoregressive diffusion", 0),
     }
     for row in rows:
         assert row.case["env_id"] == "Pendulum-v1" and row.case["env_steps"] == 150

@@ -400,6 +400,31 @@ def _on_policy_caption(rows: list[Row]) -> str:
     )
 
 
+def _attribution(rows: list[Row]) -> str:
+    """Return where whole updates' time goes, one line per way to take them."""
+    parts = ("model_update_ms", "imagine_ms", "policy_update_ms", "replay_ms", "rest_ms")
+    lines = []
+    for row in rows:
+        case, v = row.case, row.values
+        name = f"{case['preset']}, {_in_words(case['world_model'])}, {case['env_id']}"
+        hours = f"{v['hours_per_million_steps']:.1f} h"
+        times = f"{v['whole_ms']:.1f} ({v['times_as_fast']:.2f}x)"
+        lines.append([name, case["variant"], times, *(f"{v[p]:.1f}" for p in parts), hours])
+    header = ["preset, world model", "", "whole, ms", "model", "imagining", "policy", "windows"]
+    return _grid([*header, "acting, environment", "1 M steps"], lines)
+
+
+def _attribution_caption(rows: list[Row]) -> str:
+    return (
+        "Processor milliseconds of one whole update: as many environment steps as fall on one\n"
+        "policy update, the world model's updates due after them, one batch imagined (128\n"
+        "trajectories in preset quick, 64 in default, 256 in laptop), one A2C update. In\n"
+        "brackets: times as fast as the first line of its preset and world model. Plain PyTorch:\n"
+        "engine reference, autograd for model and value function. Each line adds to the one above\n"
+        "it. All lines of a preset were measured in turns, on one machine under the same load."
+    )
+
+
 def _sampler_steps(rows: list[Row]) -> str:
     """Return one diffusion step of engine "torch" beside its own GEMMs."""
     lines, missed = [], []
@@ -783,6 +808,7 @@ TABLES = {
         ("pgd_trajectories",),
         caption=trajectories_caption,
     ),
+    "attribution": Table(_attribution, ("attribution",), caption=_attribution_caption),
     "claims": _claims,
     "speed": _speed,
     "sampler_cpu": Table(_sampler_steps, ("sampler step",), caption=_sampler_steps_caption),

@@ -386,6 +386,32 @@ def test_world_models_are_judged(tmp_path):
             assert abs(row.values["on_policy/std"] - 1) < 0.2
 
 
+def test_an_updates_time_is_attributed(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    module = load("attribution")
+    case = module.SMOKE[0]._replace(at_commit=True)
+    assert [variant.name for variant in module.variants(case, ("abc", "python"))] == [
+        "commit abc", "plain PyTorch", "+ engine torch", "+ written-out passes", "+ bfloat16",
+    ]  # fmt: skip
+    ways = [module.Variant("a", module.PLAIN, autograd=True), module.Variant("b", module.ROUNDED)]
+    module.variants = lambda case, against: ways
+    words = ["--smoke", "--rounds", "1", "--rows", str(path)]
+    assert module.main(words) == 0
+    rows = read_rows(path)
+    assert [row.case["variant"] for row in rows] == ["a", "b"]
+    for row in rows:
+        v = row.values
+        parts = [v[f"{part}_ms"] for part in module.PARTS]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(v["whole_ms"], rel=1e-6)
+        assert v["env_steps"] == 2 and row.smoke
+        assert v["hours_per_million_steps"] == pytest.approx(v["whole_ms"] * 5e5 / 3.6e6)
+        assert v["times_as_fast"] == pytest.approx(rows[0].values["whole_ms"] / v["whole_ms"])
+    ways[:] = [module.Variant("c", module.ENGINE, python="/bin/false")]
+    with pytest.raises(SystemExit):
+        module.main(words)
+    assert "c cannot be measured" in capsys.readouterr().err
+
+
 def test_action_updates_are_compared(tmp_path):
     words = ["--env-id", "Pendulum-v1", "--seeds", "3", "--rows", str(tmp_path / "rows.jsonl")]
     module = load("on_policy")

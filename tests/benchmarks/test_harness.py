@@ -767,6 +767,34 @@ def test_how_far_actions_are_from_the_policys():
     assert "| Hopper-v5 | exact | 1 | 1.50, 1.0, -0.001 | 1.50, 1.2, 0.000 |" in lines
 
 
+def test_where_an_updates_time_goes():
+    parts = {"rest": 1.0, "replay": 0.25, "model_update": 4.0, "imagine": 8.0, "policy_update": 2.0}
+    values = {f"{name}_ms": ms for name, ms in parts.items()} | {
+        "whole_ms": 15.25, "env_steps": 2, "rounds": 9, "hours_per_million_steps": 2.118,
+    }  # fmt: skip
+    rows = [
+        make_row(
+            benchmark="attribution",
+            ms=None,
+            case={
+                "preset": "quick",
+                "env_id": "Pendulum-v1",
+                "world_model": "trajectory_diffusion",
+                "batch": 8,
+                "variant": variant,
+            },
+            values=values | {"times_as_fast": times},
+        )
+        for variant, times in (("commit 690a659", 1.0), ("+ bfloat16", 1.976))
+    ]
+    lines = report.build("attribution", rows).splitlines()
+    name = "quick, trajectory diffusion, Pendulum-v1"
+    assert (
+        f"| {name} | commit 690a659 | 15.2 (1.00x) | 4.0 | 8.0 | 2.0 | 0.2 | 1.0 | 2.1 h |" in lines
+    )
+    assert f"| {name} | + bfloat16 | 15.2 (1.98x) | 4.0 | 8.0 | 2.0 | 0.2 | 1.0 | 2.1 h |" in lines
+
+
 def test_how_true_each_gradient_is():
     values = {
         "updates": 1234, "train_seconds": 60.0, "seconds_per_1000": 0.256,

@@ -1,0 +1,231 @@
+"""Where an update's time goes, plain beside each acceleration, and beside another commit.
+
+    python benchmarks/attribution.py
+    python benchmarks/attribution.py --against 690a659 /path/to/its/checkout/.venv/bin/python
+
+Every preset and world model takes whole updates (as many environment steps as fall on one policy
+update, with all that is due after them) in one process per variant, in turns, so that all meet the
+same machine. Times are medians over the turns of processor time on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from harness.rows import Row, RowFile, provenance
+from harness.update_worker import PREFILL
+from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.config import TrainConfig
+from polygrad_fast.errors import InputError
+
+RESULTS = Path(__file__).parent / "results" / "attribution.jsonl"
+WORKER = Path(__file__).parent / "harness" / "update_worker.py"
+PARTS = ("rest", "replay", "model_update", "imagine", "policy_update")
+HOURS = 3600 * 1e3
+TURN_SECONDS = 0.2
+"""Processor time of one variant's turn, at least."""
+
+
+class Case(NamedTuple):
+    """What is trained; `at_commit`: whether commit 690a659 has it."""
+
+    preset: str
+    env_id: str
+    world_model: str
+    batch: int
+    at_commit: bool
+
+
+class Variant(NamedTuple):
+    """A way to do the same."""
+
+    name: str
+    options: dict
+    autograd: bool = False
+    python: str = sys.executable
+
+
+CASES = (
+    Case("quick", "InvertedPendulum-v5", "trajectory_diffusion", 128, True),
+    Case("default", "Walker2d-v5", "trajectory_diffusion", 64, True),
+    Case("quick", "InvertedPendulum-v5", "autoregressive", 128, False),
+    Case("laptop", "Hopper-v5", "trajectory_diffusion", 256, False),
+    Case("laptop", "Hopper-v5", "autoregressive", 256, False),
+)
+SMOKE = (Case("quick", "Pendulum-v1", "trajectory_diffusion", 8, False),)
+PLAIN = {"engine": "reference", "dtype": "float32"}
+ENGINE = {"engine": "torch", "dtype": "float32"}
+ROUNDED = {
+    "engine": "torch",
+    "dtype": "bfloat16",
+    "denoiser": {"train_dtype": "bfloat16"},
+    "autoregressive": {"train_dtype": "bfloat16"},
+}
+
+
+def variants(case: Case, against: tuple[str, str] | None) -> list[Variant]:
+    """Return the ways to compare, the first of which the others are held against."""
+    found = []
+    if against is not None and case.at_commit:
+        name, python = against
+        found.append(Variant(f"commit {name}", ENGINE, python=python))
+    found.append(Variant("plain PyTorch", PLAIN, autograd=True))
+    if case.world_model == "trajectory_diffusion":
+        found.append(Variant("+ engine torch", ENGINE, autograd=True))
+    return [*found, Variant("+ written-out passes", ENGINE), Variant("+ bfloat16", ROUNDED)]
+
+
+def options_of(case: Case, variant: Variant) -> dict:
+    """Return every option: those of the preset, the case and the variant."""
+    config = TrainConfig.from_preset(case.preset, case.env_id).resolved(case.env_id)
+    options = dataclasses.asdict(config) | {
+        "world_model": case.world_model,
+        "imagined_batch_size": case.batch,
+        "learning_starts": PREFILL,
+        "policy_delay_steps": 0,
+        "replay_capacity": 20_000,
+    }
+    for group in ("denoiser", "autoregressive"):
+        options[group] |= {"pretrain_updates": 0} | variant.options.get(group, {})
+    plain = {k: v for k, v in variant.options.items() if not isinstance(v, dict)}
+    return options | plain
+
+
+@contextlib.contextmanager
+def worker(case: Case, variant: Variant) -> Iterator[subprocess.Popen]:
+    """Start a process that takes updates; it says "ready" when it can."""
+    settings = {
+        "preset": case.preset,
+        "env_id": case.env_id,
+        "options": options_of(case, variant),
+        "autograd": variant.autograd,
+    }
+    command = [variant.python, "-P", str(WORKER), json.dumps(settings)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until_ready(process: subprocess.Popen, variant: str) -> None:
+    """Wait for a process that has been started.
+
+    Raises:
+        InputError: it ended instead; the message has its last line.
+    """
+    if process.stdout.readline() != "ready\n":
+        last = process.stderr.read().strip().splitlines()[-1:]
+        raise InputError(f"{variant} cannot be measured: {' '.join(last)}")
+
+
+def update(process: subprocess.Popen, count: int) -> dict[str, float]:
+    """Let a process take updates; return the seconds of each part of one."""
+    process.stdin.write(f"{count}\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def measure(case: Case, against: tuple[str, str] | None, rounds: int) -> dict[str, dict]:
+    """Return the values of each variant's row, by its name."""
+    with contextlib.ExitStack() as stack:
+        running = {
+            variant.name: stack.enter_context(worker(case, variant))
+            for variant in variants(case, against)
+        }
+        for name, process in running.items():
+            wait_until_ready(process, name)
+        # enough in a turn that caches are warm again
+        slowest = max(update(process, 1)["whole"] for process in running.values())
+        count = math.ceil(TURN_SECONDS / slowest)
+        found: dict[str, list[dict]] = {name: [] for name in running}
+        for _ in range(rounds):
+            for name, process in running.items():
+                found[name].append(update(process, count))
+    values = {name: values_of(updates) for name, updates in found.items()}
+    first = next(iter(values.values()))
+    for name in values:
+        values[name]["times_as_fast"] = first["whole_ms"] / values[name]["whole_ms"]
+    return values
+
+
+def values_of(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Return medians in milliseconds, and what a million environment steps would take."""
+    median = {
+        part: 1e3 * statistics.median(update.get(part, 0.0) for update in updates)
+        for part in (*PARTS, "whole")
+    }
+    env_steps = updates[0]["env_steps"]
+    return {f"{part}_ms": ms for part, ms in median.items()} | {
+        "env_steps": env_steps,
+        "rounds": len(updates),
+        "hours_per_million_steps": median["whole"] * 1e6 / env_steps / HOURS,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the cases of the command line and store a row per variant."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--against",
+        nargs=2,
+        metavar=("NAME", "PYTHON"),
+        help="a commit, and the interpreter in which it is installed",
+    )
+    parser.add_argument("--only", nargs="+", help="presets (all)")
+    parser.add_argument("--rounds", type=int, default=15, help="of a case (%(default)s)")
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the mechanics")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    torch.set_num_threads(1)
+    command = shlex.join(["python", "benchmarks/attribution.py", *arguments])
+    facts = provenance(torch.device("cpu"), command)
+    against = tuple(options.against) if options.against else None
+    try:
+        file = RowFile(options.rows)
+        for case in SMOKE if options.smoke else CASES:
+            if options.only and case.preset not in options.only:
+                continue
+            PolyGRAD(case.env_id, case.preset, device="cpu")  # refused now or never
+            for name, values in measure(case, against, options.rounds).items():
+                names = {**case._asdict(), "variant": name}
+                del names["at_commit"]
+                dtype = "bfloat16" if "bfloat16" in name else "float32"
+                file.add(
+                    Row(
+                        **vars(facts),
+                        benchmark="attribution",
+                        dtype=dtype,
+                        case=names,
+                        status="ok",
+                        values=values,
+                        smoke=options.smoke,
+                    )
+                )
+                print(names, {k: round(v, 3) for k, v in values.items()}, flush=True)
+    except InputError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -63,12 +63,13 @@ class ModelUpdates:
             return
         trainer = self._world_model.trainer
         before = trainer.num_updates
+
+        def updates(places: Tensor) -> tuple[Tensor]:
+            trainer.num_updates = before  # also where a capture is tried again
+            return self._updates(places)
+
         rows = self._graphs(
-            trainer.averaging(count),
-            self._updates,
-            (places,),
-            warmups=0,
-            generator=self._generator,
+            trainer.averaging(count), updates, (places,), warmups=0, generator=self._generator
         )
         trainer.num_updates = before + count  # a replay counts nothing, a capture did
         self._sums.add_rows(self._names, *rows)

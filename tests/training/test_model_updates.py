@@ -176,11 +176,12 @@ def test_watched_networks_stay_eager_and_graphs_are_forgotten_with_what_they_cha
 
 
 def test_an_agents_updates_are_replays(gpu):
-    config = tiny_config(denoiser__pretrain_updates=25, engine="torch", dtype="float32")
+    options = dict(engine="torch", dtype="float32", policy_delay_steps=1000)  # no policy updates
+    config = tiny_config(denoiser__pretrain_updates=25, **options)
     agent = pg.PolyGRAD("Pendulum-v1", device="cuda", config=config)
     rows = []
     agent.learn(60, callback=lambda _, row: rows.append(row))
     assert agent.world_model.trainer.num_updates == 25 + 10
-    assert np.isfinite(rows[-1]["denoiser/loss"]) and np.isfinite(rows[-1]["a2c/guidance_scale"])
+    assert np.isfinite(rows[-1]["denoiser/loss"])
     sizes = {len(entry.inputs[0]) for entry in entries(agent.training._model_updates)}
     assert sizes == {1, UPDATES_PER_REPLAY}

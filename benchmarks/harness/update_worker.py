@@ -10,7 +10,9 @@ of other commits too, with their own interpreter, and imports nothing but the pa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 import sys
 import time
 from collections.abc import Callable
@@ -57,7 +59,7 @@ class Clock:
 
 
 def parts_of(agent) -> dict[str, tuple[object, tuple[str, ...]]]:
-    """Return which methods make each part; `update` alone was the agent's at commit 690a659."""
+    """Return the objects and methods that make each part, at commit 690a659 too."""
     training = getattr(agent, "training", None)
     if training is None:
         return {
@@ -78,8 +80,8 @@ def step_of(agent) -> Callable[[], object]:
     """Return what takes one environment step with all updates due after it."""
     if hasattr(agent, "step"):
         return agent.step
-    speed = sys.modules["polygrad_fast.agent"]._Speed(0)
-    return lambda: agent._step(speed)
+    speed = vars(sys.modules["polygrad_fast.agent"])["_Speed"](0)
+    return functools.partial(operator.methodcaller("_step", speed), agent)
 
 
 def main(settings: dict) -> None:

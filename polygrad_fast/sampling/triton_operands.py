@@ -114,14 +114,14 @@ class DenoiserOperands:
         if self.precision == "tf32":
             for tensor in (self.input_weight, *self.weights):
                 _round_to_tf32(tensor)
-        rows = [*(layer.rows for layer in layers), folded.output.bias[None]]
-        for bias, source in zip(self.biases, rows, strict=True):
-            bias.copy_(source)
+        # one launch for all small ones
+        targets = [*self.biases]
+        sources = [*(layer.rows for layer in layers), folded.output.bias[None]]
         if folded.norm is not None:
+            targets += [half for gamma_beta in self.norms for half in gamma_beta]
             norms = [*(layer.norm for layer in layers), folded.norm]
-            for gamma_beta, norm in zip(self.norms, norms, strict=True):
-                gamma_beta[0].copy_(norm.weight)
-                gamma_beta[1].copy_(norm.bias)
+            sources += [half for norm in norms for half in (norm.weight, norm.bias)]
+        torch._foreach_copy_(targets, sources)
 
     def workspace(self, batch: int) -> DenoiserWorkspace:
         """Allocate what one sample needs; the input's padding is zero and stays so."""
@@ -234,19 +234,21 @@ class PolicyWeights:
         weight, bias = fold_policy_input(self.policy, self.normalizer)
         to.first_weight[:, : weight.shape[1]].copy_(weight)
         to.vectors[0, 0].copy_(bias)
+        last = self.linears[-1]
+        targets = [to.last_weight, to.last_bias, to.std]
+        sources = [last.weight, last.bias, self.policy.std]
         for linear in self.linears[1:-1]:
             to.hidden_weight[:, : linear.in_features].copy_(linear.weight)
-            to.vectors[1, 0].copy_(linear.bias)
+            targets.append(to.vectors[1, 0])
+            sources.append(linear.bias)
+        for vectors, norm in zip(to.vectors, self.norms, strict=True):
+            targets += [vectors[1], vectors[2]]
+            sources += [norm.weight, norm.bias]
+        torch._foreach_copy_(targets, sources)
         if to.precision != "float32":  # the first layer multiplies in tf32 in float16 too
             _round_to_tf32(to.first_weight)
         if to.precision == "tf32":
             _round_to_tf32(to.hidden_weight)
-        for vectors, norm in zip(to.vectors, self.norms, strict=True):
-            vectors[1].copy_(norm.weight)
-            vectors[2].copy_(norm.bias)
-        to.last_weight.copy_(self.linears[-1].weight)
-        to.last_bias.copy_(self.linears[-1].bias)
-        to.std.copy_(self.policy.std)
 
     def sources(self) -> list[Tensor]:
         """Return every tensor that `refresh` and the kernel read."""

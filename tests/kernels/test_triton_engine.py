@@ -530,6 +530,22 @@ def test_graph_equals_eager(device, dtype, batch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 257, 4096])
+def test_dependent_launches_compute_the_same(device, batch):
+    """Kernels that are launched before those before them have ended wait for them."""
+    c = build(device, hidden=256)
+    engines = TritonEngine(c, "float16"), TritonEngine(c, "float16", dependent_launch=True)
+    s0 = torch.randn(batch, S, device=device)
+    for seed in range(5):
+        results = [
+            sample(engine, s0, generator=torch.Generator(device).manual_seed(seed))
+            for engine in engines
+        ]
+        for got, wanted in zip(results[0][:2], results[1][:2], strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.gpu
 def test_replays_do_not_synchronize(device):
     engine = TritonEngine(build(device))
     s0, delta = torch.randn(64, S, device=device), torch.tensor(0.05, device=device)

@@ -19,8 +19,8 @@ from harness.rows import Row, RowFile, provenance
 from polygrad_fast.errors import InputError
 
 RESULTS = Path(__file__).parent / "results" / "pgd.jsonl"
-RETURNS_CASE = ("env_id", "recipe", "agent", "data", "seed")
-TRAJECTORIES_CASE = ("env_id", "model_recipe", "target", "length", "seed")
+RETURNS_CASE = ("env_id", "recipe", "agent", "data", "seed", "preset")
+TRAJECTORIES_CASE = ("env_id", "model_recipe", "target", "length", "seed", "preset")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def returns_rows(folder: Path) -> list[tuple[str, dict[str, Any], dict[str, Any]
         case = {name: found["inputs"].pop(name) for name in RETURNS_CASE}
         returns = found["result"]["returns"]
         values = {"mean_return": float(np.mean(returns)), "std_return": float(np.std(returns))}
-        rows.append(("pgd_returns", case, values | found["inputs"]))
+        rows.append(("pgd_returns", case, values | _numbers(found["inputs"])))
     return rows
 
 
@@ -57,8 +57,14 @@ def trajectories_rows(folder: Path) -> list[tuple[str, dict[str, Any], dict[str,
         case = {name: found["inputs"].pop(name) for name in TRAJECTORIES_CASE}
         coefficient = found["inputs"].pop("coefficient")
         case["source"] = "ensemble" if coefficient is None else f"lambda {coefficient:g}"
-        rows.append(("pgd_trajectories", case, found["result"] | found["inputs"]))
+        values = _numbers(found["result"] | found["inputs"])
+        rows.append(("pgd_trajectories", case, values))
     return rows
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """Return what a row's values can be."""
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def main(arguments: list[str] | None = None) -> int:

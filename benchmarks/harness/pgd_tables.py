@@ -69,7 +69,7 @@ def trajectories_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         for source in sources:
             values = [row.values for row in own if row.case["source"] == source]
             likelihood = _estimated([v["log_likelihood"] for v in values])
-            error = _estimated([v["mse"] for v in values if v["mse"] is not None])
+            error = _estimated([v["mse"] for v in values if "mse" in v])
             cells.append(f"{likelihood}; {error}")
         seeds = len(_unique(row.case["seed"] for row in own))
         lines.append([env_id, target, str(length), str(seeds), *cells])

@@ -25,7 +25,7 @@ class PGDScale(Options):
     """Kinds of data that agents learn from (pgd-returns)."""
     preset: Literal["quick", "released", "paper"] = "quick"
     """Of diffusion models, ensembles and agents; the options below replace its own."""
-    diffusion_updates: int | None = 4000
+    diffusion_updates: int | None = 20_000
     """None: as many as the preset has, likewise below."""
     ensemble_updates: int | None = 4000
     agent_updates: int | None = 6000

@@ -29,7 +29,7 @@ def write(folder, kind, number, inputs, result):
 
 @pytest.fixture
 def folder(tmp_path):
-    case = {"env_id": "Hopper-v5", "recipe": "medium", "agent": "td3_bc"}
+    case = {"env_id": "Hopper-v5", "recipe": "medium", "agent": "td3_bc", "preset": "quick"}
     for number, (data, seed, returns) in enumerate(
         (("real", 0, [100.0, 300.0]), ("real", 1, [400.0]), ("guided", 0, [50.0]))
     ):
@@ -37,7 +37,13 @@ def folder(tmp_path):
         write(tmp_path, "test", number, inputs, {"returns": returns, "score": 1.0})
     for number, (coefficient, mse) in enumerate(((0.0, 0.01), (1.0, None), (None, 0.5))):
         inputs = {"env_id": "Hopper-v5", "model_recipe": "medium", "target": "random"}
-        inputs |= {"length": 16, "coefficient": coefficient, "seed": 0, "ensemble_updates": 70}
+        inputs |= {
+            "length": 16,
+            "coefficient": coefficient,
+            "seed": 0,
+            "ensemble_updates": 70,
+            "preset": "quick",
+        }
         result = {"log_likelihood": -3.25, "mse": mse, "median": mse, "counted": 9}
         write(tmp_path, "trajectories", number, inputs, result)
     return tmp_path
@@ -51,7 +57,8 @@ def test_results_become_rows_and_tables(pgd, folder, capsys):
     rows = read_rows(file)
     assert {row.commit for row in rows} == {"c" * 40}
     assert rows[0].case == {
-        "env_id": "Hopper-v5", "recipe": "medium", "agent": "td3_bc", "data": "real", "seed": 0
+        "env_id": "Hopper-v5", "recipe": "medium", "agent": "td3_bc", "data": "real", "seed": 0,
+        "preset": "quick"
     }  # fmt: skip
     assert rows[0].values["mean_return"] == 200.0 and rows[0].values["std_return"] == 100.0
     assert rows[0].values["agent_updates"] == 2000

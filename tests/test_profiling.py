@@ -26,7 +26,7 @@ ON_GRAPHS = {"graph_capture", "graph_inputs", "graph_replay", "graph_outputs"}
 NESTED = {  # a range and those directly around it; None: it can be outermost
     "a2c_update": {"policy_update"},
     "act": {None},
-    "check_finite": {"policy_update"},
+    "check_finite": {"model_update", "policy_update", None},  # before a row or a checkpoint
     "check_inputs": {"sample"},
     "checkpoint": {None},
     "denoiser": {"sample"},

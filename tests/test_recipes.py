@@ -174,7 +174,7 @@ def test_the_behaviour_is_the_laptops_policy():
     config = recipes.behaviour_config("Hopper-v5")
     laptop = pg.TrainConfig.from_preset("laptop")
     assert config.world_model == "autoregressive" and config.policy_updates_per_env_step == 0.5
-    assert config.a2c == laptop.a2c and config.total_timesteps == 100_000
+    assert config.a2c == laptop.a2c and config.total_timesteps == laptop.total_timesteps
 
 
 def collect(out, *more):

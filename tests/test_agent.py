@@ -84,14 +84,20 @@ def test_ratios_of_updates_to_environment_steps(monkeypatch):
     config = tiny_config(policy_delay_steps=10, policy_updates_per_env_step=0.25)
     agent = pg.PolyGRAD("Pendulum-v1", config=config)
     counts = {"denoiser/loss": 0, "a2c/actor_loss": 0}
-    add = MetricSums.add
+    add, add_rows = MetricSums.add, MetricSums.add_rows
 
     def count(self, values):
         for name in counts.keys() & values.keys():
             counts[name] += 1
         add(self, values)
 
+    def count_rows(self, names, rows):
+        for name in counts.keys() & set(names):
+            counts[name] += len(rows)
+        add_rows(self, names, rows)
+
     monkeypatch.setattr(MetricSums, "add", count)
+    monkeypatch.setattr(MetricSums, "add_rows", count_rows)
     agent.learn(140)
     assert counts["denoiser/loss"] == 5 + (140 - 40) * 0.5
     assert counts["a2c/actor_loss"] == int((140 - 40 - 10) * 0.25)

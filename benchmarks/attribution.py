@@ -197,7 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     torch.set_num_threads(1)
-    command = shlex.join(["python", "benchmarks/attribution.py", *arguments])
+    # the other commit's interpreter lies anywhere: a row says which commit, not where
+    other = options.against[1] if options.against else None
+    shown = ["PYTHON" if word == other else word for word in arguments]
+    command = shlex.join(["python", "benchmarks/attribution.py", *shown])
     facts = provenance(torch.device("cpu"), command)
     against = tuple(options.against) if options.against else None
     try:

@@ -61,10 +61,7 @@ class Autoregressive(StepwiseModel):
                 windows.terminals,
                 network,
             )
-        loss = sum(losses.values())
-        self.trainer.minimize(loss)
-        losses = {"loss": loss, **losses}
-        return {f"dynamics/{name}": value.detach() for name, value in losses.items()}
+        return self.minimize(losses)
 
     def step(
         self,

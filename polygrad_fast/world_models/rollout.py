@@ -53,6 +53,14 @@ class StepwiseModel(WorldModel):
     ) -> dict[str, Tensor]:
         """Take one gradient step; see `WorldModel.update`."""
 
+    def minimize(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take one gradient step on the sum of scalars; return it and them, detached, by the names
+        of their columns."""
+        loss = sum(losses.values())
+        self.trainer.minimize(loss)
+        losses = {"loss": loss, **losses}
+        return {f"dynamics/{name}": value.detach() for name, value in losses.items()}
+
     @abstractmethod
     def step(
         self,

@@ -63,10 +63,7 @@ class Transformer(StepwiseModel):
         )
         context = self.trainer.model.context
         losses = one_step_losses(self.trainer.model, *(part[:, :context] for part in parts))
-        loss = sum(losses.values())
-        self.trainer.minimize(loss)
-        losses = {"loss": loss, **losses}
-        return {f"dynamics/{name}": value.detach() for name, value in losses.items()}
+        return self.minimize(losses)
 
     def step(
         self,

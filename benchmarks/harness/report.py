@@ -18,6 +18,7 @@ from harness.pgd_tables import (
 from harness.rows import Row
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
+from polygrad_fast.reproduce.statistics import estimate
 from polygrad_fast.runs.files import write_bytes_atomic
 
 NOT_MEASURED = "not measured"
@@ -425,6 +426,46 @@ def _attribution_caption(rows: list[Row]) -> str:
     )
 
 
+def _learning_curves(rows: list[Row]) -> str:
+    """Return the returns of two commits' policies while they learn, one line per evaluation."""
+    curves: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = {}
+    for row in rows:
+        codes = curves.setdefault((row.case["env_id"], row.case["preset"]), {})
+        at_step = codes.setdefault(row.case["code"], {})
+        for step, value in zip(row.curves["env_step"], row.curves["mean_reward"], strict=True):
+            at_step.setdefault(step, []).append(value)
+    tables = []
+    for (env_id, preset), codes in curves.items():
+        lines = []
+        for step in sorted(set.intersection(*map(set, codes.values()))):
+            found = [estimate([at_step[step]]) for at_step in codes.values()]
+            overlap = max(each.low for each in found) <= min(each.high for each in found)
+            lines.append(
+                [
+                    f"{step:,.0f}",
+                    *(f"{_return(e.iqm)} ({_return(e.low)} to {_return(e.high)})" for e in found),
+                    "yes" if overlap else "no",
+                ]
+            )
+        seeds = {code: max(map(len, at_step.values())) for code, at_step in codes.items()}
+        header = [f"{env_id}, {preset}: environment steps"]
+        header += [f"{code}, {count} seeds" for code, count in seeds.items()]
+        tables.append(_grid([*header, "overlap"], lines))
+    return "\n\n".join(tables)
+
+
+def _learning_curves_caption(rows: list[Row]) -> str:
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        seconds.setdefault(row.case["code"], []).append(row.values["processor_seconds"])
+    means = ", ".join(f"{code} {sum(s) / len(s):.0f}" for code, s in seconds.items())
+    return (
+        "Returns of the evaluations during training: interquartile mean over seeds and its\n"
+        "bootstrap interval of 95 %; both commits with the settings of the older one's preset.\n"
+        f"Processor seconds of a run, evaluations included: {means}."
+    )
+
+
 def _sampler_steps(rows: list[Row]) -> str:
     """Return one diffusion step of engine "torch" beside its own GEMMs."""
     lines, missed = [], []
@@ -807,6 +848,9 @@ TABLES = {
         lambda rows: _grid(*trajectories_table(rows)),
         ("pgd_trajectories",),
         caption=trajectories_caption,
+    ),
+    "learning_curves": Table(
+        _learning_curves, ("learning_curves",), caption=_learning_curves_caption
     ),
     "attribution": Table(_attribution, ("attribution",), caption=_attribution_caption),
     "claims": _claims,

@@ -412,6 +412,24 @@ def test_an_updates_time_is_attributed(tmp_path, capsys):
     assert "c cannot be measured" in capsys.readouterr().err
 
 
+def test_two_commits_learn_the_same_seeds(tmp_path, capsys):
+    """Here this code is both: its curves are equal, by the command line and with its settings."""
+    path = tmp_path / "rows.jsonl"
+    module = load("learning_curves")
+    words = ["--env-id", "Pendulum-v1", "--seeds", "3", "--rows", str(path), "--smoke"]
+    assert module.main([*words, "--against", "abc", sys.executable]) == 0
+    first, second = read_rows(path)
+    assert (first.case["code"], second.case["code"]) == ("commit abc", module.THIS)
+    assert first.curves == second.curves and first.curves["env_step"] == [0, 80, 90]
+    for row in (first, second):
+        assert row.values["train_steps"] == 90 and 0 < row.values["processor_seconds"] < 60
+        assert row.smoke and sys.executable not in row.command
+    for python, message in (("/bin/false", "did not train"), ("/no/python", "cannot be run")):
+        with pytest.raises(SystemExit) as stopped:
+            module.main([*words, "--against", "abc", python])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_action_updates_are_compared(tmp_path):
     words = ["--env-id", "Pendulum-v1", "--seeds", "3", "--rows", str(tmp_path / "rows.jsonl")]
     module = load("on_policy")

@@ -795,6 +795,27 @@ def test_where_an_updates_time_goes():
     assert f"| {name} | + bfloat16 | 15.2 (1.98x) | 4.0 | 8.0 | 2.0 | 0.2 | 1.0 | 2.1 h |" in lines
 
 
+def test_learning_curves_of_two_commits():
+    def row(code, seed, returns):
+        return make_row(
+            benchmark="learning_curves",
+            ms=None,
+            case={"env_id": "Pendulum-v1", "preset": "quick", "seed": seed, "code": code},
+            values={"train_steps": 500, "processor_seconds": 60.0},
+            curves={"env_step": [0, 500], "mean_reward": returns},
+        )
+
+    rows = [row("commit a", seed, [-1500.0, -200.0]) for seed in (1, 2)]
+    rows += [row("this code", seed, [-1500.0, -190.0 - seed]) for seed in (1, 2)]
+    lines = report.build("learning_curves", rows).splitlines()
+    header = "Pendulum-v1, quick: environment steps | commit a, 2 seeds | this code, 2 seeds"
+    assert f"| {header} | overlap |" in lines
+    same = "-1500 (-1500 to -1500)"
+    assert f"| 0 | {same} | {same} | yes |" in lines
+    assert "| 500 | -200 (-200 to -200) | -192 (-192 to -191) | no |" in lines
+    assert "Processor seconds of a run, evaluations included: commit a 60, this code 60." in lines
+
+
 def test_how_true_each_gradient_is():
     values = {
         "updates": 1234, "train_seconds": 60.0, "seconds_per_1000": 0.256,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,7 +29,12 @@ from polygrad_fast.runs.metrics import read_metrics
 
 TESTS = Path(__file__).resolve().parents[1]
 S, A, B, H, K = 3, 2, 12, 5, 8
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+# --local-addr: where the host's own name has no address, torchrun would look for one without end
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+    *("--local-addr", "127.0.0.1", "--nproc-per-node"),
+]
+PATIENCE = 120  # seconds
 
 
 def environment() -> dict[str, str]:
@@ -36,10 +43,50 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
 
 
+@functools.cache
+def has_loopback() -> bool:
+    """Whether processes of this machine can talk to each other, as torchrun's have to."""
+    with socket.socket() as server, socket.socket() as client:
+        client.settimeout(5)
+        try:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            client.connect(server.getsockname())
+        except OSError:
+            return False
+    return True
+
+
+needs_loopback = pytest.mark.skipif(not has_loopback(), reason="no connections to 127.0.0.1")
+
+
+def begin(*words: str, number: int = 2) -> subprocess.Popen:
+    """Begin a Python command in several processes of torch.distributed."""
+    return subprocess.Popen(
+        [*TORCHRUN, str(number), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen) -> tuple[str, str]:
+    """Wait for what `begin` returned."""
+    try:
+        return process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its processes
+        _, err = process.communicate(timeout=PATIENCE)
+        pytest.fail(f"not finished after {PATIENCE} s: {err[-4000:]}")
+
+
 def together(*words: str, number: int = 2) -> subprocess.CompletedProcess:
     """Run a Python command in several processes of torch.distributed."""
-    command = [*TORCHRUN, "--nproc-per-node", str(number), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment())
+    process = begin(*words, number=number)
+    out, err = finished(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -168,6 +215,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@needs_loopback
 def test_two_processes_compute_what_one_does(folder):
     """To rounding, and the same bits in both."""
     alone = Ranks()
@@ -181,6 +229,7 @@ def test_two_processes_compute_what_one_does(folder):
         torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=2e-6, msg=name)
 
 
+@needs_loopback
 def test_what_two_processes_saved_one_continues(folder):
     """With their environments and replay buffer; they share one stream of random numbers then."""
     state = load_checkpoint(folder / "saved")[1]
@@ -208,28 +257,23 @@ def train(env_id: str, run: Path, total: int) -> list[str]:
     return ["-m", "polygrad_fast.cli", *words, *tiny, "--total-timesteps", str(total)]
 
 
+@needs_loopback
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_torchrun_stops_all_with_a_checkpoint(tmp_path, number):
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node", "2", *train("Pendulum-v1", run, 10**6)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 300
+    process = begin(*train("Pendulum-v1", run, 10**6))
+    deadline = time.monotonic() + PATIENCE
     while not list(run.glob("checkpoints/step_*")) and time.monotonic() < deadline:
         time.sleep(0.2)
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=300)
+    out, err = finished(process)
     assert f"stopped; `polygrad-fast train --resume --run-dir {run}` continues" in out, err
     saved = {int(path.name[5:]) for path in run.glob("checkpoints/step_*")}
     assert max(saved) == pg.PolyGRAD.load(run, device="cpu").num_timesteps
 
 
+@needs_loopback
 def test_training_by_torchrun_and_resuming_alone(tmp_path, capsys):
     pytest.importorskip("mujoco")
     run = tmp_path / "run"

@@ -106,9 +106,10 @@ def processor_seconds() -> float:
 
 
 def compare(
-    against: tuple[str, str], env_id: str, preset: str, seed: int, smoke: bool
+    against: tuple[str, str], env_id: str, preset: str, seed: int, options: list[str]
 ) -> dict[str, dict]:
-    """Train a seed by both commits; return the values and curves of each one's row."""
+    """Train a seed by both commits with the preset and the command line's options; return the
+    values and curves of each one's row."""
     name, python = against
     found = {}
 
@@ -121,7 +122,7 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         there, here = (Run(env_id, preset, seed, Path(folder) / part) for part in ("a", "b"))
         begun = processor_seconds()
-        config = train_there(python, there, FEW if smoke else [])
+        config = train_there(python, there, options)
         record(f"commit {name}", there, begun)
         begun = processor_seconds()
         train_here(here, config)
@@ -143,9 +144,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--env-id", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--preset", choices=list(PRESETS), default="quick")
+    parser.add_argument("--total-timesteps", type=int, help="the preset's")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
     parser.add_argument("--smoke", action="store_true", help="few steps, to try the mechanics")
     options = parser.parse_args(arguments)
+    changes = FEW if options.smoke else []
+    if options.total_timesteps is not None:
+        changes = [*changes, f"--total-timesteps={options.total_timesteps}"]
     torch.set_num_threads(1)  # as the processes that train
     # the other commit's interpreter lies anywhere: a row says which commit, not where
     python = options.against[1]
@@ -157,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         for env_id in options.env_id:
             PolyGRAD(env_id, options.preset, device="cpu")  # refused now or never
         for env_id, seed in itertools.product(options.env_id, options.seeds):
-            found = compare(options.against, env_id, options.preset, seed, options.smoke)
+            found = compare(options.against, env_id, options.preset, seed, changes)
             for code, result in found.items():
                 case = {"env_id": env_id, "preset": options.preset, "seed": seed, "code": code}
                 row = Row(

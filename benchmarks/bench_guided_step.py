@@ -27,7 +27,7 @@ try:
     from polygrad_fast.kernels import guided_step as kernel
     from polygrad_fast.kernels.denoiser_input import ActionSpace
     from polygrad_fast.kernels.step_table import schedule_table, step_options
-    from polygrad_fast.sampling.triton_operands import PolicyWeights
+    from polygrad_fast.sampling.triton_operands import PolicyWeights, Refresh
 except ImportError:  # triton
     kernel = None
 
@@ -107,7 +107,9 @@ class Step:
         returns states, actions and the next denoiser input [B, H (D + A)]."""
         device = self.actions.device
         weights = PolicyWeights(self.policy, self.normalizer, dtype, device)
-        weights.refresh()
+        refresh = Refresh(device, weights)
+        refresh.follow()
+        refresh()
         options = step_options(self.config)
         table = schedule_table(self.schedule, options, self.config)
         mean, scale = self.normalizer.actions_mean, self.normalizer.actions_scale

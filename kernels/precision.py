@@ -45,6 +45,14 @@ def round_to_tf32(a):
 
 
 @triton.jit
+def nearest_tf32(a):
+    """Round float32 to tf32 as `round_to_tf32` does, by integers, so that the interpreter can; NaN
+    stays NaN."""
+    bits = (a.to(tl.int32, bitcast=True) + 0x1000) & ~0x1FFF
+    return tl.where(a == a, bits.to(tl.float32, bitcast=True), a)
+
+
+@triton.jit
 def clip(x, low, high):
     return tl.minimum(tl.maximum(x, low, propagate_nan=ALL), high, propagate_nan=ALL)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _sincos_turns(u):
+def sincos_turns(u):
     """sin and cos of 2 pi u, u in [0, 1], to 1e-7.
 
     By quadrants: 4 u = q + r with |r| <= 1/2, and minimax polynomials in (r pi / 2)^2. The
@@ -41,7 +41,7 @@ def _sincos_turns(u):
 def _two_normals(r0, r1):
     """Box-Muller: two random 32-bit integers to two standard normals, |n| < 5.7."""
     u0 = tl.maximum(tl.uint_to_uniform_float(r0), 1.0e-7)
-    s, c = _sincos_turns(tl.uint_to_uniform_float(r1))
+    s, c = sincos_turns(tl.uint_to_uniform_float(r1))
     radius = tl.sqrt(-2.0 * tl.log(u0))
     return radius * c, radius * s
 

@@ -163,3 +163,12 @@ def recorded_sample(
         *(arrays[key] for key in ("x_init", "act_init", "state_noise", "action_noise"))
     )
     return RecordedSample(components, arrays, noise, info["guidance_scale"])
+
+
+def refresh_weights(*owners) -> None:
+    """Compute the operands of engine "triton" from their modules' weights."""
+    from polygrad_fast.sampling.triton_operands import Refresh
+
+    refresh = Refresh(owners[0].sources()[0].device, *owners)
+    assert refresh.follow() and not refresh.follow()
+    refresh()

@@ -78,8 +78,6 @@ class FoldedDenoiser:
         on_cpu = held.device.type == "cpu"
         # On a CPU LayerNorm takes float32 parameters with half-precision input too.
         self.norm_dtype = torch.float32 if on_cpu else dtype
-        # Float64 is exact, but a seed's numbers on a CPU are those of folding in float32.
-        self.fold_dtype = torch.float32 if on_cpu else torch.float64
 
     def _put_weight(self, name: str, weight: Tensor) -> Weight:
         weight = self.held.put(f"{name}.weight", weight, self.dtype)
@@ -123,7 +121,7 @@ class FoldedResidualMLP(FoldedDenoiser):
     def refresh(self) -> None:
         """Read the module's current weights."""
         d, put, dtype = self.denoiser, self.held.put, self.dtype
-        folded = fold_residual_mlp(d, self.timesteps, self.fold_dtype)
+        folded = fold_residual_mlp(d, self.timesteps)
         tokens = folded.input_weight.unflatten(1, (d.horizon, -1))
         parts = tokens.split([d.state_dim, d.action_dim], dim=2)
         weight = torch.cat([part.flatten(1) for part in parts], dim=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,10 +38,8 @@ class FoldedMLP:
     output: nn.Linear
 
 
-def fold_residual_mlp(
-    denoiser: ResidualMLPDenoiser, timesteps: Tensor, dtype: torch.dtype
-) -> FoldedMLP:
-    """Fold a residual MLP's current input Linears and step embedding.
+def fold_residual_mlp(denoiser: ResidualMLPDenoiser, timesteps: Tensor) -> FoldedMLP:
+    """Fold a residual MLP's current input Linears and step embedding, in the weights' dtype.
 
     With step_conditioning "input" the network begins with input(proj(x) + embedding_k). That is one
     Linear with W = W_input W_proj and b_k = W_input (b_proj + embedding_k) + b_input. With "layer"
@@ -50,7 +47,6 @@ def fold_residual_mlp(
 
     Args:
         timesteps: the K steps to embed, int64 [K].
-        dtype: of the products that are folded; float64 rounds them once, at the caller's cast.
     """
     d = denoiser
     if d.step_conditioning == "layer":
@@ -60,9 +56,8 @@ def fold_residual_mlp(
         ]
         rows = d.input.bias.expand(len(timesteps), -1)
         return FoldedMLP(d.input.weight, rows, layers, None, d.output)
-    w_input, b_input = d.input.weight.to(dtype), d.input.bias.to(dtype)
-    weight = w_input @ d.proj.weight.to(dtype)
-    rows = F.linear(d.proj.bias.to(dtype) + d.step_mlp(timesteps).to(dtype), w_input, b_input)
+    weight = d.input.weight @ d.proj.weight
+    rows = F.linear(d.proj.bias + d.step_mlp(timesteps), d.input.weight, d.input.bias)
     layers = [FoldedLayer(b.norm, b.linear.weight, b.linear.bias[None]) for b in d.blocks]
     return FoldedMLP(weight, rows, layers, d.norm, d.output)
 

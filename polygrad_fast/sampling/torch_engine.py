@@ -114,10 +114,10 @@ class TorchEngine:
         return_chain: bool | int,
     ) -> Sampled:
         """Run Algorithm 2; see `Engine.sample`."""
-        with self._matmul_precision():
-            with annotate("refresh"):
-                self.denoiser.refresh()
-                self.step.refresh(guidance_scale)
+        with self._matmul_precision("ieee"), annotate("refresh"):
+            self.denoiser.refresh()
+            self.step.refresh(guidance_scale)
+        with self._matmul_precision("tf32" if self.dtype == "tf32" else "ieee"):
             run = self._sample_captured if self._captures else self._sample_eagerly
             chain_length = self.components.chain_length(return_chain)
             return run(initial_observations, generator, noise, chain_length)
@@ -153,10 +153,8 @@ class TorchEngine:
         source.set_state(self._generator.get_state())
         return trajectory, actions, tuple(chain) or None
 
-    def _matmul_precision(self) -> contextlib.AbstractContextManager:
-        if not self._on_gpu:
-            return contextlib.nullcontext()
-        return cuda_matmul_precision("tf32" if self.dtype == "tf32" else "ieee")
+    def _matmul_precision(self, precision: str) -> contextlib.AbstractContextManager:
+        return cuda_matmul_precision(precision) if self._on_gpu else contextlib.nullcontext()
 
     def _workspace(self, batch: int) -> Workspace:
         ws = self._workspaces.pop(batch, None)

@@ -17,7 +17,12 @@ from polygrad_fast.sampling.engine import Sampled
 from polygrad_fast.sampling.folding import why_foreign
 from polygrad_fast.sampling.graphs import GraphCache
 from polygrad_fast.sampling.noise import LoopNormals, SampleNoise
-from polygrad_fast.sampling.triton_operands import DenoiserOperands, PolicyWeights, load_kernels
+from polygrad_fast.sampling.triton_operands import (
+    DenoiserOperands,
+    PolicyWeights,
+    Refresh,
+    load_kernels,
+)
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 MINIMUM_CAPABILITY = (8, 0)
@@ -81,10 +86,10 @@ class TritonEngine:
         timesteps = c.schedule.timesteps
         self.denoiser = DenoiserOperands(c.denoiser, dtype, timesteps, self.device)
         self.policy = PolicyWeights(c.policy, c.normalizer, dtype, self.device)
+        self.refresh = Refresh(self.device, self.denoiser, self.policy)
         bounds = c.action_bounds or (torch.zeros((), device=self.device),) * 2
         self.bounds = tuple(b.float().expand(c.action_dim).contiguous() for b in bounds)
         self._graphs = None if self.interpreted else GraphCache()
-        self._addresses: list[int] = []
         if self.device.type == "cuda":
             self._check_launch()
 
@@ -151,6 +156,7 @@ class TritonEngine:
         batch = BATCH_ALIGNMENT * -(-self.kernels.guided_step.MANY_ROWS // multiple)
         try:
             with self._on_device():
+                self.refresh.follow()
                 s0 = torch.zeros(batch, c.observation_dim, device=self.device)
                 guidance = torch.zeros(1, device=self.device)
                 seed = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -164,9 +170,6 @@ class TritonEngine:
         if self.device.type == "cuda":
             return torch.cuda.device(self.device)
         return contextlib.nullcontext()
-
-    def _sources(self) -> list[Tensor]:
-        return [*self.denoiser.sources(), *self.policy.sources()]
 
     def sample(
         self,
@@ -193,13 +196,12 @@ class TritonEngine:
         chain_length = self.components.chain_length(return_chain)
         run = functools.partial(self._run, chain_length)
         with torch.no_grad(), self._on_device():
+            replaced = self.refresh.follow()
             if self._graphs is None:
                 outputs = run(*inputs)
             else:
-                addresses = [tensor.data_ptr() for tensor in self._sources()]
-                if addresses != self._addresses:  # a tensor was replaced, not changed in place
+                if replaced:
                     self._graphs.clear()
-                    self._addresses = addresses
                 outputs = self._graphs(chain_length, run, inputs)
         trajectory, actions, *chains = outputs
         return trajectory, actions, tuple(chains) if chains else None
@@ -230,8 +232,7 @@ class TritonEngine:
         trajectory, actions = trajectories[0], all_actions[0]
 
         with annotate("refresh"):
-            self.denoiser.refresh()
-            self.policy.refresh()
+            self.refresh()
         workspace = self.denoiser.workspace(batch)
         normalizer = c.normalizer
         space = self.kernels.denoiser_input.ActionSpace(

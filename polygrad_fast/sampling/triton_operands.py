@@ -14,7 +14,6 @@ from polygrad_fast.denoisers import ResidualMLPDenoiser
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
-from polygrad_fast.sampling.folding import fold_policy_input, fold_residual_mlp
 
 ROW_ALIGNMENT = 64  # elements; whole tiles of the K loop, and rows aligned for 16-byte loads
 
@@ -31,6 +30,7 @@ def load_kernels() -> ModuleType:
             dependent_launch,
             guided_step,
             initial_state,
+            refresh,
             residual_mlp,
         )
     except ImportError as error:
@@ -39,13 +39,6 @@ def load_kernels() -> ModuleType:
             "or use engine 'torch' or 'reference'"
         ) from None
     return kernels
-
-
-def _round_to_tf32(tensor: Tensor) -> None:
-    """Round float32 in place to tf32's ten bits of mantissa, ties away from zero; tensor cores
-    would cut the rest off, an error up to twice as large and of one sign."""
-    bits = (tensor.view(torch.int32) + 0x1000) & ~0x1FFF
-    tensor.copy_(torch.where(tensor.isnan(), tensor, bits.view(torch.float32)))
 
 
 def _padded_zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -64,11 +57,60 @@ class DenoiserWorkspace:
     prediction: Tensor  # [B, H D]
 
 
+Tasks = tuple[list, list]
+"""Of `kernels.refresh`: those that read weights, and those that read what these have computed."""
+
+
+class Refresh:
+    """Brings operands up to date with the modules' weights, in at most two launches.
+
+    Args:
+        device: where they are.
+        owners: of the operands, `DenoiserOperands` or `PolicyWeights`.
+    """
+
+    def __init__(self, device: torch.device, *owners: DenoiserOperands | PolicyWeights):
+        self.device, self.owners = device, owners
+        self.kernel = load_kernels().refresh
+        self._sources: list[Tensor] = []  # kept, so that no other tensor gets their addresses
+        self._tables: list[Tensor] = []
+
+    def follow(self) -> bool:
+        """Find the tensors that are to be read; return whether any was replaced since the last time
+        (what is captured reads the old ones), not changed in place. Then the host waits for the
+        device.
+
+        Raises:
+            InputError: weights that are not in float32, or whose rows are not contiguous.
+        """
+        sources = [tensor.detach() for owner in self.owners for tensor in owner.sources()]
+        addresses, known = ([t.data_ptr() for t in tensors] for tensors in (sources, self._sources))
+        if addresses == known:
+            return False
+        for tensor in sources:
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                raise InputError(
+                    "engine 'triton' wants weights in torch.float32, contiguous, got "
+                    f"{tensor.dtype} of shape {tuple(tensor.shape)} with strides "
+                    f"{tensor.stride()}; engines 'torch' and 'reference' take any"
+                )
+        stages = zip(*(owner.tasks() for owner in self.owners), strict=True)
+        stages = [tasks for tasks in (sum(stage, []) for stage in stages) if tasks]
+        self._tables = [self.kernel.refresh_table(tasks, self.device) for tasks in stages]
+        self._sources = sources
+        return True
+
+    def __call__(self) -> None:
+        """Compute the operands; launches only, so that it can be captured."""
+        for table in self._tables:
+            self.kernel.refresh(table)
+
+
 class DenoiserOperands:
     """The residual MLP's weights as its kernels read them: folded, cast, at fixed addresses.
 
     Args:
-        denoiser: whose current weights `refresh` reads.
+        denoiser: whose weights they are.
         precision: a key of `kernels.precision.PRECISIONS`.
         timesteps: the K diffusion steps to embed.
         device: where the kernels run.
@@ -82,7 +124,7 @@ class DenoiserOperands:
         device: torch.device,
     ):
         kernels = load_kernels()
-        self.layer = kernels.residual_mlp
+        self.layer, self.task = kernels.residual_mlp, kernels.refresh.Task
         self.denoiser, self.precision, self.device = denoiser, precision, device
         self.dtype = kernels.precision.PRECISIONS[precision].dtype
         width, num_layers = denoiser.hidden_dim, denoiser.num_layers
@@ -93,6 +135,8 @@ class DenoiserOperands:
         self.timesteps = torch.tensor(timesteps, device=device)
         self.input_weight = _padded_zeros(width, self.in_dim, self.dtype, device)
         self.input_bias = torch.empty(num_steps, width, device=device)
+        if not self.by_layer:
+            self.embedding = torch.empty(num_steps, denoiser.proj.out_features, device=device)
         self.weights = [
             torch.empty(dim, width, dtype=self.dtype, device=device)
             for dim in (*[width] * num_layers, self.out_dim)
@@ -103,25 +147,53 @@ class DenoiserOperands:
         # gamma and beta of every LayerNorm, the final one included
         self.norms = torch.empty(num_layers + 1, 2, width, device=device)
 
-    def refresh(self) -> None:
-        """Read the denoiser's current weights into the operands; no host synchronization."""
-        folded = fold_residual_mlp(self.denoiser, self.timesteps, torch.float64)
-        layers = folded.layers
-        self.input_weight[:, : self.in_dim].copy_(folded.input_weight)
-        self.input_bias.copy_(folded.input_rows)
-        weights = [*(layer.weight for layer in layers), folded.output.weight]
-        torch._foreach_copy_(self.weights, weights)
-        if self.precision == "tf32":
-            for tensor in (self.input_weight, *self.weights):
-                _round_to_tf32(tensor)
-        # one launch for all small ones
-        targets = [*self.biases]
-        sources = [*(layer.rows for layer in layers), folded.output.bias[None]]
-        if folded.norm is not None:
-            targets += [half for gamma_beta in self.norms for half in gamma_beta]
-            norms = [*(layer.norm for layer in layers), folded.norm]
-            sources += [half for norm in norms for half in (norm.weight, norm.bias)]
-        torch._foreach_copy_(targets, sources)
+    def tasks(self) -> Tasks:
+        """Return what computes the operands from the denoiser's weights.
+
+        With step_conditioning "input" the network begins with input(proj(x) + embedding_k), which
+        is one Linear with W = W_input W_proj and b_k = W_input (b_proj + embedding_k) + b_input.
+        With "layer" every layer's bias takes its embedding of the step.
+        """
+        d, task = self.denoiser, self.task
+        weight = functools.partial(task, round_tf32=self.precision == "tf32")
+        input_weight = self.input_weight[:, : self.in_dim]
+        first = [
+            weight("copy", out, linear.weight)
+            for out, linear in zip(self.weights, self._linears(), strict=True)
+        ]
+        first.append(task("copy", self.biases[-1], d.output.bias[None]))
+        if self.by_layer:
+            first.append(weight("copy", input_weight, d.input.weight))
+            first.append(task("copy", self.input_bias, d.input.bias.expand_as(self.input_bias)))
+            for out, block in zip(self.biases[:-1], d.blocks, strict=True):
+                rows, bias = block.step_embedding.weight, block.linear.bias
+                first.append(task("copy", out, rows, steps=self.timesteps, bias=bias))
+            return first, []
+        for out, block in zip(self.biases[:-1], d.blocks, strict=True):
+            first.append(task("copy", out, block.linear.bias[None]))
+        for (gamma, beta), module in zip(self.norms, [*d.blocks, d], strict=True):
+            first.append(task("copy", gamma[None], module.norm.weight[None]))
+            first.append(task("copy", beta[None], module.norm.bias[None]))
+        features, hidden, _, last = d.step_mlp
+        first.append(weight("product", input_weight, d.input.weight, d.proj.weight))
+        first.append(
+            task(
+                "embedding",
+                self.embedding,
+                right=last.weight.t(),
+                bias=last.bias,
+                second_bias=d.proj.bias,
+                steps=self.timesteps,
+                frequencies=features.weights,
+                first=hidden.weight,
+                first_bias=hidden.bias,
+            )
+        )
+        factors = self.embedding, d.input.weight.t()
+        return first, [task("product", self.input_bias, *factors, bias=d.input.bias)]
+
+    def _linears(self) -> list[nn.Linear]:
+        return [*(block.linear for block in self.denoiser.blocks), self.denoiser.output]
 
     def workspace(self, batch: int) -> DenoiserWorkspace:
         """Allocate what one sample needs; the input's padding is zero and stays so."""
@@ -180,7 +252,7 @@ class DenoiserOperands:
             )
 
     def sources(self) -> list[Tensor]:
-        """Return every tensor that `refresh` reads."""
+        """Return every tensor that the tasks read."""
         return [*self.denoiser.parameters(), *self.denoiser.buffers()]
 
 
@@ -192,7 +264,7 @@ class PolicyWeights:
     layer in tf32 there, whose range holds any estimate of the states; its last in float32 always.
 
     Args:
-        policy: whose current weights `refresh` reads. normalizer: likewise its moments.
+        policy: whose weights they are. normalizer: whose moments are folded into them.
         precision: the engine's.
         device: where the kernel runs.
     """
@@ -216,7 +288,9 @@ class PolicyWeights:
         hidden_weight = first_weight
         if num_layers > 1:
             hidden_weight = _padded_zeros(hidden, hidden, dtype, device)
-        self.operands = load_kernels().policy_mean.PolicyOperands(
+        kernels = load_kernels()
+        self.task = kernels.refresh.Task
+        self.operands = kernels.policy_mean.PolicyOperands(
             first_weight=first_weight,
             hidden_weight=hidden_weight,
             vectors=empty(num_layers, 3, hidden),
@@ -228,28 +302,40 @@ class PolicyWeights:
             precision=precision,
         )
 
-    def refresh(self) -> None:
-        """Read the policy's current weights and the normalizer's current moments."""
-        to = self.operands
-        weight, bias = fold_policy_input(self.policy, self.normalizer)
-        to.first_weight[:, : weight.shape[1]].copy_(weight)
-        to.vectors[0, 0].copy_(bias)
-        last = self.linears[-1]
-        targets = [to.last_weight, to.last_bias, to.std]
-        sources = [last.weight, last.bias, self.policy.std]
-        for linear in self.linears[1:-1]:
-            to.hidden_weight[:, : linear.in_features].copy_(linear.weight)
-            targets.append(to.vectors[1, 0])
-            sources.append(linear.bias)
+    def tasks(self) -> Tasks:
+        """Return what computes the operands from the policy's weights and the moments.
+
+        A policy on raw observations s = s_norm scale + mean gets W diag(scale) and b + W mean in
+        its first layer, one on normalized ones its own.
+        """
+        policy, normalizer, to = self.policy, self.normalizer, self.operands
+        task = self.task
+        # the first layer multiplies in tf32 in float16 too
+        first = functools.partial(task, round_tf32=to.precision != "float32")
+        hidden = functools.partial(task, round_tf32=to.precision == "tf32")
+        linear, *middle, last = self.linears
+        weight = to.first_weight[:, : linear.in_features]
+        bias = to.vectors[0, :1]
+        if policy.normed_inputs:
+            tasks = [first("copy", weight, linear.weight), task("copy", bias, linear.bias[None])]
+        else:
+            scale, mean = normalizer.observations_scale, normalizer.observations_mean[:, None]
+            tasks = [
+                first("copy", weight, linear.weight, scale=scale),
+                task("offset", bias, linear.weight, mean, bias=linear.bias),
+            ]
+        for linear in middle:
+            out = to.hidden_weight[:, : linear.in_features]
+            tasks.append(hidden("copy", out, linear.weight))
+            tasks.append(task("copy", to.vectors[1, :1], linear.bias[None]))
         for vectors, norm in zip(to.vectors, self.norms, strict=True):
-            targets += [vectors[1], vectors[2]]
-            sources += [norm.weight, norm.bias]
-        torch._foreach_copy_(targets, sources)
-        if to.precision != "float32":  # the first layer multiplies in tf32 in float16 too
-            _round_to_tf32(to.first_weight)
-        if to.precision == "tf32":
-            _round_to_tf32(to.hidden_weight)
+            tasks.append(task("copy", vectors[1:2], norm.weight[None]))
+            tasks.append(task("copy", vectors[2:3], norm.bias[None]))
+        tasks.append(task("copy", to.last_weight, last.weight))
+        tasks.append(task("copy", to.last_bias[None], last.bias[None]))
+        tasks.append(task("exp", to.std[None], policy.log_std[None], number=policy.min_std))
+        return tasks, []
 
     def sources(self) -> list[Tensor]:
-        """Return every tensor that `refresh` and the kernel read."""
+        """Return every tensor that the tasks and the kernel read."""
         return [*self.policy.parameters(), *self.normalizer.buffers()]

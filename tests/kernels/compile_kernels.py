@@ -20,6 +20,7 @@ from polygrad_fast.kernels import (
     generalized_advantages,
     guided_step,
     initial_state,
+    refresh,
     residual_mlp,
 )
 from polygrad_fast.kernels.denoiser_input import ActionSpace
@@ -162,10 +163,17 @@ def advantage_launches() -> Iterator[str]:
         yield f"generalized_advantages{name}"
 
 
+def refresh_launches() -> Iterator[str]:
+    """Launch the refresh of weights; yield its name."""
+    refresh.refresh(torch.empty(1, refresh.NUM_COLUMNS.value, dtype=torch.int64))
+    yield "refresh"
+
+
 def main(architecture: int, only: str = "") -> None:
     """Print one row per kernel whose name matches the regular expression `only`."""
     with recorded(architecture) as launches:
-        names = [*layer_launches(), *step_launches(), *advantage_launches()]
+        launched = layer_launches, step_launches, advantage_launches, refresh_launches
+        names = [name for launches_of in launched for name in launches_of()]
     chosen = [pair for pair in zip(names, launches, strict=True) if re.search(only, pair[0])]
     rows = compiled([launch for _, launch in chosen], architecture, jobs=1)
     for (name, _), row in zip(chosen, rows, strict=True):

@@ -55,8 +55,9 @@ def launches_of(
 
 
 def unique(launches: list[Launch]) -> list[Launch]:
-    """Return one launch of each kernel that is compiled."""
-    return list({launch.specialization: launch for launch in launches}.values())
+    """Return one launch of each kernel that is compiled, that of most programs."""
+    by_programs = sorted(launches, key=lambda launch: math.prod(launch.grid))
+    return list({launch.specialization: launch for launch in by_programs}.values())
 
 
 def rows_of(architecture: int, batch: int, horizon: int, dtype: str) -> Iterator[dict]:

@@ -15,6 +15,9 @@ SCRIPT = Path(__file__).with_name("compile_sample.py")
 NUM_STEPS, LAYERS = 128, 6
 # (kernel, batch, dtype): programs of one multiprocessor at least, waves at most
 BUDGETS = {
+    ("refresh", 1024, "float16"): (2, 8),
+    ("refresh", 1024, "tf32"): (2, 8),
+    ("refresh", 16384, "float16"): (2, 8),
     ("initial_state", 1024, "float16"): (16, 1),
     ("residual_mlp_layer", 1024, "float16"): (2, 1),
     ("guided_step", 1024, "float16"): (2, 1),
@@ -62,12 +65,13 @@ def test_waves(rows):
 
 
 def test_launches_and_kernels(rows):
-    """A diffusion step launches its layers and the guided step; a sample has six kernels: the
-    start, first, hidden and last layer, the guided step and that of the last diffusion step."""
+    """A diffusion step launches its layers and the guided step; a sample has seven kernels: the
+    refresh, the start, first, hidden and last layer, the guided step and that of the last diffusion
+    step."""
     for batch, dtype in {(row["batch"], row["dtype"]) for row in rows}:
         own = [row for row in rows if (row["batch"], row["dtype"]) == (batch, dtype)]
-        assert len(own) == 6
-        assert sum(row["launches"] for row in own) == 1 + NUM_STEPS * (LAYERS + 3)
+        assert len(own) == 7
+        assert sum(row["launches"] for row in own) == 2 + 1 + NUM_STEPS * (LAYERS + 3)
 
 
 def test_the_check_of_the_device_compiles_nothing_in_vain(rows):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import polygrad_fast as pg  # noqa: E402
+from cases import refresh_weights  # noqa: E402
 from polygrad_fast.kernels import guided_step as kernel  # noqa: E402
 from polygrad_fast.kernels.denoiser_input import ActionSpace  # noqa: E402
 from polygrad_fast.kernels.initial_state import initial_state  # noqa: E402
@@ -109,8 +110,7 @@ class Case:
             self.precision, torch.float32
         )
         weights = PolicyWeights(self.policy, self.normalizer, self.precision, self.device)
-        with torch.no_grad():
-            weights.refresh()
+        refresh_weights(weights)
         table = schedule_table(self.schedule, step_options(self.config), self.config)
         batch, horizon, D = self.trajectory.shape
         width = horizon * (D + self.actions.shape[-1])

@@ -32,7 +32,7 @@ class LayerBlocks:
     num_stages: int
 
 
-# (few rows, many rows, narrow output without moments)
+# (few programs, many programs, narrow output without moments)
 LAYER_BLOCKS = {
     "float32": (
         LayerBlocks(32, 64, 32, 4, 2),
@@ -51,7 +51,6 @@ LAYER_BLOCKS = {
     ),
 }
 LAYER_BLOCKS["bfloat16"] = LAYER_BLOCKS["float16"]
-MANY_ROWS = 2048
 ONE_WAVE = 132  # multiprocessors of an H200; that this is the best boundary is unmeasured
 
 
@@ -59,15 +58,18 @@ def layer_blocks(precision: str, rows: int, out_dim: int, writes_moments: bool) 
     """Return the tile sizes for a layer of that many rows and columns.
 
     A layer without moments is the output layer. Where its columns are so few that wide tiles would
-    not occupy the device, it takes narrow ones; with many rows, larger tiles read each operand less
-    often. All fit the 99 KB of shared memory of GeForce cards (their code is sm_80's) and the 227
-    KB of sm_90.
+    not occupy the device, it takes narrow ones. Larger tiles read each operand less often, and are
+    taken where they occupy nine tenths of the device. All fit the 99 KB of shared memory of GeForce
+    cards (their code is sm_80's) and the 227 KB of sm_90.
     """
     few, many, narrow = LAYER_BLOCKS[precision]
-    wide_programs = triton.cdiv(out_dim, few.block_n) * triton.cdiv(rows, few.block_m)
-    if not writes_moments and wide_programs < ONE_WAVE:
+
+    def programs(blocks: LayerBlocks) -> int:
+        return triton.cdiv(out_dim, blocks.block_n) * triton.cdiv(rows, blocks.block_m)
+
+    if not writes_moments and programs(few) < ONE_WAVE:
         return narrow
-    return many if rows >= MANY_ROWS else few
+    return many if 10 * programs(many) >= 9 * ONE_WAVE else few
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def layer_launches() -> Iterator[str]:
     ):
         yield launch("hidden", precision, rows, paper=True)
         for width in (50, 512, 2048):
-            yield launch("hidden", precision, rows, width)
+            yield launch("hidden", precision, rows if rows > 1024 else 256, width)
     yield launch("output", "float16", 1024, 2048, out_dim=3800)
 
 

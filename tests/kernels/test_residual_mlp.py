@@ -148,10 +148,21 @@ def test_block_sizes_fit_the_moments(precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_output_tiles_occupy_the_device(precision):
-    """Narrow tiles for few rows and columns, wide ones where those fill a wave."""
+    """Narrow tiles for few rows and columns, wide ones where those fill a wave, the largest where
+    these do."""
     few, many, narrow = LAYER_BLOCKS[precision]
     for rows, out_dim, wanted in (
-        (1, 190, narrow), (1024, 190, narrow), (16384, 190, many), (1024, 3800, few),
+        (1, 190, narrow), (1024, 190, narrow), (16384, 190, many), (1024, 3800, many),
         (8192, 3800, many),
     ):  # fmt: skip
         assert layer_blocks(precision, rows, out_dim, writes_moments=False) == wanted
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float16", "bfloat16"])
+def test_large_tiles_occupy_the_device(precision):
+    few, many, _ = LAYER_BLOCKS[precision]
+    for rows, width, moments, wanted in (
+        (1024, 1024, True, few), (2048, 1024, True, many), (1024, 2048, True, many),
+        (2048, 512, True, few), (16384, 512, True, many), (384, 3800, False, few),
+    ):  # fmt: skip
+        assert layer_blocks(precision, rows, width, writes_moments=moments) == wanted

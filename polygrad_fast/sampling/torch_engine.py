@@ -49,7 +49,8 @@ class TorchEngine:
 
     With a denoiser of kind "rollout" and the action update "exact" each diffusion step settles one
     more step of the horizon, whatever the later ones are. Where only what is returned counts
-    (`settles`, and no chain), the one step due is computed in each: the same trajectories.
+    (`settles`, and no chain), each step of the horizon is computed once, when it is settled: the
+    same trajectories, for which no other normals are drawn than those the diffusion begins from.
 
     On a GPU all K steps are one CUDA graph, captured once per batch size, which draws the normals
     of a step in that step. No call reads a tensor on the host. Foreign modules (`why_foreign`) are
@@ -178,45 +179,45 @@ class TorchEngine:
         [chain_length, B, H, .] where asked."""
         ws.trajectory.copy_(normals.initial_trajectories)
         ws.actions.copy_(normals.initial_actions)
+        inpaint(ws.trajectory, initial_observations)
+        if self.settles and not chain_length:
+            self._settle(ws, normals.initial_actions)
+            return None
         chain = None
         if chain_length:
             chain = tuple(
                 torch.empty(chain_length, *tensor.shape, device=tensor.device)
                 for tensor in (ws.trajectory, ws.actions)
             )
-        inpaint(ws.trajectory, initial_observations)
         first_kept = len(self.constants) - chain_length
-        stepwise = self.settles and not chain_length
         for step, constants in enumerate(self.constants):
-            due = slice(None)
-            if stepwise:
-                due = slice(step, step + 1) if step < self.components.horizon else None
             with annotate("denoiser"):
                 if step == 0 or not self.components.shows_initial_noise:
                     ws.input_states.copy_(ws.trajectory)
                 self.step.write_seen_actions(ws, constants)
-                if stepwise:
-                    prediction = self._extend_rollouts(ws, step)
-                else:
-                    prediction = self._predict(ws, constants.k)
+                prediction = self._predict(ws, constants.k)
             noises = normals.step(step, constants.k)
             with annotate("guided_step"):
-                self.step(ws, prediction, initial_observations, constants, *noises, due)
+                self.step(ws, prediction, initial_observations, constants, *noises)
             if step >= first_kept:
                 chain[0][step - first_kept].copy_(ws.trajectory)
                 chain[1][step - first_kept].copy_(ws.actions)
         return chain
 
-    def _extend_rollouts(self, ws: Workspace, step: int) -> Tensor:
-        """Return the denoiser's output [B, H, D] as far as the actions are settled before diffusion
-        step number `step`, from 0; what is not settled is 0."""
-        denoiser, num_settled = self.denoiser, min(step, self.components.horizon)
+    def _settle(self, ws: Workspace, action_noise: Tensor) -> None:
+        """Let policy and one-step network take turns over the horizon, from the first observations
+        of `ws.trajectory`; the trajectories are what all diffusion steps would leave."""
+        denoiser = self.denoiser
+        ws.input_states.copy_(ws.trajectory)
         parts = row_parts(len(ws.trajectory), denoiser.rows_per_part, self._held.device)
-        if step == 0:
-            ws.rollouts = [denoiser.begin(ws.denoiser_input[p], ws.prediction[p]) for p in parts]
-        for part, rollout in zip(parts, ws.rollouts, strict=True):
-            denoiser.extend(rollout, ws.denoiser_input[part], num_settled)
-        return ws.prediction
+        rollouts = [denoiser.begin(ws.denoiser_input[p], ws.trajectory[p]) for p in parts]
+        for t in range(self.components.horizon):
+            with annotate("guided_step"):
+                self.step.draw_actions(ws, ws.trajectory, action_noise, slice(t, t + 1))
+            with annotate("denoiser"):
+                self.step.write_seen_actions(ws, self.constants[-1])
+                for part, rollout in zip(parts, rollouts, strict=True):
+                    denoiser.extend(rollout, ws.denoiser_input[part], t + 1)
 
     def _predict(self, ws: Workspace, k: int) -> Tensor:
         """Return the denoiser's output [B, H, D] at step k, float32; the caller may overwrite
@@ -238,6 +239,7 @@ def _settles_stepwise(components: SamplerComponents) -> bool:
         and c.prediction_type == "sample"
         and c.policy_input == "denoised"
         and c.clip_state_change is None
+        and c.variance_type == "posterior"  # none is added in the last step
         and components.num_steps > components.horizon
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from polygrad_fast.config import check_choices
 from polygrad_fast.policy import log_prob
 from polygrad_fast.protocols import policy_moments
 from polygrad_fast.sampling.components import SamplerComponents
-from polygrad_fast.sampling.folded_networks import FoldedPolicy, HeldTensors, Rollout
+from polygrad_fast.sampling.folded_networks import FoldedPolicy, HeldTensors
 from polygrad_fast.sampling.folding import why_foreign
 
 POLICY_ROWS_PER_THREAD = 1024
@@ -99,7 +99,6 @@ class Workspace:
     denoiser_input: object  # in the denoiser's own layout, with two views of it:
     input_states: Tensor  # [B, H, D]
     input_actions: Tensor  # [B, H, A]
-    rollouts: list[Rollout] = field(default_factory=list)  # begun in `prediction`, by parts of B
 
 
 class TorchStep:
@@ -180,13 +179,9 @@ class TorchStep:
         constants: StepConstants,
         trajectory_noise: Tensor,
         action_noise: Tensor | None,
-        due: slice | None = slice(None),
     ) -> None:
-        """Advance `ws.trajectory` and `ws.actions` by one step; overwrites `prediction` [B, H, D].
-
-        With action update "exact" only the actions at steps `due` of the horizon (None: none) are
-        drawn anew, but in the last step all.
-        """
+        """Advance `ws.trajectory` and `ws.actions` by one step; overwrites `prediction` [B, H,
+        D]."""
         config = self.components.config
         check_choices(config)
         denoised = prediction
@@ -203,8 +198,8 @@ class TorchStep:
 
         clips, exact = config.clip_std is not None, config.action_update == "exact"
         if exact:
-            if not constants.is_last and due is not None:
-                self._draw_actions(ws, policy_states, action_noise, due)
+            if not constants.is_last:
+                self.draw_actions(ws, policy_states, action_noise)
         elif constants.is_last:
             if config.clip_final_actions and clips:
                 update = self._policy_at(ws, policy_states)
@@ -224,13 +219,13 @@ class TorchStep:
                 self._posterior_mean(ws, denoised, constants)
             ws.actions.add_(action_noise, alpha=constants.noise_std)
         elif config.action_update == "sample":
-            self._draw_actions(ws, policy_states, action_noise)
+            self.draw_actions(ws, policy_states, action_noise)
 
         if constants.adds_state_noise:
             ws.mean.add_(trajectory_noise, alpha=constants.noise_std)
         inpaint(ws.mean, initial_observations)
         if exact and constants.is_last:  # the policy's at the states that are returned
-            self._draw_actions(ws, ws.mean, action_noise)
+            self.draw_actions(ws, ws.mean, action_noise)
         ws.trajectory, ws.mean = ws.mean, ws.trajectory
 
     @staticmethod
@@ -238,7 +233,7 @@ class TorchStep:
         torch.mul(denoised, constants.mean_from_denoised, out=ws.mean)
         ws.mean.add_(ws.trajectory, alpha=constants.mean_from_trajectory)
 
-    def _draw_actions(
+    def draw_actions(
         self, ws: Workspace, states: Tensor, action_noise: Tensor, due: slice = slice(None)
     ) -> None:
         """Set `ws.actions` at steps `due` to the policy's at normalized states [B, H, D], by given

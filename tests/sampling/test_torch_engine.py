@@ -698,6 +698,7 @@ def test_rollouts_compute_each_step_of_the_horizon_once(
         {"clip_state_change": 0.25},
         {"num_inference_steps": 4},
         {"action_update": "sample"},
+        {"variance_type": "beta"},
     ],
 )
 def test_what_needs_all_of_every_rollout_gets_it(options):

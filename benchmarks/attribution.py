@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from harness.rows import Row, RowFile, provenance
-from harness.update_worker import PREFILL
+from harness.update_worker import PREFILL, replaced
 from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.errors import InputError
@@ -77,41 +77,42 @@ ROUNDED = {
 }
 
 
-def variants(case: Case, against: tuple[str, str] | None) -> list[Variant]:
-    """Return the ways to compare, the first of which the others are held against."""
-    found = []
-    if against is not None and case.at_commit:
-        name, python = against
-        found.append(Variant(f"commit {name}", ENGINE, python=python))
-    found.append(Variant("plain PyTorch", PLAIN, autograd=True))
+def variants(case: Case) -> list[Variant]:
+    """Return the ways of this code, each beginning from the one before."""
+    found = [Variant("plain PyTorch", PLAIN, autograd=True)]
     if case.world_model == "trajectory_diffusion":
         found.append(Variant("+ engine torch", ENGINE, autograd=True))
     return [*found, Variant("+ written-out passes", ENGINE), Variant("+ bfloat16", ROUNDED)]
 
 
-def options_of(case: Case, variant: Variant) -> dict:
-    """Return every option: those of the preset, the case and the variant."""
-    config = TrainConfig.from_preset(case.preset, case.env_id).resolved(case.env_id)
-    options = dataclasses.asdict(config) | {
+def merged(options: dict, changes: dict) -> dict:
+    """Return nested options with changes."""
+    changes = {k: merged(options.get(k, {}), v) if isinstance(v, dict) else v
+               for k, v in changes.items()}  # fmt: skip
+    return options | changes
+
+
+def options_of(case: Case, preset: dict, variant: Variant) -> dict:
+    """Return a preset's options ({}: all are the process's own) with those of case and variant."""
+    fixed = {
         "world_model": case.world_model,
         "imagined_batch_size": case.batch,
         "learning_starts": PREFILL,
         "policy_delay_steps": 0,
         "replay_capacity": 20_000,
+        "denoiser": {"pretrain_updates": 0},
+        "autoregressive": {"pretrain_updates": 0},
     }
-    for group in ("denoiser", "autoregressive"):
-        options[group] |= {"pretrain_updates": 0} | variant.options.get(group, {})
-    plain = {k: v for k, v in variant.options.items() if not isinstance(v, dict)}
-    return options | plain
+    return merged(merged(preset, fixed), variant.options)
 
 
 @contextlib.contextmanager
-def worker(case: Case, variant: Variant) -> Iterator[subprocess.Popen]:
-    """Start a process that takes updates; it says "ready" when it can."""
+def worker(case: Case, preset: dict, variant: Variant) -> Iterator[subprocess.Popen]:
+    """Start a process that takes updates; it says its configuration when it can."""
     settings = {
         "preset": case.preset,
         "env_id": case.env_id,
-        "options": options_of(case, variant),
+        "options": options_of(case, preset, variant),
         "autograd": variant.autograd,
     }
     command = [variant.python, "-P", str(WORKER), json.dumps(settings)]
@@ -124,15 +125,17 @@ def worker(case: Case, variant: Variant) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
-def wait_until_ready(process: subprocess.Popen, variant: str) -> None:
-    """Wait for a process that has been started.
+def configuration(process: subprocess.Popen, variant: str) -> dict:
+    """Wait for a process that has been started, and return its options.
 
     Raises:
         InputError: it ended instead; the message has its last line.
     """
-    if process.stdout.readline() != "ready\n":
+    line = process.stdout.readline()
+    if not line:
         last = process.stderr.read().strip().splitlines()[-1:]
         raise InputError(f"{variant} cannot be measured: {' '.join(last)}")
+    return json.loads(line)
 
 
 def update(process: subprocess.Popen, count: int) -> dict[str, float]:
@@ -143,14 +146,27 @@ def update(process: subprocess.Popen, count: int) -> dict[str, float]:
 
 
 def measure(case: Case, against: tuple[str, str] | None, rounds: int) -> dict[str, dict]:
-    """Return the values of each variant's row, by its name."""
+    """Return the values of each variant's row, by its name.
+
+    The other commit takes the updates of its own preset; where that is not this code's, this code
+    takes them with these settings too.
+    """
+    preset = TrainConfig.from_preset(case.preset)
+    ways = [(variant, preset) for variant in variants(case)]
     with contextlib.ExitStack() as stack:
-        running = {
-            variant.name: stack.enter_context(worker(case, variant))
-            for variant in variants(case, against)
-        }
-        for name, process in running.items():
-            wait_until_ready(process, name)
+        running = {}
+        if against is not None and case.at_commit:
+            name, python = f"commit {against[0]}", against[1]
+            former = Variant(name, ENGINE, python=python)
+            running[name] = stack.enter_context(worker(case, {}, former))
+            there = replaced(preset, configuration(running[name], name))
+            now = replaced(preset, options_of(case, {}, former))
+            if there.resolved(case.env_id) != now.resolved(case.env_id):
+                ways.insert(0, (Variant("this code, settings of that commit", ENGINE), there))
+        for variant, config in ways:
+            options = dataclasses.asdict(config.resolved(case.env_id))
+            running[variant.name] = stack.enter_context(worker(case, options, variant))
+            configuration(running[variant.name], variant.name)
         # enough in a turn that caches are warm again
         slowest = max(update(process, 1)["whole"] for process in running.values())
         count = math.ceil(TURN_SECONDS / slowest)

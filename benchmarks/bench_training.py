@@ -117,7 +117,8 @@ def moved(module: torch.nn.Module, before: list[torch.Tensor]) -> list[torch.Ten
 
 def denoiser_errors(trainer: DenoiserTrainer, trajectory, actions, generator) -> dict[str, float]:
     """Take one update and return the relative errors of its loss, its gradient and its step (norms
-    of the differences) from Algorithm 1, line 6, in float64."""
+    of the differences) from Algorithm 1, line 6, in float64; of a denoiser with losses of its own
+    from these."""
     exact, schedule = copy.deepcopy(trainer.model).double(), trainer.schedule
     optimizer = torch.optim.Adam(copy.deepcopy(trainer.model).parameters())
     optimizer.load_state_dict(copy.deepcopy(trainer.state_dict()["optimizer"]))  # its own moments
@@ -125,17 +126,11 @@ def denoiser_errors(trainer: DenoiserTrainer, trajectory, actions, generator) ->
     config, state = trainer.sampler_config, generator.get_state()
     loss = trainer.update(trajectory, actions, generator)["loss"].double()
     generator.set_state(state)
-    num_steps, device = schedule.num_train_timesteps, trajectory.device
-    k = torch.randint(num_steps, (len(trajectory),), generator=generator, device=device)
-    noise = torch.randn(trajectory.shape, generator=generator, device=device).double()
-    x, u, abar = trajectory.double(), actions.double(), schedule.alphas_cumprod.double()[k]
-    signal, spread = abar.sqrt()[:, None, None], (1 - abar).sqrt()[:, None, None]
-    given = torch.zeros_like(x, dtype=torch.bool)
-    given[:, 0, :-2] = True
-    seen = u * signal if config.scale_actions else u
-    prediction = exact(torch.where(given, x, signal * x + spread * noise), seen, k)
-    target = noise if config.prediction_type == "epsilon" else x
-    wanted = (torch.where(given, x, prediction) - target).square().mean()
+    x, u = trajectory.double(), actions.double()
+    if hasattr(exact, "transition_losses"):
+        wanted = sum(exact.transition_losses(x, u).values())
+    else:
+        wanted = denoising_loss(exact, x, u, schedule, config, generator)
     wanted.backward()
     got = [p.grad.double() for p in trainer.model.parameters() if p.grad is not None]
     gradients = [p.grad for p in exact.parameters()]
@@ -146,6 +141,20 @@ def denoiser_errors(trainer: DenoiserTrainer, trajectory, actions, generator) ->
         "gradient": relative_norm(got, [g for g in gradients if g is not None]),
         "step": relative_norm(moved(trainer.model, before), step),
     }
+
+
+def denoising_loss(denoiser, x, u, schedule, config, generator) -> torch.Tensor:
+    """Return the loss of Algorithm 1, line 6, on states [B, H, D] and actions [B, H, A]."""
+    k = torch.randint(schedule.num_train_timesteps, (len(x),), generator=generator, device=x.device)
+    noise = torch.randn(x.shape, generator=generator, device=x.device).double()
+    abar = schedule.alphas_cumprod.double()[k]
+    signal, spread = abar.sqrt()[:, None, None], (1 - abar).sqrt()[:, None, None]
+    given = torch.zeros_like(x, dtype=torch.bool)
+    given[:, 0, :-2] = True
+    seen = u * signal if config.scale_actions else u
+    prediction = denoiser(torch.where(given, x, signal * x + spread * noise), seen, k)
+    target = noise if config.prediction_type == "epsilon" else x
+    return (torch.where(given, x, prediction) - target).square().mean()
 
 
 def relative_norm(got, wanted) -> float:
@@ -199,9 +208,14 @@ def a2c_errors(actor_critic: pg.ActorCritic, batch: dict) -> dict[str, float]:
                 advantages[:, t] += weight * delta
                 weight = weight * config.gamma * config.gae_lambda * goes_on
         value_targets = advantages + values[:, :-1]
+        goes_on = (1 - ends[:, :-1]).cumprod(1)
+        reached = torch.cat([torch.ones_like(goes_on[:, :1]), goes_on[:, :-1]], dim=1)
+        alive = goes_on + config.terminal_step_weight * (reached - goes_on)
         if config.normalize_advantages:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        alive = (1 - ends[:, :-1]).cumprod(1)
+            counts = alive if config.advantage_moments == "counted" else torch.ones_like(alive)
+            advantages = advantages - (advantages * counts).sum() / counts.sum()
+            variance = (advantages.square() * counts).sum() / (counts.sum() - 1)
+            advantages = advantages / (variance.sqrt() + 1e-8)
     old, entropy = log_prob(policy)
     actor_terms = -alive * (old * advantages + config.entropy_coef * entropy)
     saturation = policy.network(inputs[:, :-1]).square().mean()
@@ -402,7 +416,7 @@ def check_whole_update(case, agent, env_steps: int, update) -> int:
 
 def make_agent(preset, env_id, batch, engine, dtype, device) -> pg.PolyGRAD:
     """Return an agent whose replay buffer holds 200 random steps and whose updates are due."""
-    config = pg.TrainConfig.from_preset(preset, env_id)
+    config = pg.TrainConfig.from_preset(preset)
     config = dataclasses.replace(
         config,
         denoiser=dataclasses.replace(config.denoiser, pretrain_updates=0),

@@ -42,7 +42,7 @@ UPDATES = {
 
 def make_agent(env_id: str, seed: int, total_timesteps: int) -> PolyGRAD:
     """Return an agent with a policy that has learnt for a moment."""
-    config = TrainConfig.from_preset("laptop", env_id)
+    config = TrainConfig.from_preset("laptop")
     config = replace(
         config,
         world_model="autoregressive",

@@ -38,7 +38,7 @@ def make_parser() -> profiled.Parser:
 
 def build(options: argparse.Namespace) -> pg.PolyGRAD:
     """Return an agent whose updates begin right after the prefill."""
-    config = pg.TrainConfig.from_preset(options.preset, options.env_id)
+    config = pg.TrainConfig.from_preset(options.preset)
     config = dataclasses.replace(
         config,
         learning_starts=options.prefill,

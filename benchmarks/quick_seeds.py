@@ -68,7 +68,7 @@ def run_seed(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Train one seed and return the row's values and its learning curve."""
     torch.set_num_threads(1)
-    config = TrainConfig.from_preset(preset, env_id)
+    config = TrainConfig.from_preset(preset)
     config = dataclasses.replace(config, world_model=world_model)
     config = tiny(config) if smoke else config
     fresh = evaluation_seed(env_id, preset, seed)

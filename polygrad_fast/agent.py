@@ -68,7 +68,7 @@ class PolyGRAD:
             evaluations use copies, which have its wrappers, physics and everything else as they are
             now.
         preset: "default" (released code), "paper", "laptop" (locomotion on a CPU), or "quick"
-            (CPU-sized); see `TrainConfig.from_preset`.
+            (minutes on a CPU); see `TrainConfig.from_preset`.
         seed: seeds python, numpy, torch, the environment and its action space.
         device: "auto" is CUDA where there is one, else the CPU.
         config: a full configuration instead of a preset.
@@ -129,7 +129,7 @@ class PolyGRAD:
         dims = check_spaces(environment)
         # as given: "module:Name-v0" must be imported again by whoever loads the agent
         self.env_id = env if isinstance(env, str) else environment_name(environment)
-        config = config if config is not None else TrainConfig.from_preset(preset, self.env_id)
+        config = config if config is not None else TrainConfig.from_preset(preset)
         self.config = c = config.resolved(self.env_id)
         self.ranks.check_multiples(
             **{name: getattr(c, name) for name in SPLIT_OPTIONS},

@@ -360,7 +360,7 @@ def _train_defaults(arguments: list[str]) -> Train:
     """Return what `train` starts from: the preset's settings, or those of the run to resume."""
     if arguments[:1] != ["train"]:
         return Train(env_id=tyro.MISSING)
-    env_id, preset = _flag(arguments, "env-id"), _flag(arguments, "preset")
+    preset = _flag(arguments, "preset")
     if _resumes(arguments):
         given = _flag(arguments, "run-dir")
         if not given:
@@ -375,7 +375,7 @@ def _train_defaults(arguments: list[str]) -> Train:
             config=from_dict(stored["config"], TrainConfig),
         )
     preset = preset or "default"
-    config = TrainConfig.from_preset(preset, env_id or "")
+    config = TrainConfig.from_preset(preset)
     return Train(env_id=tyro.MISSING, preset=preset, config=config)
 
 

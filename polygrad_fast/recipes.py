@@ -49,7 +49,7 @@ OnEpisode = Callable[[float, int], None]
 def behaviour_config(env_id: str) -> TrainConfig:
     """Return how behaviour policies are trained."""
     return dataclasses.replace(
-        TrainConfig.from_preset("laptop", env_id),
+        TrainConfig.from_preset("laptop"),
         world_model="autoregressive",
         policy_updates_per_env_step=0.5,
         eval_interval=2500,

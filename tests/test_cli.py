@@ -25,7 +25,7 @@ from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.metrics import read_metrics
 
 TINY = (
-    "--preset quick --horizon 4 --schedule.num-train-timesteps 3 --denoiser.hidden-dim 16 "
+    "--preset quick --horizon 4 --schedule.num-train-timesteps 5 --denoiser.hidden-dim 16 "
     "--denoiser.num-layers 1 --denoiser.batch-size 16 --denoiser.pretrain-updates 5 "
     "--policy.hidden-dim 8 --imagined-batch-size 8 --learning-starts 40 --eval-interval 60 "
     "--eval-episodes 2 --log-interval 25 --checkpoint-interval 50 --no-progress"
@@ -767,8 +767,7 @@ def test_the_last_of_repeated_options_counts(tmp_path, capsys):
     command = "train --env-id Pendulum-v1 --env-id InvertedPendulum-v5 --preset default".split()
     parsed = cli._parse([*command, "--preset", "quick"])
     assert parsed.env_id == "InvertedPendulum-v5"
-    assert parsed.config == pg.TrainConfig.from_preset("quick", "InvertedPendulum-v5")
-    assert parsed.config != pg.TrainConfig.from_preset("quick", "Pendulum-v1")
+    assert parsed.config == pg.TrainConfig.from_preset("quick")
 
 
 def test_warnings_are_lines(run_dir, tmp_path):

@@ -25,10 +25,10 @@ def test_the_code_runs(tmp_path, monkeypatch):
     assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
-        for size, smaller in (("8_000", "60"), ("=100)", "=2)"), ("1024", "8")):
+        for size, smaller in (("5_000", "60"), ("=100)", "=2)"), ("1024", "8")):
             block = block.replace(size, smaller)
         exec(compile(block, "README.md", "exec"), names)
-    assert names["batch"].observations.shape == (8, 10, 3)
+    assert names["batch"].observations.shape == (8, 5, 3)
     assert names["agent"].learn(30).num_timesteps == 30  # with an own denoiser
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 

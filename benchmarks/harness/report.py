@@ -622,7 +622,7 @@ def _speed(rows: list[Row]) -> str:
             cell = _beside_reference(row, samples, row.ms / 1e3, "s")
             lines.setdefault(what, {})[machine] = cell
         for row in _fastest([row for row in updates if row.machine == machine]):
-            case, config = row.case, TrainConfig.from_preset(row.case["preset"], row.case["env_id"])
+            case, config = row.case, TrainConfig.from_preset(row.case["preset"])
             hours = row.ms / 3.6e6 / row.values["env_steps"]  # per environment step
             own_size = case["batch"] == config.imagined_batch_size
             size = "" if own_size else f" with {case['batch']:,} imagined trajectories an update"
@@ -667,7 +667,7 @@ def _fastest(rows: list[Row]) -> list[Row]:
     def rank(row: Row) -> tuple:
         batch, most = row.case["batch"], 1024
         if row.benchmark == "whole update":
-            config = TrainConfig.from_preset(row.case["preset"], row.case["env_id"])
+            config = TrainConfig.from_preset(row.case["preset"])
             most = config.imagined_batch_size
         return batch <= most, batch if batch <= most else -batch, -row.ms
 

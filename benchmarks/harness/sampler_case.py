@@ -91,8 +91,10 @@ def denoiser_flops(denoiser) -> int:
 
     Residual MLP of L layers of width W: 2 (H (D + A) W + L W^2 + W H D), D = S + 2. Transformer of
     L blocks of width E: 2 H ((D + A) E + 12 L E^2 + E D) for the Linears and 2 H (H + 1) L E for
-    causal attention.
+    causal attention. Rollout: H times the Linears of its one-step network.
     """
+    if isinstance(denoiser, pg.RolloutDenoiser):
+        return denoiser.horizon * linear_flops(denoiser.step)
     d, width = denoiser, denoiser.hidden_dim
     ends = d.horizon * (2 * d.state_dim + d.action_dim) * width
     if isinstance(d, pg.TransformerDenoiser):
@@ -103,13 +105,20 @@ def denoiser_flops(denoiser) -> int:
 
 def policy_flops(policy) -> int:
     """Return the FLOPs of one observation in the policy's Linears."""
-    linears = (m for m in policy.network if isinstance(m, torch.nn.Linear))
+    return linear_flops(policy)
+
+
+def linear_flops(module) -> int:
+    """Return the FLOPs of one row in the Linears of a module's `network`."""
+    linears = (m for m in module.network if isinstance(m, torch.nn.Linear))
     return 2 * sum(linear.weight.numel() for linear in linears)
 
 
 def sample_work(c: SamplerComponents, batch: int, dtype: str) -> Work:
-    """Return the work of one sample: the FLOPs of K steps; weights, s0 and the result once."""
-    steps = c.schedule.num_train_timesteps
+    """Return the work of one sample: the FLOPs of K steps, or of one where each step of a rollout
+    is needed once; weights, s0 and the result once."""
+    once = isinstance(c.denoiser, pg.RolloutDenoiser) and c.config.action_update == "exact"
+    steps = 1 if once else c.schedule.num_train_timesteps
     flops = denoiser_flops(c.denoiser) + c.horizon * policy_flops(c.policy)
     weights = parameter_bytes(c.denoiser) * (0.5 if dtype in HALF else 1.0)
     numbers = c.observation_dim + c.horizon * (c.observation_dim + 2 + c.action_dim)
@@ -257,6 +266,9 @@ def _step_errors(engine, c, dtype, s0) -> tuple[float, float, tuple[Tensor, Tens
     exact = in_float64(c)
     noise = draw_noise(c, len(s0))
     end, chain = _split(engine.sample(s0, GUIDANCE_SCALE, None, noise, True))
+    keeps = c.config.action_update == "exact"  # one normal per action for all steps
+    if keeps:  # and without its chain a sample may take another way
+        end, _ = _split(engine.sample(s0, GUIDANCE_SCALE, None, noise, False))
     num_steps = c.schedule.num_train_timesteps
     errors, plain_errors = [], []  # per step, of states and actions
     for step in compared_steps(num_steps):
@@ -266,7 +278,8 @@ def _step_errors(engine, c, dtype, s0) -> tuple[float, float, tuple[Tensor, Tens
         else:
             previous = chain[0][step - 1], chain[1][step - 1]
         k = num_steps - 1 - step
-        normals = noise.trajectories[step], noise.actions[step]
+        actions_noise = noise.initial_actions if keeps else noise.actions[step]
+        normals = noise.trajectories[step], actions_noise
         inputs = (*previous, s0, k, GUIDANCE_SCALE, *normals)
         wanted = diffusion_step(exact, *(x.double() if torch.is_tensor(x) else x for x in inputs))
         errors.append(_errors((chain[0][step], chain[1][step]), wanted))

@@ -4,7 +4,8 @@ them took.
     python harness/update_worker.py SETTINGS
 
 SETTINGS is JSON; see `attribution.py`, which starts one process per variant. It runs in checkouts
-of other commits too, with their own interpreter, and imports nothing but the package.
+of other commits too, with their own interpreter, and imports nothing but the package. Its first
+line is its configuration, then comes one per line that it reads.
 """
 
 from __future__ import annotations
@@ -85,9 +86,10 @@ def step_of(agent) -> Callable[[], object]:
 
 
 def main(settings: dict) -> None:
-    """Build the agent, say "ready", and take as many updates as each line that comes in says."""
+    """Build the agent, say its configuration, and take as many updates as each line that comes in
+    says."""
     torch.set_num_threads(1)
-    config = pg.TrainConfig.from_preset(settings["preset"], settings["env_id"])
+    config = pg.TrainConfig.from_preset(settings["preset"])
     config = replaced(config, settings["options"])
     agent = pg.PolyGRAD(settings["env_id"], settings["preset"], 0, "cpu", config)
     if settings["autograd"]:  # a network that is watched is differentiated by autograd
@@ -109,7 +111,7 @@ def main(settings: dict) -> None:
     for part, (owner, names) in parts_of(agent).items():
         for name in names:
             setattr(owner, name, clock(part, getattr(owner, name)))
-    print("ready", flush=True)
+    print(json.dumps(dataclasses.asdict(config)), flush=True)
     for line in sys.stdin:
         clock.seconds = {}
         for _ in range(int(line)):

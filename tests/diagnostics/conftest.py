@@ -9,7 +9,7 @@ import polygrad_fast as pg
 
 @pytest.fixture(scope="module")
 def agent() -> pg.PolyGRAD:
-    config = pg.TrainConfig.from_preset("quick", "Hopper-v5")
+    config = pg.TrainConfig.from_preset("quick")
     config = dataclasses.replace(
         config,
         world_model="autoregressive",

@@ -101,7 +101,7 @@ CONFIGS = {
     ),
     "few steps": pg.SamplerConfig.official(num_inference_steps=3),
     "one step": pg.SamplerConfig.official(num_inference_steps=1),
-    "quick preset": pg.SamplerConfig.official(
+    "clipped, bounded guidance": pg.SamplerConfig.official(
         clip_state_change=None, denoiser_actions="clipped", max_guidance=0.5
     ),
 }

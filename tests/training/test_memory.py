@@ -101,7 +101,7 @@ def test_parameters_are_counted_as_they_are_built(options, horizon):
     assert model_memory.denoiser_parameters(config, *WALKER) == wanted
 
 
-@pytest.mark.parametrize("preset", ["default", "paper", "quick"])
+@pytest.mark.parametrize("preset", ["default", "laptop", "paper", "quick"])
 @pytest.mark.parametrize("sizes", [(4, 1), WALKER, (105, 8)])
 def test_presets_train_on_a_machine_with_8_gb(host, preset, sizes):
     host(7 * GB)  # of which the system takes some

@@ -65,7 +65,6 @@ def update_cases(setting):
         runs = [
             (1, "default", "Walker2d-v5", 64, "torch-float32"),
             (1, "quick", "InvertedPendulum-v5", 128, "torch-float32"),
-            (2, "quick", "InvertedPendulum-v5", 128, "reference-float32"),
             (5, "default", "Walker2d-v5", 64, "reference-float32"),
             # the preset's own batch: a minute or so each, of one update
             (9, "default", "Walker2d-v5", 1024, "torch-float32"),

@@ -25,7 +25,8 @@ from polygrad_fast.runs.checkpoint_manager import CheckpointManager
 from polygrad_fast.runs.metrics import read_metrics
 
 TINY = (
-    "--preset quick --horizon 4 --schedule.num-train-timesteps 5 --denoiser.hidden-dim 16 "
+    "--preset quick --horizon 4 --schedule.num-train-timesteps 3 --denoiser.hidden-dim 16 "
+    "--denoiser.kind residual_mlp --sampler.action-update score --sampler.scale-actions "
     "--denoiser.num-layers 1 --denoiser.batch-size 16 --denoiser.pretrain-updates 5 "
     "--policy.hidden-dim 8 --imagined-batch-size 8 --learning-starts 40 --eval-interval 60 "
     "--eval-episodes 2 --log-interval 25 --checkpoint-interval 50 --no-progress"

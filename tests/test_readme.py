@@ -39,7 +39,7 @@ def test_every_table_is_shown():
 
 
 def test_rows_name_machine_and_versions():
-    assert len([row for row in ROWS if row.benchmark == "quick_seeds"]) >= 10
+    assert len([row for row in ROWS if row.benchmark == "quick_seeds"]) >= 5
     for row in ROWS:
         assert row.processor and row.torch and row.commit and row.command and row.date
         assert not row.dirty, row.name

@@ -271,7 +271,12 @@ def test_the_schedule_exported_is_that_of_training(tmp_path):
     "preset, changes, message",
     [
         ("paper", {}, "scale_actions must be True .*, got False"),
-        ("quick", {}, "denoiser_actions must be 'raw' .*, got 'clipped'"),
+        ("quick", {}, "scale_actions must be True .*, got False"),
+        (
+            "default",
+            {"sampler": pg.SamplerConfig.official(denoiser_actions="clipped")},
+            "denoiser_actions must be 'raw' .*, got 'clipped'",
+        ),
         (
             "default",
             {"world_model": "autoregressive"},

@@ -248,7 +248,8 @@ def test_what_two_processes_saved_one_continues(folder):
 def train(env_id: str, run: Path, total: int) -> list[str]:
     """Return the arguments of a short training."""
     tiny = (
-        "--preset quick --horizon 4 --schedule.num-train-timesteps 5 --denoiser.hidden-dim 16 "
+        "--preset quick --horizon 4 --schedule.num-train-timesteps 3 --denoiser.hidden-dim 16 "
+        "--denoiser.kind residual_mlp --sampler.action-update score --sampler.scale-actions "
         "--denoiser.num-layers 1 --denoiser.batch-size 16 --denoiser.pretrain-updates 5 "
         "--policy.hidden-dim 8 --imagined-batch-size 8 --learning-starts 40 --eval-interval 60 "
         "--eval-episodes 1 --log-interval 20 --checkpoint-interval 20 --policy-delay-steps 0"

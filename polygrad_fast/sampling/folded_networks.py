@@ -27,6 +27,8 @@ LOG2_E = math.log2(math.e)
 ROWS_PER_THREAD = 256
 """Rows of activations that a denoiser evaluates at a time on a CPU: at width 1024 and 10 steps,
 1024 rows at once take 10-20 % longer than four times 256."""
+HEAD_ALIGNMENT = 8
+"""Numbers of a head's row that fused attention on a GPU reads at a time."""
 
 
 NormArguments = tuple[tuple[int, ...], Tensor, Tensor, float]
@@ -151,8 +153,12 @@ class FoldedResidualMLP(FoldedDenoiser):
 
 
 class FoldedTransformer(FoldedDenoiser):
-    """The transformer with one embedding row per diffusion step, its position embeddings and the
-    input bias folded together."""
+    """The transformer with the embeddings of step and position and the input bias folded together.
+
+    On a GPU the heads' weights are padded with zeros to a multiple of `HEAD_ALIGNMENT`, which
+    changes no product: fused attention takes no other widths, and would be given padded copies of
+    queries, keys and values in every layer.
+    """
 
     def __init__(
         self,
@@ -164,6 +170,16 @@ class FoldedTransformer(FoldedDenoiser):
     ):
         super().__init__(denoiser, timesteps, dtype, held, ops)
         self.rows_per_part = max(1, ROWS_PER_THREAD // denoiser.horizon)
+        self.head_width = denoiser.hidden_dim // denoiser.num_heads
+        aligned = -(-self.head_width // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
+        self.head_padding = aligned - self.head_width if held.device.type == "cuda" else 0
+
+    def _pad_heads(self, weight: Tensor) -> Tensor:
+        """Pad every head's rows of a weight or bias [heads head_width, ..] with zeros."""
+        if self.head_padding == 0:
+            return weight
+        heads = weight.unflatten(0, (-1, self.head_width))
+        return F.pad(heads, (0, 0) * (heads.dim() - 2) + (0, self.head_padding)).flatten(0, 1)
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a new input buffer [B, H, D + A] and its views of states [B, H, D] and actions
@@ -182,20 +198,23 @@ class FoldedTransformer(FoldedDenoiser):
         """Read the module's current weights."""
         d, put, dtype = self.denoiser, self.held.put, self.dtype
         self.input_weight = self._put_weight("input", d.input.weight)
-        self.step_rows = put("step.rows", d.step_mlp(self.timesteps), torch.float32)
         positions = d.position_embedding.weight + d.input.bias
-        self.positions = put("positions", positions, torch.float32)
+        embeddings = positions + d.step_mlp(self.timesteps).unsqueeze(1)
+        self.embeddings = put("embeddings", embeddings, dtype).unbind()  # [H, W] for every step
         self.blocks = []
         for i, block in enumerate(d.blocks):
             norms = [
                 self._put_norm(f"{i}.{name}", getattr(block, name)) for name in ("norm_1", "norm_2")
             ]
+            qkv, joined = block.qkv, block.attention_output
             linears = [
-                (
-                    self._put_weight(f"{i}.{name}", getattr(block, name).weight),
-                    put(f"{i}.{name}.bias", getattr(block, name).bias, dtype),
+                (self._put_weight(f"{i}.{name}", weight), put(f"{i}.{name}.bias", bias, dtype))
+                for name, weight, bias in (
+                    ("qkv", self._pad_heads(qkv.weight), self._pad_heads(qkv.bias)),
+                    ("attention_output", self._pad_heads(joined.weight.t()).t(), joined.bias),
+                    ("mlp_input", block.mlp_input.weight, block.mlp_input.bias),
+                    ("mlp_output", block.mlp_output.weight, block.mlp_output.bias),
                 )
-                for name in ("qkv", "attention_output", "mlp_input", "mlp_output")
             ]
             self.blocks.append((*norms, *linears))
         self.output_weight = self._put_weight("output", d.output.weight)
@@ -206,11 +225,13 @@ class FoldedTransformer(FoldedDenoiser):
         ops, heads = self.ops, self.denoiser.num_heads
         batch, horizon, _ = buffer.shape
         x = ops.linear(buffer.flatten(0, 1), self.input_weight, None)
-        x.view(batch, horizon, -1).add_((self.positions + self.step_rows[k]).to(x.dtype))
+        x.view(batch, horizon, -1).add_(self.embeddings[k])
         for norm_1, norm_2, qkv, attention_output, mlp_input, mlp_output in self.blocks:
             joined = ops.linear(torch.layer_norm(x, *norm_1), *qkv)
             q, k_heads, v = joined.view(batch, horizon, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(q, k_heads, v, is_causal=True)
+            attended = F.scaled_dot_product_attention(
+                q, k_heads, v, is_causal=True, scale=1 / math.sqrt(self.head_width)
+            )
             attended = attended.transpose(1, 2).reshape(batch * horizon, -1)
             x = ops.linear_add(attended, *attention_output, x)
             h = ops.linear(torch.layer_norm(x, *norm_2), *mlp_input, activation="gelu")

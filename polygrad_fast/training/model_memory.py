@@ -203,7 +203,10 @@ def _diffusion_update(config: TrainConfig, observation_dim: int, action_dim: int
 
 def _diffusion_steps(config: TrainConfig) -> int:
     d = config.denoiser.resolved(config.horizon)
-    table = d.hidden_dim * (2 if d.step_conditioning == "input" else 1 + d.num_layers)
+    rows = 2 if d.step_conditioning == "input" else 1 + d.num_layers
+    if d.kind == "transformer":
+        rows = 1 + config.horizon
+    table = d.hidden_dim * rows
     return config.schedule.num_train_timesteps * (SCHEDULE_BYTES + 2 * FLOAT * table)
 
 

@@ -1,9 +1,12 @@
 """Engine "torch" on a CUDA device that is imitated: construction, graphs, host synchronization,
 launches."""
 
+import math
+
 import fake_cuda
 import pytest
 import torch
+import torch.nn.functional as F
 
 import polygrad_fast as pg
 
@@ -17,12 +20,14 @@ def gpu():
         yield gpu
 
 
-def build(device, denoiser="residual_mlp", dtype="float32", engine="torch", **options):
+def build(
+    device, denoiser="residual_mlp", dtype="float32", engine="torch", num_layers=1, **options
+):
     """Return a sampler whose modules were moved to the device, as users do it."""
     torch.manual_seed(0)
     networks = {
         "residual_mlp": lambda: pg.ResidualMLPDenoiser(S, A, H, 16, 2, num_train_timesteps=K),
-        "transformer": lambda: pg.TransformerDenoiser(S, A, H, 16, 1, 2),
+        "transformer": lambda: pg.TransformerDenoiser(S, A, H, 12, num_layers, 2),
     }
     normalizer = pg.Normalizer.from_moments(
         observations=(torch.randn(S), torch.rand(S) + 0.5),
@@ -128,3 +133,29 @@ def test_launches_of_a_step(gpu, dtype):
     with gpu.without_syncs() as launches:
         sampler._engine.sample(s0, 0.05, None, None, False)
     assert launches.total() <= 79
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_transformer_copies_nothing_in_the_loop(gpu, dtype, monkeypatch):
+    """Heads of odd widths are padded with their weights: a layer launches its products, norms,
+    attention and sums, no padding and no copy. Attention gets widths that its fused kernels take,
+    and what it returns is read as it lies."""
+    attention, seen = F.scaled_dot_product_attention, []
+
+    def noted(q, k, v, is_causal, scale):
+        seen.append((q.shape, scale))
+        out = attention(q, k, v, is_causal=is_causal, scale=scale)
+        assert all(t.stride(-1) == 1 and t.stride(-2) % 8 == 0 for t in (q, k, v))
+        return out
+
+    layers = {}
+    for num_layers in (1, 3):
+        sampler = build("cuda", "transformer", dtype, num_layers=num_layers)
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", noted)
+            sampler.sample(torch.randn(B, S, device="cuda"))
+        layers[num_layers] = gpu.graphs[-1].launches
+    assert set(seen) == {((B, 2, H, 8), 1 / math.sqrt(6))}
+    attending = "_scaled_dot_product_flash_attention_for_cpu"
+    one = {"addmm": 4, "add_": 2, "native_layer_norm": 2, "gelu": 1, attending: 1}
+    assert layers[3] - layers[1] == {name: 2 * K * times for name, times in one.items()}

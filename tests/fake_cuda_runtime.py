@@ -15,7 +15,12 @@ from polygrad_fast.sampling import graphs
 
 REAL_GENERATOR = torch.Generator
 PROPERTIES = SimpleNamespace(
-    name="fake", major=9, minor=0, multi_processor_count=132, total_memory=141 * 10**9
+    name="fake",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=141 * 10**9,
+    L2_cache_size=50 * 2**20,
 )
 
 

@@ -27,6 +27,8 @@ LOG2_E = math.log2(math.e)
 ROWS_PER_THREAD = 256
 """Rows of activations that a denoiser evaluates at a time on a CPU: at width 1024 and 10 steps,
 1024 rows at once take 10-20 % longer than four times 256."""
+ROWS_OF_A_WAVE = 2048
+"""Rows that occupy a large GPU at width 1024: parts of fewer would leave multiprocessors idle."""
 HEAD_ALIGNMENT = 8
 """Numbers of a head's row that fused attention on a GPU reads at a time."""
 
@@ -66,6 +68,9 @@ class HeldTensors:
 
 class FoldedDenoiser:
     """What the folded denoisers share."""
+
+    rows_on_gpu: int | None = None
+    """Rows that are evaluated at a time on a GPU; None: all."""
 
     def __init__(
         self,
@@ -111,9 +116,27 @@ class FoldedResidualMLP(FoldedDenoiser):
     The flat input holds all states before all actions (columns permuted in the folded weight), so
     that both parts are contiguous rows. The residual stream has the engine's dtype; LayerNorm
     accumulates in float32.
+
+    On a GPU rows are evaluated by parts whose activations take half of its L2 cache (the residual
+    stream, a LayerNorm's result and a product's), so that one kernel finds there what the one
+    before has written.
     """
 
     rows_per_part = ROWS_PER_THREAD
+
+    def __init__(
+        self,
+        denoiser: ResidualMLPDenoiser,
+        timesteps: Sequence[int],
+        dtype: torch.dtype,
+        held: HeldTensors,
+        ops: LinearOps,
+    ):
+        super().__init__(denoiser, timesteps, dtype, held, ops)
+        if held.device.type == "cuda":
+            cache = torch.cuda.get_device_properties(held.device).L2_cache_size
+            row = 3 * denoiser.hidden_dim * dtype.itemsize
+            self.rows_on_gpu = max(ROWS_OF_A_WAVE, cache // 2 // row)
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a new input buffer [B, H (D + A)] and its views of states [B, H, D] and actions
@@ -339,7 +362,7 @@ class ForeignDenoiser:
                 f"{why_foreign(denoiser)} as it is, got {str(dtype).removeprefix('torch.')!r}"
             )
         self.denoiser, self.timesteps, self.device = denoiser, timesteps, held.device
-        self.rows_per_part = None
+        self.rows_per_part = self.rows_on_gpu = None
 
     def inputs(self, batch: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """Return new buffers of states [B, H, D] and actions [B, H, A], as a pair and one by

@@ -222,7 +222,8 @@ class TorchEngine:
     def _predict(self, ws: Workspace, k: int) -> Tensor:
         """Return the denoiser's output [B, H, D] at step k, float32; the caller may overwrite
         it."""
-        parts = row_parts(len(ws.trajectory), self.denoiser.rows_per_part, self._held.device)
+        denoiser, batch = self.denoiser, len(ws.trajectory)
+        parts = row_parts(batch, denoiser.rows_per_part, self._held.device, denoiser.rows_on_gpu)
         if len(parts) == 1:
             return self.denoiser(ws.denoiser_input, k).to(torch.float32)
         for part in parts:

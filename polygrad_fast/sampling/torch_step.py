@@ -285,12 +285,18 @@ class TorchStep:
         return gradient[..., : c.observation_dim]
 
 
-def row_parts(rows: int, rows_per_thread: int | None, device: torch.device) -> list[slice]:
-    """Split `rows` evenly so that the activations of a part stay in a CPU's caches; a GPU and
-    `None` get one part."""
-    if device.type == "cuda" or rows_per_thread is None:
-        return [slice(0, rows)]
-    num_parts = math.ceil(rows / (rows_per_thread * torch.get_num_threads()))
+def row_parts(
+    rows: int,
+    rows_per_thread: int | None,
+    device: torch.device,
+    rows_on_gpu: int | None = None,
+) -> list[slice]:
+    """Split `rows` evenly so that the activations of a part stay in a cache: at most
+    `rows_per_thread` for each thread of a CPU, or `rows_on_gpu`; `None`: one part."""
+    most = rows_on_gpu
+    if device.type != "cuda":
+        most = rows_per_thread and rows_per_thread * torch.get_num_threads()
+    num_parts = 1 if most is None else math.ceil(rows / most)
     bounds = [rows * i // num_parts for i in range(num_parts + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 

@@ -7,8 +7,13 @@ import fake_cuda
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda_runtime import PROPERTIES
 
 import polygrad_fast as pg
+from polygrad_fast.sampling import folded_networks
+from polygrad_fast.sampling.folded_networks import FoldedResidualMLP, HeldTensors
+from polygrad_fast.sampling.linear import LinearOps
+from polygrad_fast.sampling.torch_step import row_parts
 
 S, A, H, K, B = 3, 2, 4, 5, 6
 UPDATES = ("score", "sample", "exact", "none")
@@ -133,6 +138,44 @@ def test_launches_of_a_step(gpu, dtype):
     with gpu.without_syncs() as launches:
         sampler._engine.sample(s0, 0.05, None, None, False)
     assert launches.total() <= 79
+
+
+def test_rows_by_parts_that_stay_in_the_cache(gpu, monkeypatch):
+    """Two at a time here: the same trajectories, by as many products more and no other normals."""
+    monkeypatch.setattr(folded_networks, "ROWS_OF_A_WAVE", 1)
+    results, launches = [], []
+    for cache in (PROPERTIES.L2_cache_size, 2 * 2 * 3 * 16 * 4):
+        monkeypatch.setattr(PROPERTIES, "L2_cache_size", cache)
+        sampler = build("cuda")
+        s0 = torch.randn(B, S, generator=torch.Generator().manual_seed(0)).to("cuda")
+        generator = torch.Generator("cuda").manual_seed(1)
+        results.append(sampler.sample(s0, generator=generator))
+        launches.append(gpu.graphs[-1].launches)
+    for name in ("observations", "actions", "rewards"):
+        whole, parts = (getattr(result, name).cpu() for result in results)
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    layers = 2 + 2
+    assert launches[1]["addmm"] - launches[0]["addmm"] == (B // 2 - 1) * layers * K
+    assert launches[1]["randn"] == launches[0]["randn"]
+
+
+@pytest.mark.parametrize(
+    "width, dtype, batch, parts",
+    [
+        (1024, torch.float16, 1024, 1),
+        (1024, torch.float16, 16384, 4),
+        (1024, torch.float32, 16384, 8),
+        (2048, torch.float16, 1024, 1),
+        (2048, torch.float32, 16384, 8),  # no fewer rows than occupy the device
+        (128, torch.float32, 16384, 1),
+    ],
+)
+def test_parts_on_a_device_of_50_megabytes(gpu, width, dtype, batch, parts):
+    denoiser = pg.ResidualMLPDenoiser(S, A, H, width, 1)
+    held = HeldTensors(torch.device("cuda", 0), fixed_addresses=True)
+    folded = FoldedResidualMLP(denoiser, range(K), dtype, held, LinearOps(onednn=False))
+    found = row_parts(batch, folded.rows_per_part, held.device, folded.rows_on_gpu)
+    assert len(found) == parts and found[-1].stop == batch
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -205,7 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
         metavar=("NAME", "PYTHON"),
         help="a commit, and the interpreter in which it is installed",
     )
-    parser.add_argument("--only", nargs="+", help="presets (all)")
+    presets = sorted({case.preset for case in CASES})
+    parser.add_argument("--only", nargs="+", choices=presets, help="presets (all)")
     parser.add_argument("--rounds", type=int, default=15, help="of a case (%(default)s)")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the mechanics")

@@ -71,8 +71,8 @@ def train_there(python: str, run: Run, options: list[str]) -> TrainConfig:
     except OSError as error:
         raise InputError(f"{python} cannot be run: {error.strerror}") from None
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:]
-        raise InputError(f"{python} did not train: {' '.join(last)}")
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise InputError(f"{python} did not train: {last[0]}")
     saved = json.loads((run.run_dir / "config.json").read_text())
     return from_dict(saved["config"], TrainConfig)
 
@@ -148,6 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
     parser.add_argument("--smoke", action="store_true", help="few steps, to try the mechanics")
     options = parser.parse_args(arguments)
+    for seed in options.seeds:
+        if seed < 0:
+            parser.error(f"--seeds must be at least 0, got {seed}")
     changes = FEW if options.smoke else []
     if options.total_timesteps is not None:
         changes = [*changes, f"--total-timesteps={options.total_timesteps}"]

@@ -153,12 +153,15 @@ class TrainConfig(Options):
                     f"sampler.{option} must be {wanted!r} for a denoiser of kind 'rollout', "
                     f"got {got!r}"
                 )
-        num_steps = self.sampler.num_inference_steps or self.schedule.num_train_timesteps
+        name, num_steps = "sampler.num_inference_steps", self.sampler.num_inference_steps
+        if num_steps is None:
+            name = "schedule.num_train_timesteps"
+            num_steps = self.schedule.num_train_timesteps
         if num_steps <= self.horizon:
             raise InputError(
-                f"sampler.num_inference_steps must be above the horizon, {self.horizon}, for a "
-                f"denoiser of kind 'rollout', whose states and actions agree on one more step in "
-                f"each, got {num_steps}"
+                f"{name} must be above the horizon, {self.horizon}, for a denoiser of kind "
+                f"'rollout', whose states and actions agree on one more step in each, got "
+                f"{num_steps}"
             )
 
     @property

@@ -139,8 +139,12 @@ def measure(agent: PolyGRAD, options: argparse.Namespace, file: RowFile, command
     """Train and judge every case, and store its rows."""
     bounds = (agent.action_scaler.low, agent.action_scaler.high)
     facts = provenance(torch.device("cpu"), command)
-    for name, (config, numbers_of_steps) in cases(agent.config).items():
-        if options.only and not any(word in name for word in options.only):
+    every = cases(agent.config)
+    for name in options.only:
+        if name not in every:
+            raise InputError(f"--only must be of {list(every)}, got {name!r}")
+    for name, (config, numbers_of_steps) in every.items():
+        if options.only and name not in options.only:
             continue
 
         def build(config: TrainConfig) -> WorldModel:
@@ -189,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=75.0, help="of training (%(default)s)")
     parser.add_argument("--num", type=int, default=4096, help="trajectories (%(default)s)")
     parser.add_argument("--tune", type=int, default=200, help="samples of guidance (%(default)s)")
-    parser.add_argument("--only", nargs="+", default=[], help="cases whose name has such a word")
+    parser.add_argument("--only", nargs="+", default=[], help="names of cases")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the mechanics")
     options = parser.parse_args(arguments)

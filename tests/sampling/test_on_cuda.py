@@ -33,6 +33,7 @@ def build(
     networks = {
         "residual_mlp": lambda: pg.ResidualMLPDenoiser(S, A, H, 16, 2, num_train_timesteps=K),
         "transformer": lambda: pg.TransformerDenoiser(S, A, H, 12, num_layers, 2),
+        "rollout": lambda: pg.RolloutDenoiser(S, A, H, 8, 1),
     }
     normalizer = pg.Normalizer.from_moments(
         observations=(torch.randn(S), torch.rand(S) + 0.5),
@@ -103,6 +104,25 @@ def test_the_graph_computes_what_a_cpu_does(gpu, denoiser, update):
             got, wanted = (getattr(result, name).cpu() for result in results)
             torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-4)
     assert len(gpu.graphs) == 1
+
+
+def test_a_rollout_that_settles_is_one_graph(gpu):
+    """It waits for nothing and computes what a CPU does, each step of the horizon once."""
+    options = {"action_update": "exact", "scale_actions": False, "clip_state_change": None}
+    on_gpu, on_cpu = (build(device, "rollout", **options) for device in ("cuda", "cpu"))
+    assert on_gpu._engine.settles
+    s0 = torch.randn(B, S, generator=torch.Generator().manual_seed(0))
+    wanted = on_cpu.sample(s0, noise=draw_noise("cpu"))
+    given, noise = s0.to("cuda"), draw_noise("cuda")
+    on_gpu.sample(given, noise=noise)  # captures
+    s0_norm = on_gpu.components.normalizer.normalize(given, "observations")
+    with gpu.without_syncs() as launches:
+        on_gpu._engine.sample(s0_norm, 0.005, None, noise, False)
+    assert launches["graph replay"] == 1 and len(gpu.graphs) == 1
+    got = on_gpu.sample(given, noise=noise)
+    for name in ("observations", "actions", "rewards"):
+        pair = getattr(got, name).cpu(), getattr(wanted, name)
+        torch.testing.assert_close(*pair, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("update", UPDATES)

@@ -71,20 +71,20 @@ def layer_launches() -> Iterator[str]:
         return name + ("" if width == 1024 else f" W={width}")
 
     for precision in PRECISIONS:
-        for rows in (1024, 16384):
+        for rows in (256, 16384):
             for role in ("input", "hidden", "output"):
                 if precision == "bfloat16" and role != "hidden":
                     continue  # the same machine code but for the operands' type
                 yield launch(role, precision, rows)
     for precision, rows in (
         ("float32", 16384),
-        ("tf32", 1024),
-        ("float16", 1024),
+        ("tf32", 256),
+        ("float16", 256),
         ("float16", 16384),
     ):
         yield launch("hidden", precision, rows, paper=True)
         for width in (50, 512, 2048):
-            yield launch("hidden", precision, rows if rows > 1024 else 256, width)
+            yield launch("hidden", precision, rows, width)
     yield launch("output", "float16", 1024, 2048, out_dim=3800)
 
 

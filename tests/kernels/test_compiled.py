@@ -1,10 +1,6 @@
 """Every kernel at every shipped block size, compiled without a GPU: registers, shared memory,
 spills and tensor-core instructions."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,24 +22,11 @@ GEFORCE_SHARED = 99 * 1024  # sm_86, sm_89, sm_120; their code is that of sm_80
 
 
 @pytest.fixture(scope="module")
-def tables():
-    """Rows of every target; one process each, for the interpreter is on in this one."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    processes = {
-        target: subprocess.Popen(
-            [sys.executable, SCRIPT, str(target), only],
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for target, (only, *_) in TARGETS.items()
-    }
-    rows = {}
-    for target, process in processes.items():
-        output, _ = process.communicate()
-        assert process.returncode == 0
-        rows[target] = [json.loads(line) for line in output.splitlines()]
-    return rows
+def tables(compiled_rows):
+    """Rows of every target."""
+    return compiled_rows(
+        {target: [SCRIPT, str(target), only] for target, (only, *_) in TARGETS.items()}
+    )
 
 
 def test_table(tables, capsys):

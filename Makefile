@@ -4,7 +4,11 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN_DIR := runs/demo
 
-.PHONY: demo hopper test lint clean
+# The oldest torch and triton that pyproject.toml allows, on the Python of their GPU wheels.
+OLDEST_PYTHON ?= python3.12
+OLDEST := .venv-oldest
+
+.PHONY: demo hopper test test-oldest lint clean
 
 demo: $(INSTALLED)
 	rm -rf $(RUN_DIR)
@@ -23,12 +27,22 @@ hopper: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
+# The kernels' tests with them, interpreted and compiled; the wheels are 3 GB.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto tests/kernels
+
+$(OLDEST)/.installed: pyproject.toml setup.py constraints.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	sed -e 's/^torch==.*/torch==2.11.0/' -e 's/^triton==.*/triton==3.6.0/' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[triton]' pytest pytest-benchmark pytest-xdist hypothesis
+	@touch $@
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "polygrad_fast needs Python 3.11 or newer, but $(PYTHON) is %d.%d: run make PYTHON=/path/to/python3.11" % sys.version_info[:2])'

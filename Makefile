@@ -27,13 +27,14 @@ hopper: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
-# The kernels' tests with them, interpreted and compiled; the wheels are 3 GB.
+# The kernels' tests with them, interpreted and compiled; the wheels are 3 GB. The interpreter of triton 3.6 does not run
+# with NumPy 2.4.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto tests/kernels
 
 $(OLDEST)/.installed: pyproject.toml setup.py constraints.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
-	sed -e 's/^torch==.*/torch==2.11.0/' -e 's/^triton==.*/triton==3.6.0/' constraints.txt > $(OLDEST)/constraints.txt
+	sed -e 's/^torch==.*/torch==2.11.0/' -e 's/^triton==.*/triton==3.6.0/' -e 's/^numpy==.*/numpy==2.3.5/' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[triton]' pytest pytest-benchmark pytest-xdist hypothesis
 	@touch $@
 

@@ -41,6 +41,11 @@ def load_kernels() -> ModuleType:
     return kernels
 
 
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
+    """Return where a tensor lies in memory, and how."""
+    return tensor.data_ptr(), tensor.stride(), tensor.dtype
+
+
 def _padded_zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     width = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
     return torch.zeros(rows, width, dtype=dtype, device=device)
@@ -84,8 +89,7 @@ class Refresh:
             InputError: weights that are not in float32, or whose rows are not contiguous.
         """
         sources = [tensor.detach() for owner in self.owners for tensor in owner.sources()]
-        addresses, known = ([t.data_ptr() for t in tensors] for tensors in (sources, self._sources))
-        if addresses == known:
+        if [*map(_place, sources)] == [*map(_place, self._sources)]:
             return False
         for tensor in sources:
             if tensor.dtype != torch.float32 or not tensor.is_contiguous():

@@ -250,7 +250,7 @@ def test_operands_are_the_policys_weights(device, num_layers, normed_inputs):
 
 
 def test_weights_that_the_refresh_does_not_read(device):
-    """Of another dtype or not contiguous, also at the address of the former: refused in one line."""
+    """Of another dtype, or laid out otherwise at the same address: refused in one line."""
     c = build(device)
     engine = TritonEngine(c, "float32")
     engine.refresh.follow()

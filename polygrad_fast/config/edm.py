@@ -10,11 +10,15 @@ from polygrad_fast.config.options import Options, replace_options
 
 @dataclass(frozen=True)
 class TemporalUNetConfig(Options):
-    """Sizes of the U-Net, the same in paper and released code."""
+    """The U-Net. The sizes are those of paper and released code."""
 
     features: int = 1024
     """Width of the first level; each further one has twice that."""
     num_levels: int = 3
+    norm_over: Literal["row", "window"] = "row"
+    """What GroupNorms take their moments over besides a group's channels: each row alone, as
+    released, or all rows of the window. With few channels in a group the first hides how large the
+    inputs of a row are."""
 
     def _check_ranges(self) -> None:
         self._check_at_least(16, "features")

@@ -192,7 +192,7 @@ def _quick_diffuse() -> DiffuseConfig:
     return DiffuseConfig(
         window_length=16,
         window_stride=1,
-        network=TemporalUNetConfig(features=32, num_levels=3),
+        network=TemporalUNetConfig(features=32, num_levels=3, norm_over="window"),
         training=EDMTrainingConfig(ema_decay=0.95),
         total_updates=5000,
         validation_windows=512,

@@ -13,19 +13,24 @@ from polygrad_fast.initialization import lecun_normal_
 from polygrad_fast.structure import structure
 
 NUM_GROUPS = 8
+NORM_OVER = ("row", "window")
 
 
-class RowGroupNorm(nn.GroupNorm):
-    """GroupNorm of every time step alone, over the channels of each group: [B, C, L] -> the same.
+class TemporalGroupNorm(nn.GroupNorm):
+    """GroupNorm of activations [B, C, L], with moments over the channels of each group and
 
-    Over a batch [B, C, L] `nn.GroupNorm` takes its moments over time as well. The released code
-    calls the network on single trajectories, whose time axis its GroupNorm takes for the batch.
+    - "row": of every time step alone. The released code calls the network on single trajectories,
+      whose time axis its GroupNorm takes for the batch.
+    - "window": over all time steps, as `nn.GroupNorm` does.
     """
 
-    def __init__(self, num_channels: int):
+    def __init__(self, num_channels: int, over: str):
         super().__init__(NUM_GROUPS, num_channels, eps=1e-6)
+        self.over = over
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.over == "window":
+            return super().forward(x)
         batch, channels, length = x.shape
         rows = x.transpose(1, 2).reshape(-1, channels)
         return super().forward(rows).view(batch, length, channels).transpose(1, 2)
@@ -34,13 +39,13 @@ class RowGroupNorm(nn.GroupNorm):
 class EncoderLevel(nn.Module):
     """Two convolutions, the noise level added after the first: [B, C, L], [B, F] -> [B, W, L]."""
 
-    def __init__(self, in_dim: int, width: int, embedding_dim: int):
+    def __init__(self, in_dim: int, width: int, embedding_dim: int, norm_over: str):
         super().__init__()
         self.conv_1 = nn.Conv1d(in_dim, width, 3, padding=1)
         self.condition = nn.Linear(embedding_dim, width)
-        self.norm_1 = RowGroupNorm(width)
+        self.norm_1 = TemporalGroupNorm(width, norm_over)
         self.conv_2 = nn.Conv1d(width, width, 3, padding=1)
-        self.norm_2 = RowGroupNorm(width)
+        self.norm_2 = TemporalGroupNorm(width, norm_over)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.conv_1(x) + self.condition(embedding).unsqueeze(-1)
@@ -55,15 +60,15 @@ class DecoderLevel(nn.Module):
     reads rows j and j + 1.
     """
 
-    def __init__(self, width: int, embedding_dim: int):
+    def __init__(self, width: int, embedding_dim: int, norm_over: str):
         super().__init__()
         self.conv_1 = nn.Conv1d(2 * width, width, 2)
         self.condition = nn.Linear(embedding_dim, width)
-        self.norm_1 = RowGroupNorm(width)
+        self.norm_1 = TemporalGroupNorm(width, norm_over)
         self.conv_2 = nn.Conv1d(2 * width, width, 3, padding=1)
-        self.norm_2 = RowGroupNorm(width)
+        self.norm_2 = TemporalGroupNorm(width, norm_over)
         self.conv_3 = nn.Conv1d(width, width, 3, padding=1)
-        self.norm_3 = RowGroupNorm(width)
+        self.norm_3 = TemporalGroupNorm(width, norm_over)
 
     def forward(self, x: Tensor, encoded: Tensor, embedding: Tensor) -> Tensor:
         x = F.interpolate(x, size=encoded.shape[-1], mode="nearest-exact")
@@ -86,9 +91,11 @@ class TemporalUNet(nn.Module):
             group of the GroupNorms has 2 channels, whose variance is ill-conditioned in float32.
         num_levels: at least 1 (paper: 3).
         generator: source of the initial weights; default torch's.
+        norm_over: what the GroupNorms take their moments over, "row" (released) or "window"; see
+            `TemporalGroupNorm`.
 
     Raises:
-        InputError: a size out of range.
+        InputError: a size out of range, or another `norm_over`.
     """
 
     def __init__(
@@ -98,8 +105,11 @@ class TemporalUNet(nn.Module):
         features: int = 1024,
         num_levels: int = 3,
         generator: torch.Generator | None = None,
+        norm_over: str = "row",
     ):
         super().__init__()
+        if norm_over not in NORM_OVER:
+            raise InputError(f"norm_over must be one of {list(NORM_OVER)}, got {norm_over!r}")
         self.observation_dim = as_integer(observation_dim, "observation_dim", 1)
         self.action_dim = as_integer(action_dim, "action_dim", 1)
         self.features = as_integer(features, "features", 16)
@@ -111,10 +121,12 @@ class TemporalUNet(nn.Module):
         quarter = features // 4
         self.noise_embedding = step_mlp(SinusoidalFeatures(quarter), quarter, features)
         self.encoder = nn.ModuleList(
-            EncoderLevel(in_dim, width, features)
+            EncoderLevel(in_dim, width, features, norm_over)
             for in_dim, width in zip([self.trajectory_dim, *widths], widths, strict=False)
         )
-        self.decoder = nn.ModuleList(DecoderLevel(w, features) for w in reversed(widths[:-1]))
+        self.decoder = nn.ModuleList(
+            DecoderLevel(width, features, norm_over) for width in reversed(widths[:-1])
+        )
         self.output = nn.Conv1d(features, self.trajectory_dim, 1)
         self.reset_parameters(generator)
         self.built = structure(self)
@@ -125,7 +137,7 @@ class TemporalUNet(nn.Module):
             if isinstance(module, (nn.Conv1d, nn.Linear)):
                 lecun_normal_(module.weight, module.weight[0].numel(), generator)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, RowGroupNorm):
+            elif isinstance(module, TemporalGroupNorm):
                 module.reset_parameters()
 
     @property

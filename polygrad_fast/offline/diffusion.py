@@ -77,13 +77,8 @@ class DiffusionTraining:
         self._validation = self._validation_windows(held_out)
         updates = num_training_updates(len(self.windows), config.training)
         self.total_updates = updates if config.total_updates is None else config.total_updates
-        self.network = TemporalUNet(
-            dataset.observation_dim,
-            dataset.action_dim,
-            config.network.features,
-            config.network.num_levels,
-            seeded(seed, 0),
-        ).to(self.device)
+        sizes = dataset.observation_dim, dataset.action_dim
+        self.network = _build_network(config, *sizes, seeded(seed, 0)).to(self.device)
         self.trainer = EDMTrainer(
             self.network, self.total_updates, config.training, config.sigma_data
         )
@@ -227,7 +222,7 @@ def load_diffusion(run_dir: Path, device: str | torch.device = "auto") -> Diffus
         sizes = int(stored["observation_dim"]), len(stored["action_low"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error!r}") from None
-    network = TemporalUNet(*sizes, config.network.features, config.network.num_levels)
+    network = _build_network(config, *sizes)
     width = sum(sizes) + 2
     normalizer = TrajectoryNormalizer(torch.zeros(width), torch.ones(width), *sizes)
     load_named_weights({"averaged": network, "normalizer": normalizer}, weights, str(path))
@@ -238,4 +233,16 @@ def load_diffusion(run_dir: Path, device: str | torch.device = "auto") -> Diffus
         config,
         stored,
         int(metadata["num_timesteps"]),
+    )
+
+
+def _build_network(
+    config: DiffuseConfig,
+    observation_dim: int,
+    action_dim: int,
+    generator: torch.Generator | None = None,
+) -> TemporalUNet:
+    c = config.network
+    return TemporalUNet(
+        observation_dim, action_dim, c.features, c.num_levels, generator, c.norm_over
     )

@@ -16,7 +16,9 @@ it are spread over their neighbours:
   resizing and concatenation keep this form.
 - A row of ones below the activations takes the bias into the product.
 
-What remains of a GroupNorm: square, sum per group, multiply by the inverse root, maximum.
+What remains of a GroupNorm: square, sum per group, multiply by the inverse root, maximum. Where
+its moments are over all rows of a window, the mean is no function of one row's inputs: it is summed
+and subtracted, two more passes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polygrad_fast.denoisers.temporal_unet import NUM_GROUPS, RowGroupNorm, TemporalUNet
+from polygrad_fast.denoisers.temporal_unet import NUM_GROUPS, TemporalGroupNorm, TemporalUNet
 from polygrad_fast.sampling.graphs import GraphCache
 from polygrad_fast.sampling.torch_step import row_parts
 
@@ -72,7 +74,7 @@ class PackedConvolution:
     def __init__(
         self,
         convolution: nn.Conv1d,
-        norm: RowGroupNorm | None,
+        norm: TemporalGroupNorm | None,
         condition: nn.Linear | None,
         dtype: torch.dtype,
     ):
@@ -89,6 +91,7 @@ class PackedConvolution:
             for k in range(0 if self.single else self.width)
         ]
         self.threshold = torch.empty(channels, 1, device=device)
+        self.sign = torch.empty(channels, device=device)
         self.biases: Tensor | None = None
 
     def refresh(self, inputs: Stored, embeddings: Tensor) -> Stored:
@@ -106,9 +109,10 @@ class PackedConvolution:
             rows = rows + self.condition(embeddings)
         stored = Stored.plain(conv.out_channels, weight)
         if norm is not None:
-            weight, rows = _without_group_mean(weight, 0), _without_group_mean(rows, 1)
-            sign = torch.where(norm.weight < 0, -1.0, 1.0)
-            weight, rows = weight * sign[:, None, None], rows * sign
+            if norm.over == "row":
+                weight, rows = _without_group_mean(weight, 0), _without_group_mean(rows, 1)
+            self.sign.copy_(torch.where(norm.weight < 0, -1.0, 1.0))
+            weight, rows = weight * self.sign[:, None, None], rows * self.sign
             # a sum of squares instead of their mean: the root of a group's size is left over
             size = conv.out_channels // NUM_GROUPS
             scale = norm.weight.abs().clamp(min=SMALLEST_SCALE) * math.sqrt(size)
@@ -162,17 +166,39 @@ class PackedConvolution:
     def __call__(self, x: Rows, target: Tensor, scratch: Scratch, index: int | Tensor = 0) -> None:
         """Write what is stored of ReLU(GroupNorm(convolution)) to `target`, [O, L batch]."""
         out = self.multiply(x, scratch, index)
-        channels, columns = out.shape
-        squares = torch.mul(out, out, out=scratch.squares(channels, columns))
-        grouped = (NUM_GROUPS, channels // NUM_GROUPS, columns)
-        moments = scratch.moments(columns)
-        torch.sum(squares.view(grouped), 1, keepdim=True, out=moments)
-        moments.add_(self.norm.eps * grouped[1]).rsqrt_()
-        out.view(grouped).mul_(moments)
+        if self.norm.over == "row":
+            self._normalize_rows(out, scratch)
+        else:
+            self._normalize_windows(out, x.length, scratch)
         if target.dtype == out.dtype:
             torch.maximum(out, self.threshold, out=target)
         else:
             target.copy_(torch.maximum(out, self.threshold, out=out))
+
+    def _normalize_rows(self, out: Tensor, scratch: Scratch) -> None:
+        """Divide each group of each row, whose mean is 0 already, by its root of squares."""
+        groups = out.view(NUM_GROUPS, -1, out.shape[1])
+        squares = torch.mul(groups, groups, out=scratch.squares(*groups.shape))
+        moments = scratch.moments(out.shape[1])
+        torch.sum(squares, 1, keepdim=True, out=moments)
+        moments.add_(self.norm.eps * groups.shape[1]).rsqrt_()
+        groups.mul_(moments)
+
+    def _normalize_windows(self, out: Tensor, length: int, scratch: Scratch) -> None:
+        """Take each group's mean over all rows of a trajectory off and divide by the root of
+        squares, times that of the number of rows."""
+        groups, sign = out.view(NUM_GROUPS, -1, out.shape[1]), self.sign.view(NUM_GROUPS, -1, 1)
+        windows = groups.unflatten(2, (length, -1))  # [8, c, L, b]
+        _, size, _, batch = windows.shape
+        of_rows, of_windows = scratch.moments(out.shape[1]), scratch.window_moments(batch)
+        torch.bmm(sign.mT, groups, out=of_rows)  # the mean is that before signs were folded in
+        torch.sum(of_rows.unflatten(2, (length, -1)), 2, keepdim=True, out=of_windows)
+        means = of_windows.div_(size * length)
+        windows.addcmul_(sign.unsqueeze(3), means, value=-1.0)
+        squares = torch.mul(windows, windows, out=scratch.squares(*windows.shape))
+        torch.sum(squares, (1, 2), keepdim=True, out=of_windows)
+        of_windows.div_(length).add_(self.norm.eps * size).rsqrt_()
+        windows.mul_(of_windows)
 
 
 def _without_group_mean(values: Tensor, axis: int) -> Tensor:
@@ -189,6 +215,7 @@ class Scratch:
         self._out = torch.empty(numbers, device=device)
         self._squares = torch.empty(numbers, device=device)
         self._moments = torch.empty(NUM_GROUPS * columns, device=device)
+        self._window_moments = torch.empty_like(self._moments)
         half = dtype != torch.float32
         self._half = torch.empty(numbers if half else 0, dtype=dtype, device=device)
         self._joint = torch.empty(joint_numbers if half else 0, dtype=dtype, device=device)
@@ -197,13 +224,17 @@ class Scratch:
         """A product's result, float32."""
         return self._out[: rows * columns].view(rows, columns)
 
-    def squares(self, rows: int, columns: int) -> Tensor:
-        """Its squares, float32."""
-        return self._squares[: rows * columns].view(rows, columns)
+    def squares(self, *shape: int) -> Tensor:
+        """Its squares, float32, in a shape of as many numbers."""
+        return self._squares[: math.prod(shape)].view(shape)
 
     def moments(self, columns: int) -> Tensor:
         """One number per group and column, float32 [8, 1, columns]."""
         return self._moments[: NUM_GROUPS * columns].view(NUM_GROUPS, 1, columns)
+
+    def window_moments(self, batch: int) -> Tensor:
+        """One number per group and trajectory, float32 [8, 1, 1, batch]."""
+        return self._window_moments[: NUM_GROUPS * batch].view(NUM_GROUPS, 1, 1, batch)
 
     def half(self, rows: int, columns: int) -> Tensor:
         """A product's result in half precision."""

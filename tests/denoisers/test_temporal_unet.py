@@ -14,10 +14,10 @@ S, A = 3, 2
 D = S + A + 2
 
 
-def make_unet(features=24, num_levels=2, seed=0) -> TemporalUNet:
+def make_unet(features=24, num_levels=2, seed=0, norm_over="row") -> TemporalUNet:
     """Return a network whose biases and scales matter."""
     generator = torch.Generator().manual_seed(seed)
-    unet = TemporalUNet(S, A, features, num_levels, generator)
+    unet = TemporalUNet(S, A, features, num_levels, generator, norm_over)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
@@ -43,13 +43,11 @@ def literal(unet: TemporalUNet, x: torch.Tensor, c: torch.Tensor) -> torch.Tenso
         return torch.stack(out)
 
     def norm_relu(rows, name):
-        out = []
-        for row in rows:
-            groups = row.view(8, -1)
-            centred = groups - groups.mean(1, keepdim=True)
-            scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
-            out.append(scaled.flatten() * w[f"{name}.weight"] + w[f"{name}.bias"])
-        return torch.stack(out).clamp(min=0)
+        groups = rows.view(len(rows), 8, -1)
+        over = (0, 2) if unet.encoder[0].norm_1.over == "window" else (2,)
+        centred = groups - groups.mean(over, keepdim=True)
+        scaled = centred / (centred.square().mean(over, keepdim=True) + 1e-6).sqrt()
+        return (scaled.flatten(1) * w[f"{name}.weight"] + w[f"{name}.bias"]).clamp(min=0)
 
     h = unet.features // 8
     frequencies = torch.exp(-torch.arange(h) * math.log(10000) / (h - 1)).double()
@@ -84,9 +82,10 @@ def literal(unet: TemporalUNet, x: torch.Tensor, c: torch.Tensor) -> torch.Tenso
     num_levels=st.integers(1, 4),
     extra=st.integers(0, 9),
     batch=st.integers(0, 3),
+    norm_over=st.sampled_from(["row", "window"]),
 )
-def test_every_row_is_computed_as_specified(features, num_levels, extra, batch):
-    unet = make_unet(features, num_levels)
+def test_every_row_is_computed_as_specified(features, num_levels, extra, batch, norm_over):
+    unet = make_unet(features, num_levels, norm_over=norm_over)
     length = unet.min_length + extra
     generator = torch.Generator().manual_seed(extra)
     x = torch.randn(batch, length, D, generator=generator)
@@ -128,6 +127,10 @@ def test_a_generator_gives_the_weights():
         ((S, A, 20, 3), "features must be a multiple of 8, got 20"),
         ((S, A, 8, 3), "features must be an integer of at least 16, got 8"),
         ((S, A, 24, 0), "num_levels must be an integer of at least 1, got 0"),
+        (
+            (S, A, 24, 1, None, "batch"),
+            r"norm_over must be one of \['row', 'window'\], got 'batch'",
+        ),
         ((0, A, 24, 1), "observation_dim must be an integer of at least 1, got 0"),
     ],
 )

@@ -64,7 +64,8 @@ def test_diffuse_trains_a_model(dataset_file, tmp_path, capsys):
     assert out[-1].startswith("update 12: diffusion/loss ")
     config = json.loads((run_dir / "config.json").read_text())
     assert config["kind"] == "offline diffuse" and config["preset"] == "quick"
-    assert config["config"]["network"] == {"features": 24, "num_levels": 2}
+    network = {"features": 24, "num_levels": 2, "norm_over": "window"}
+    assert config["config"]["network"] == network
     assert {path.name for path in run_dir.iterdir()} >= {"versions.json", "checkpoints"}
     assert (run_dir / "metrics.csv").read_text().startswith("update,")
     assert run(["offline", "diffuse", "--resume", "--run-dir", run_dir]) == 0

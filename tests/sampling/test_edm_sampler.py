@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from polygrad_fast.config import EDMConfig, EDMTrainingConfig
-from polygrad_fast.denoisers.temporal_unet import TemporalUNet
+from polygrad_fast.denoisers.temporal_unet import NORM_OVER, TemporalUNet
 from polygrad_fast.diffusion.edm import EDMTrainer, NoiseLevels, denoise, preconditioning
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling import packed_unet
@@ -25,10 +25,10 @@ D = S + A + 2
 SHORT = EDMConfig(num_inference_steps=5)
 
 
-def make_unet(features=24, num_levels=2, seed=0) -> TemporalUNet:
+def make_unet(features=24, num_levels=2, seed=0, norm_over="row") -> TemporalUNet:
     """Return a network whose biases and scales matter, some scales being negative."""
     generator = torch.Generator().manual_seed(seed)
-    unet = TemporalUNet(S, A, features, num_levels, generator)
+    unet = TemporalUNet(S, A, features, num_levels, generator, norm_over)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             spread = 1.0 if "norm_" in name else 0.1
@@ -89,9 +89,10 @@ def compare(unet, config, x, dtype="float32", tolerance=3e-6):
     extra=st.integers(0, 9),
     batch=st.integers(1, 7),
     cached=st.sampled_from([1, 500, 2**18]),
+    norm_over=st.sampled_from(NORM_OVER),
 )
-def test_the_packed_network_is_the_network(features, num_levels, extra, batch, cached):
-    unet = make_unet(features, num_levels)
+def test_the_packed_network_is_the_network(features, num_levels, extra, batch, cached, norm_over):
+    unet = make_unet(features, num_levels, norm_over=norm_over)
     x = torch.randn(batch, unet.min_length + extra, D, generator=torch.Generator().manual_seed(1))
     before = packed_unet.CACHED_NUMBERS
     packed_unet.CACHED_NUMBERS = cached
@@ -101,10 +102,11 @@ def test_the_packed_network_is_the_network(features, num_levels, extra, batch, c
         packed_unet.CACHED_NUMBERS = before
 
 
+@pytest.mark.parametrize("norm_over", NORM_OVER)
 @pytest.mark.parametrize("scale", [0.0, -1e-20, 1e-6, 1e-3])
-def test_scales_that_vanish(scale):
+def test_scales_that_vanish(scale, norm_over):
     """|s| is divided by; what depends on b alone stays."""
-    unet = make_unet(32, 2)
+    unet = make_unet(32, 2, norm_over=norm_over)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if "norm_" in name and name.endswith("weight"):
@@ -113,11 +115,12 @@ def test_scales_that_vanish(scale):
     compare(unet, SHORT, x, tolerance=5e-6)
 
 
-@pytest.mark.parametrize("features", [32, 64])
-def test_bfloat16_errs_like_autocast(features):
+@pytest.mark.parametrize("features, norm_over", [(32, "row"), (64, "row"), (32, "window")])
+def test_bfloat16_errs_like_autocast(features, norm_over):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16")
-    unet, sigma = make_unet(features, 3), NoiseLevels.of(SHORT).sigma[2]
+    unet = make_unet(features, 3, norm_over=norm_over)
+    sigma = NoiseLevels.of(SHORT).sigma[2]
     x = torch.randn(8, 16, D, generator=torch.Generator().manual_seed(1))
     packed = PackedDenoiser(unet, SHORT, "bfloat16")
     packed.refresh()
@@ -195,9 +198,11 @@ def test_copies_sample_on_their_own(copied):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("norm_over", NORM_OVER)
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
-def test_on_a_gpu(dtype):
-    unet, x = make_unet(64, 3).cuda(), torch.randn(9, 17, D, device="cuda")
+def test_on_a_gpu(dtype, norm_over):
+    unet = make_unet(64, 3, norm_over=norm_over).cuda()
+    x = torch.randn(9, 17, D, device="cuda")
     tolerance = {"float32": 2e-5, "tf32": 1e-2, "bfloat16": 5e-2}[dtype]
     packed = PackedDenoiser(unet, SHORT, dtype)
     for _ in range(2):  # the second time other weights at the addresses of the graph

@@ -17,7 +17,7 @@ from polygrad_fast.errors import InputError
 from polygrad_fast.runs.metrics import read_metrics
 
 TINY = (
-    "--env-id Pendulum-v1 --preset quick --horizon 4 --schedule.num-train-timesteps 3 "
+    "--env-id Pendulum-v1 --preset quick --horizon 4 --schedule.num-train-timesteps 6 "
     "--denoiser.hidden-dim 16 --denoiser.num-layers 1 --denoiser.batch-size 16 "
     "--denoiser.pretrain-updates 5 --policy.hidden-dim 8 --imagined-batch-size 8 "
     "--learning-starts 40 --eval-interval 60 --eval-episodes 1 --log-interval 25 "

@@ -685,7 +685,7 @@ def test_the_table_for_users():
         "| 1 M environment steps, preset default with 64 imagined trajectories an update, float32 "
         "| 250 h (1.3x) |",
         "| 1 M environment steps, preset quick, float32 | 2.5 h |",
-        "| its own 8,000 steps | 1.2 minutes |",
+        "| its own 5,000 steps | 0.8 minutes |",
         *lines[7:],
     ]
     assert "Walker2d-v5 and InvertedPendulum-v5" in table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-import fake_cuda
 import gymnasium
 import numpy as np
 import pytest
@@ -171,19 +170,20 @@ def test_training_acts_with_the_policy_before_the_last_policy_update():
     agent = copied_agent()
     training = agent.training
     trained = []  # after every update
-    update = training.learner.update
+    update = training.learner.step
 
     def watched(*arguments, **options):
         trained.append(weights_of(moments_of(agent.policy, agent.normalizer)))
         return update(*arguments, **options)
 
-    training.learner.update = watched
-    while len(trained) < 5:
+    training.learner.step = watched
+    while agent.num_timesteps < agent.config.learning_starts + 10:
         agent.step()
         if len(trained) >= 2:
             acts = weights_of(training.actor.acting.moments)
             assert acts == trained[-1]  # as it was before that update
             assert acts != weights_of(moments_of(agent.policy, agent.normalizer))
+    assert len(trained) == 5
 
 
 def test_a_resumed_copy_is_as_old_as_it_was(tmp_path):
@@ -202,24 +202,6 @@ def test_a_resumed_copy_is_as_old_as_it_was(tmp_path):
         assert torch.equal(tensor, second.training.weights()[name]), name
     observations = [agent.environment.observation for agent in (whole, second)]
     np.testing.assert_array_equal(*observations)
-
-
-@pytest.fixture(
-    params=[
-        "imitated",
-        pytest.param(
-            "real",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-            ],
-        ),
-    ]
-)
-def gpu(request):
-    """The imitated device, or None for a real one."""
-    with fake_cuda.installed() if request.param == "imitated" else contextlib.nullcontext() as gpu:
-        yield gpu
 
 
 @pytest.mark.parametrize("kind", ["own", "GaussianPolicy"])

@@ -166,8 +166,8 @@ def test_how_old_the_acting_policy_is(num_envs, ahead):
     collector.ahead = ahead
     draw, age = collector.draw, {}
     policy_updates = []
-    update = agent.training.learner.update
-    agent.training.learner.update = lambda *a, **k: policy_updates.append(1) or update(*a, **k)
+    update = agent.training.learner.step
+    agent.training.learner.step = lambda *a, **k: policy_updates.append(1) or update(*a, **k)
 
     def watched(step):
         age.setdefault(step, len(policy_updates))

@@ -1,8 +1,5 @@
 """Updates of world models in CUDA graphs, on an imitated device and on a real one."""
 
-import contextlib
-
-import fake_cuda
 import numpy as np
 import pytest
 import torch
@@ -39,24 +36,6 @@ MODELS = {
     },
 }
 cases = pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-
-
-@pytest.fixture(
-    params=[
-        "imitated",
-        pytest.param(
-            "real",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-            ],
-        ),
-    ]
-)
-def gpu(request):
-    """The imitated device, or None for a real one."""
-    with fake_cuda.installed() if request.param == "imitated" else contextlib.nullcontext() as gpu:
-        yield gpu
 
 
 def add_episode(replay, rng, length=9):

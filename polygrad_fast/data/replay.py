@@ -164,7 +164,7 @@ class ReplayBuffer:
         if self._is_start[slot]:
             self._is_start[slot] = 0
             self._first_start += 1
-        self._steps[slot].copy_(torch.from_numpy(row))
+        _write(self._steps[slot], row)
         self._total_steps = n + 1
 
         environment, stride = n % self.num_environments, self.num_environments
@@ -376,12 +376,12 @@ class ReplayBuffer:
         self._waiting = [row for row in self._waiting if row[0] >= undecided]
         for start, _ in ready:
             self._is_start[start % self.capacity] = 1
-        rows = torch.from_numpy(np.array(ready, dtype=np.int64))
+        rows = np.array(ready, dtype=np.int64)
         ring = self._end_start % self.capacity
         ahead = self.capacity - ring  # rows before the ring's end
         for begin, part in ((ring, rows[:ahead]), (0, rows[ahead:])):
             if len(part):
-                self._starts[begin : begin + len(part)].copy_(part)
+                _write(self._starts[begin : begin + len(part)], part)
         self._end_start += len(ready)
 
     def _draw(self, batch_size: int, generator: torch.Generator | None, oldest: int = 0) -> Tensor:
@@ -403,3 +403,10 @@ class ReplayBuffer:
         if merged < self._total_steps:
             pending = torch.arange(merged, self._total_steps, device=self.device) % self.capacity
             self._moments.merge(self._steps[pending].to("cpu", torch.float64))
+
+
+def _write(place: Tensor, rows: np.ndarray) -> None:
+    """Copy rows to a part of a ring; to a GPU by way of pinned memory, or the host would wait until
+    the device has done everything before."""
+    on_gpu, rows = place.device.type == "cuda", torch.from_numpy(rows)
+    place.copy_(rows.pin_memory() if on_gpu else rows, non_blocking=on_gpu)

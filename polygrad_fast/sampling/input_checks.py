@@ -107,8 +107,13 @@ def check_bounds(bounds: Any, action_dim: int, device: torch.device) -> tuple[Te
     return low, high
 
 
-def check_observations(observations: Any, components: SamplerComponents) -> Tensor:
+def check_observations(
+    observations: Any, components: SamplerComponents, reads_values: bool = True
+) -> Tensor:
     """Return the initial observations as float32 [B, S] on the sampler's device.
+
+    Args:
+        reads_values: look for numbers that are not finite; waits for a GPU.
 
     Raises:
         InputError: another shape or dtype, or a number that is not finite.
@@ -123,6 +128,8 @@ def check_observations(observations: Any, components: SamplerComponents) -> Tens
     if not observations.is_floating_point():
         raise InputError(f"initial_observations must be floating point, got {observations.dtype}")
     converted = observations.to(components.device, torch.float32)
+    if not reads_values:
+        return converted
     finite = torch.isfinite(converted)
     if not finite.all():
         row, column = (~finite).nonzero()[0].tolist()

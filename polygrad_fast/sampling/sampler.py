@@ -185,11 +185,13 @@ class PolicyGuidedSampler:
         noise: SampleNoise | None = None,
         normalized: bool = False,
         return_chain: bool | int = False,
+        check_finite: bool = True,
     ) -> TrajectoryBatch:
         """Imagine one on-policy trajectory from each initial observation (Algorithm 2).
 
-        The checks of the input read one number on the host, so this synchronizes with a GPU; it may
-        not be captured. An ambient autocast has no effect.
+        The check that observations are finite reads one number on the host, so that this
+        synchronizes with a GPU unless `check_finite` is False; it may not be captured. An ambient
+        autocast has no effect.
 
         Without `noise`, normals are drawn from `generator` (default: torch's) in the released
         code's order: initial states, initial actions, then per step states and actions (the latter
@@ -207,6 +209,7 @@ class PolicyGuidedSampler:
             normalized: the input is normalized and all results shall be.
             return_chain: also return states and actions after each step, or after each of this
                 many last ones.
+            check_finite: False for observations that are known to be finite.
 
         Raises:
             InputError: wrong shape or dtype, B = 0, a value that is not finite, noise of other
@@ -216,7 +219,7 @@ class PolicyGuidedSampler:
         with annotate("sample"):
             with annotate("check_inputs"):
                 c = self.components
-                s0 = check_observations(initial_observations, c)
+                s0 = check_observations(initial_observations, c, check_finite)
                 guidance_scale = check_guidance_scale(guidance_scale)
                 check_generator(generator, c.device)
                 check_chain(return_chain, c.num_steps)

@@ -118,10 +118,15 @@ class TrajectoryDiffusion:
         horizon: int | None = None,
     ) -> TrajectoryBatch:
         """Sample by Algorithm 2 at the current guidance scale; see `WorldModel.imagine`. Of fewer
-        steps than the denoiser's they are the first, and cost the same."""
+        steps than the denoiser's they are the first, and cost the same. Values are not read on the
+        host: from observations that are not finite, neither are trajectories."""
         horizon = self.config.horizon if horizon is None else check_horizon(self, horizon)
         batch = self.sampler(policy).sample(
-            initial_observations, self.guidance.value, generator, normalized=normalized
+            initial_observations,
+            self.guidance.value,
+            generator,
+            normalized=normalized,
+            check_finite=False,
         )
         return batch if horizon == self.config.horizon else batch.first_steps(horizon)
 

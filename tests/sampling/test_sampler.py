@@ -657,6 +657,15 @@ def test_unusable_observations_are_refused(observations, message):
         make_sampler().sample(observations)
 
 
+def test_where_values_are_not_read_the_trajectory_tells():
+    observations = torch.zeros(B, S)
+    observations[1, 2] = math.nan
+    batch = make_sampler().sample(observations, check_finite=False)
+    assert not batch.finite()["observations"]
+    with pytest.raises(pg.InputError, match="got shape"):
+        make_sampler().sample(observations[0], check_finite=False)
+
+
 @pytest.mark.parametrize("scale", [-1e-9, -math.inf, math.inf, math.nan])
 def test_guidance_scale_must_be_non_negative_and_finite(scale):
     with pytest.raises(pg.InputError, match=f"guidance_scale must be .* got {scale}"):

@@ -22,6 +22,7 @@ import shlex
 import signal
 import statistics
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ import tyro
 
 from polygrad_fast import cli_data, cli_offline, cli_reproduce, cli_seeds
 from polygrad_fast._version import __version__
-from polygrad_fast.arguments import as_integer, as_number_list, as_output_file
+from polygrad_fast.arguments import as_device, as_integer, as_number_list, as_output_file
 from polygrad_fast.config import TrainConfig, from_dict
 from polygrad_fast.errors import InputError, NonFiniteError, RunsFailedError
 from polygrad_fast.runs.directory import read_run_config, refuse_other_options
@@ -433,7 +434,7 @@ def _train(command: Train) -> None:
     )
     with end_on_interrupt():
         from polygrad_fast.ranks import joined
-    with joined() as ranks, contextlib.ExitStack() as stack:
+    with joined(command.device) as ranks, contextlib.ExitStack() as stack:
         if ranks.index > 0:  # the first process speaks for all
             stack.enter_context(contextlib.redirect_stdout(None))
         _train_together(command, run_dir, ranks)
@@ -472,9 +473,7 @@ def _train_seeds(several: SeveralSeeds) -> None:
     command = several.command
     run_dir = Path(command.run_dir or f"runs/{command.env_id}-{command.preset}".replace(":", "-"))
     with end_on_interrupt():
-        from polygrad_fast.data.environment import check_spaces, make_environment
-
-        check_spaces(make_environment(command.env_id))  # refused once, not by every run
+        _check_runs(command, several.resume)
     if not several.resume:
         several.plan.write(run_dir)
     cli_seeds.train_seeds(
@@ -486,6 +485,22 @@ def _train_seeds(several: SeveralSeeds) -> None:
         command.progress,
         command.env_id,
     )
+
+
+def _check_runs(command: Train, resume: bool) -> None:
+    """Refuse once what every run of several seeds would refuse, before anything is written."""
+    from polygrad_fast.ranks import Ranks, num_launched
+
+    if num_launched() > 1:
+        raise InputError(
+            f"--seeds begins processes of its own and must be run without torchrun, got "
+            f"{num_launched()} processes of that"
+        )
+    as_device(command.device)
+    if not resume:
+        first = dataclasses.replace(command, seed=cli_seeds.parse_seeds(command.seeds)[0])
+        with tempfile.TemporaryDirectory() as folder:
+            _agent_to_train(first, Path(folder), Ranks())
 
 
 def _agent_to_train(command: Train, run_dir: Path, ranks: Ranks) -> PolyGRAD:

@@ -140,15 +140,37 @@ def current_ranks() -> Ranks:
     return Ranks()
 
 
+def num_launched() -> int:
+    """Return how many processes `torchrun` has begun, this one among them; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
-    """Join the processes that `torchrun` has begun, for the block; alone without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def joined(device: str = "auto") -> Iterator[Ranks]:
+    """Join the processes that `torchrun` has begun, for the block; alone without it.
+
+    Args:
+        device: what they train on; each has a GPU of its own unless it is "cpu" or there is none.
+
+    Raises:
+        InputError: a certain GPU for all, or fewer GPUs than processes.
+    """
+    if num_launched() == 1:
         yield Ranks()
         return
-    on_gpus = torch.cuda.is_available()
+    on_gpus = device != "cpu" and torch.cuda.is_available()
     if on_gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" and "auto" then mean
+        place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device not in ("auto", "cuda"):
+            raise InputError(
+                f"device must be 'auto', 'cuda' or 'cpu' for processes of torchrun, got {device!r}"
+            )
+        if place >= gpus:
+            raise InputError(
+                f"each of torchrun's processes needs a GPU of its own, got {gpus} for at least "
+                f"{place + 1}: give a smaller --nproc-per-node, or device 'cpu'"
+            )
+        torch.cuda.set_device(place)  # what "cuda" and "auto" then mean
     dist.init_process_group(BACKENDS if on_gpus else "gloo")
     try:
         yield ProcessGroup()

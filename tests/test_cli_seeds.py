@@ -85,12 +85,22 @@ def test_flags_are_left_out_with_their_values(words, names, kept):
         ("--seeds 0-1 --seed 3", "--seed must be left out with --seeds, got 3"),
         ("--seeds 0-1 --env-id Nothing-v0", "environment id must be one that gymnasium knows"),
         ("--seeds 0-1 --horizon 1", "horizon must be at least 2"),
+        ("--seeds 0-1 --device nothing", "device 'nothing' cannot be used"),
+        ("--seeds 0-1 --replay-capacity 1000000000000", "replay_capacity"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, message):
     assert cli.main([*train(tmp_path / "runs"), *words.split()]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_torchrun_is_for_one_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(train(tmp_path / "runs", "--seeds", "0-1")) == 2
+    err = capsys.readouterr().err
+    assert "must be run without torchrun, got 2 processes" in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 

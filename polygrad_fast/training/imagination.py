@@ -139,7 +139,7 @@ class ImaginationTraining:
         """Take one environment step and note the updates that are due after it; where the
         environments step while these run, begin the next step of the one that stepped."""
         step, collector = self.num_timesteps // self.ranks.number, self.collector
-        with self.speed.measured("env_step"):
+        with self.speed.measured("env_step", self.ranks.number):
             self._draw_action(step)
             self._take_environment_step(step)
             if collector.ahead:

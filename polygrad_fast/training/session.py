@@ -202,7 +202,8 @@ class Session:
 
     def _explained(self, error: BaseException) -> BaseException:
         """Return an error with the step and the last checkpoint in it, or in its notes."""
-        step = self.training.num_timesteps + (self.training.updates_left is not None)
+        begun = self.training.updates_left is not None
+        step = self.training.following_step if begun else self.training.num_timesteps
         return self.run.placed(error, f"training stopped at environment step {step}")
 
     def _time_left(self, step: int) -> TimeLeft:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import fake_cuda
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.policy import ValueFunction
 from polygrad_fast.ranks import Ranks, current_ranks, joined
 from polygrad_fast.runs.checkpoint import load_checkpoint
+from polygrad_fast.runs.metric_sums import MetricSums, merged_sums
 from polygrad_fast.runs.metrics import read_metrics
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -188,6 +190,29 @@ def resume_exactly(ranks: Ranks, folder: Path) -> None:
     assert taken == [25, 25]
 
 
+def continue_with_more(ranks: Ranks, folder: Path) -> None:
+    """What one process saved continues in both, each with its environments and random numbers."""
+    agent = pg.PolyGRAD.load(folder / "alone", device="cpu")
+    assert agent.num_timesteps == agent.replay.total_steps == 60
+    collector, streams = agent.training.collector, agent.training.streams
+    collector.restore()
+    states = ranks.gather([each.state_dict() for each in collector.environments])
+    merged = [states[i % 2][i // 2] for i in range(4)]
+    for got, saved in zip(
+        merged, load_checkpoint(folder / "alone")[1]["environments"], strict=True
+    ):
+        assert got["episode_seed"] == saved["episode_seed"]
+        assert torch.equal(got["actions"], saved["actions"])
+    for name in ("generator", "acting"):
+        first, second = ranks.gather(getattr(streams, name).get_state())
+        assert not torch.equal(first, second), name
+    agent.learn(40)
+    ours = agent.training.weights()
+    assert all(torch.isfinite(tensor).all() for tensor in ours.values())
+    for other in ranks.gather(ours)[1:]:
+        assert all(torch.equal(ours[name], tensor) for name, tensor in other.items())
+
+
 def work(folder: Path) -> None:
     """What the processes do."""
     torch.set_num_threads(1)
@@ -200,11 +225,15 @@ def work(folder: Path) -> None:
         }
         torch.save(found, folder / f"{ranks.index}.pt")
         resume_exactly(ranks, folder)
+        continue_with_more(ranks, folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("together")
+    alone = pg.PolyGRAD("Pendulum-v1", config=agent_config(), device="cpu")
+    alone.learn(60)
+    alone.save(path / "alone")
     code = path / "work.py"
     code.write_text(
         "import sys\nfrom pathlib import Path\nfrom test_ranks import work\n"
@@ -304,3 +333,32 @@ def test_alone_nothing_changes():
     assert ranks.any(True) and not ranks.any(False) and ranks.first(lambda: 5) == 5
     with joined() as joined_ranks:
         assert joined_ranks.number == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("auto", "needs a GPU of its own, got 1 for at least 2"),
+        ("cuda", "needs a GPU of its own, got 1 for at least 2"),
+        (
+            "cuda:0",
+            "device must be 'auto', 'cuda' or 'cpu' for processes of torchrun, got 'cuda:0'",
+        ),
+    ],
+)
+def test_every_process_has_a_gpu_of_its_own(monkeypatch, device, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with fake_cuda.installed(), pytest.raises(pg.InputError, match=message), joined(device):
+        pass
+
+
+def test_metrics_are_means_over_what_all_have_measured():
+    """Also of what one of them has not measured, and however often each has."""
+    first, second = MetricSums(), MetricSums()
+    first.add({"a2c/value": 1.0})
+    first.add({"a2c/value": 2.0})
+    second.add({"a2c/value": 6.0})
+    second.add({"train/episode_return": -5.0})
+    merged = merged_sums([first.state_dict(), second.state_dict()])
+    assert merged.means() == {"a2c/value": 3.0, "train/episode_return": -5.0}

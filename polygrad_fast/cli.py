@@ -443,6 +443,7 @@ def _train(command: Train) -> None:
 def _train_together(command: Train, run_dir: Path, ranks: Ranks) -> None:
     """Train in one of the processes that do so together, or alone."""
     total = command.config.total_timesteps
+    ranks.check_multiples(total_timesteps=total)  # before the run directory is made
     with end_on_interrupt():
         agent = _agent_to_train(command, run_dir, ranks)
     if command.resume:

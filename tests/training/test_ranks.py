@@ -335,6 +335,15 @@ def test_alone_nothing_changes():
         assert joined_ranks.number == 1
 
 
+def test_a_length_that_cannot_be_split_leaves_no_run(tmp_path):
+    two = Ranks()
+    two.number = 2
+    command = cli._parse(train("Pendulum-v1", tmp_path / "run", 81)[2:])
+    with pytest.raises(pg.InputError, match="total_timesteps must be a multiple .* 2, got 81"):
+        cli._train_together(command, tmp_path / "run", two)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [

@@ -132,19 +132,23 @@ def _store(task, value, at, mask):
 
 
 @triton.jit
+def _left(task, row, row_mask, j):
+    """left[r, j], [BLOCK, BLOCK_INNER]; 0 beyond its columns."""
+    pointer = tl.load(task + LEFT).to(tl.pointer_type(tl.float32))
+    at = pointer + row[:, None] * tl.load(task + LEFT_STRIDE) + j[None, :]
+    mask = row_mask[:, None] & (j < tl.load(task + INNER))[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
 def _offset(task, column, mask, BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr):
     """sum_j left[c, j] right[j, 0] in float64, [BLOCK]."""
-    left = tl.load(task + LEFT).to(tl.pointer_type(tl.float32))
     right = tl.load(task + RIGHT).to(tl.pointer_type(tl.float32))
-    stride, inner = tl.load(task + LEFT_STRIDE), tl.load(task + INNER)
+    inner = tl.load(task + INNER)
     total = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(0, inner, BLOCK_INNER):
         j = start + tl.arange(0, BLOCK_INNER)
-        w = tl.load(
-            left + column[:, None] * stride + j[None, :],
-            mask=mask[:, None] & (j < inner)[None, :],
-            other=0.0,
-        )  # [BLOCK, BLOCK_INNER]
+        w = _left(task, column, mask, j)
         v = tl.load(right + j * tl.load(task + RIGHT_ROW_STRIDE), mask=j < inner, other=0.0)
         total += tl.sum(w.to(tl.float64) * v.to(tl.float64)[None, :], axis=1)
     return total
@@ -168,16 +172,11 @@ def _product(
     BLOCK: tl.constexpr, BLOCK_INNER: tl.constexpr,
 ):  # fmt: skip
     """sum_j left[r, j] right[j, c], [BLOCK, BLOCK], in sums of BLOCK_INNER products."""
-    left = tl.load(task + LEFT).to(tl.pointer_type(tl.float32))
-    stride, inner = tl.load(task + LEFT_STRIDE), tl.load(task + INNER)
+    inner = tl.load(task + INNER)
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, inner, BLOCK_INNER):
         j = start + tl.arange(0, BLOCK_INNER)
-        w = tl.load(
-            left + row[:, None] * stride + j[None, :],
-            mask=row_mask[:, None] & (j < inner)[None, :],
-            other=0.0,
-        )  # [BLOCK, BLOCK_INNER]
+        w = _left(task, row, row_mask, j)
         total += tl.dot(w, _right(task, j, j < inner, column, mask), input_precision="ieee")
     return total
 

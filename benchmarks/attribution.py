@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from harness.against import add_against, shown_command
 from harness.rows import Row, RowFile, provenance
 from harness.update_worker import PREFILL, replaced
 from polygrad_fast.agent import PolyGRAD
@@ -199,12 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure the cases of the command line and store a row per variant."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--against",
-        nargs=2,
-        metavar=("NAME", "PYTHON"),
-        help="a commit, and the interpreter in which it is installed",
-    )
+    add_against(parser)
     presets = sorted({case.preset for case in CASES})
     parser.add_argument("--only", nargs="+", choices=presets, help="presets (all)")
     parser.add_argument("--rounds", type=int, default=15, help="of a case (%(default)s)")
@@ -214,10 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     torch.set_num_threads(1)
-    # the other commit's interpreter lies anywhere: a row says which commit, not where
-    other = options.against[1] if options.against else None
-    shown = ["PYTHON" if word == other else word for word in arguments]
-    command = shlex.join(["python", "benchmarks/attribution.py", *shown])
+    command = shown_command("attribution.py", arguments, options.against)
     facts = provenance(torch.device("cpu"), command)
     against = tuple(options.against) if options.against else None
     try:

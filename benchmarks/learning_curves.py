@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import NamedTuple
 import torch
 from quick_seeds import learning_curve
 
+from harness.against import add_against, shown_command
 from harness.rows import Row, RowFile, provenance
 from polygrad_fast.agent import PolyGRAD
 from polygrad_fast.config import PRESETS, TrainConfig
@@ -134,13 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Train the environments and seeds of the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--against",
-        nargs=2,
-        metavar=("NAME", "PYTHON"),
-        required=True,
-        help="a commit, and the interpreter in which it is installed",
-    )
+    add_against(parser, required=True)
     parser.add_argument("--env-id", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--preset", choices=list(PRESETS), default="quick")
@@ -155,10 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.total_timesteps is not None:
         changes = [*changes, f"--total-timesteps={options.total_timesteps}"]
     torch.set_num_threads(1)  # as the processes that train
-    # the other commit's interpreter lies anywhere: a row says which commit, not where
-    python = options.against[1]
-    shown = ["PYTHON" if word == python else word for word in arguments]
-    command = shlex.join(["python", "benchmarks/learning_curves.py", *shown])
+    command = shown_command("learning_curves.py", arguments, options.against)
     facts = vars(provenance(torch.device("cpu"), command))
     try:
         file = RowFile(options.rows)

@@ -24,6 +24,7 @@ from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import InputError
 from polygrad_fast.learners import IQL, TD3BC
 from polygrad_fast.learners.a2c import ActorCritic
+from polygrad_fast.runs.processor import Processor
 from polygrad_fast.sampling.torch_engine import TorchEngine
 from polygrad_fast.training.actor import Actor
 from polygrad_fast.training.imagination import ImaginationTraining
@@ -388,12 +389,19 @@ def test_world_models_are_judged(tmp_path, capsys):
     assert "--only must be of ['residual MLP, released update', " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("sets, rounded", [("avx2", 0), (None, 0), ("avx2 amx_bf16", 1)])
+def test_bfloat16_is_attributed_where_the_processor_has_it(monkeypatch, sets, rounded):
+    module = load("attribution")
+    found = Processor(instruction_sets=sets)
+    monkeypatch.setattr(module.Processor, "of_this_machine", lambda: found)
+    names = [variant.name for variant in module.variants(module.SMOKE[0])]
+    assert names[:3] == ["plain PyTorch", "+ engine torch", "+ written-out passes"]
+    assert names[3:] == ["+ bfloat16"] * rounded
+
+
 def test_an_updates_time_is_attributed(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     module = load("attribution")
-    assert [variant.name for variant in module.variants(module.SMOKE[0])] == [
-        "plain PyTorch", "+ engine torch", "+ written-out passes", "+ bfloat16",
-    ]  # fmt: skip
     ways = [module.Variant("a", module.PLAIN, autograd=True), module.Variant("b", module.ROUNDED)]
     module.variants = lambda case: ways
     words = ["--smoke", "--rounds", "1", "--rows", str(path)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
+import torch
 
 from polygrad_fast.arguments import as_integer
 from polygrad_fast.errors import InputError
@@ -27,6 +32,8 @@ ALGORITHMS = {
     "trpo": ("sb3_contrib", "TRPO"),
 }
 """Name -> package and class."""
+ON_POLICY = ("a2c", "ppo", "trpo")
+"""Those that may train on normalized observations and rewards."""
 
 
 def train_baseline(
@@ -38,13 +45,16 @@ def train_baseline(
     eval_interval: int = 5000,
     eval_episodes: int = 10,
     progress_bar: bool = False,
+    num_envs: int = 1,
+    normalize: bool = False,
+    hyperparameters: Mapping[str, Any] | None = None,
 ) -> EpisodeStatistics:
-    """Train an algorithm with its package's default settings on one environment, and evaluate it as
-    a run of this library is evaluated.
+    """Train an algorithm, by default with its package's settings on one environment, and evaluate
+    it as a run of this library is evaluated.
 
     The run directory gets config.json, versions.json, metrics.csv with the columns of this
-    library's evaluations, and the models best.zip and last.zip, which Stable-Baselines3 loads.
-    A run that was interrupted is not resumed.
+    library's evaluations, and the models best.zip and last.zip, which Stable-Baselines3 loads and
+    which read observations as they are. A run that was interrupted is not resumed.
 
     Args:
         algorithm: one of `ALGORITHMS`.
@@ -55,27 +65,43 @@ def train_baseline(
         eval_interval: environment steps between two evaluations of the policy's mean.
         eval_episodes: of each.
         progress_bar: show one.
+        num_envs: environments that are stepped side by side, at least 1. An evaluation takes place
+            at the first step of all of them that reaches its number.
+        normalize: train on observations and rewards over running moments (VecNormalize), of
+            `ON_POLICY` algorithms. Models are saved with the moments folded into their first
+            layers, so without the clipping of normalized observations at 10.
+        hyperparameters: of the algorithm's constructor, beside policy, environment, seed and device.
 
     Returns:
         The last evaluation.
 
     Raises:
         InputError: an unknown algorithm, its package is not installed, an environment that cannot
-            be made or used, a number out of range, or the directory holds a run.
+            be made or used, a number out of range, hyperparameters that the algorithm refuses,
+            `normalize` with another algorithm, or the directory holds a run.
     """
     make = _algorithm(algorithm)
     total_timesteps = as_integer(total_timesteps, "total_timesteps", 1)
     seed = as_integer(seed, "seed", 0, below=2**32)
     eval_interval = as_integer(eval_interval, "eval_interval", 1)
     eval_episodes = as_integer(eval_episodes, "eval_episodes", 1)
-    environment = build_environment(env_id)
-    environments = EvaluationEnvironments(environment, env_id)
+    num_envs = as_integer(num_envs, "num_envs", 1)
+    if normalize and algorithm not in ON_POLICY:
+        raise InputError(f"normalize must be left out with {algorithm}: only {list(ON_POLICY)}")
+    options = dict(hyperparameters or {})
+    built = [build_environment(env_id) for _ in range(num_envs)]
+    environments = EvaluationEnvironments(built[0], env_id)
+    stepped = _vectorized(built, normalize, options)
     try:
-        model = make("MlpPolicy", environment, seed=seed, device="cpu")
+        model = make("MlpPolicy", stepped, seed=seed, device="cpu", **options)
     except AssertionError as error:  # how it refuses spaces
         raise InputError(f"{env_id} cannot be learnt by {algorithm}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{algorithm} refuses hyperparameters {options}: {error}") from error
 
     def act(observations: np.ndarray, deterministic: bool) -> np.ndarray:
+        if normalize:
+            observations = stepped.normalize_obs(observations)
         return model.predict(observations, deterministic=deterministic)[0]
 
     evaluator = Evaluator(act, environments, seed)
@@ -88,6 +114,9 @@ def train_baseline(
         "total_timesteps": total_timesteps,
         "eval_interval": eval_interval,
         "eval_episodes": eval_episodes,
+        "num_envs": num_envs,
+        "normalize": normalize,
+        "hyperparameters": options,
     }
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir):
@@ -100,8 +129,8 @@ def train_baseline(
 
             def after_step(local: dict[str, Any], _: dict[str, Any]) -> bool:
                 step = model.num_timesteps
-                bar.update(1)
-                if step % eval_interval == 0 or step == total_timesteps:
+                bar.update(num_envs)
+                if step % eval_interval < num_envs or step >= total_timesteps:
                     evaluations.take(step)
                 return step < total_timesteps
 
@@ -151,9 +180,50 @@ def _algorithm(name: str) -> Any:
         ) from None
 
 
+def _vectorized(built: list[gymnasium.Env], normalize: bool, options: Mapping[str, Any]) -> Any:
+    """Return environments as Stable-Baselines3 wraps one, stepped side by side."""
+    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    stepped = DummyVecEnv([functools.partial(Monitor, environment) for environment in built])
+    if not normalize:
+        return stepped
+    gamma = options.get("gamma", 0.99)  # the default of all three
+    return VecNormalize(stepped, gamma=gamma)
+
+
 def _save(model: Any, path: Path) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        model.save(file)
+    with _reading_raw_observations(model), replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            model.save(file)
+
+
+@contextlib.contextmanager
+def _reading_raw_observations(model: Any) -> Iterator[None]:
+    """Fold the moments of normalized observations into the layers that read them: with
+    z = (o - m) / s, W z + b = (W / s) o + (b - (W / s) m)."""
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is None:
+        yield
+        return
+    moments = normalizer.obs_rms
+    mean = torch.as_tensor(moments.mean, dtype=torch.float64)
+    std = torch.as_tensor(moments.var, dtype=torch.float64).add(normalizer.epsilon).sqrt()
+    extractor = model.policy.mlp_extractor
+    layers = [extractor.policy_net[0], extractor.value_net[0]]
+    kept = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer, (weight, bias) in zip(layers, kept, strict=True):
+                scaled = weight.double() / std
+                layer.weight.copy_(scaled)
+                layer.bias.copy_(bias.double() - scaled @ mean)
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, (weight, bias) in zip(layers, kept, strict=True):
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
 
 
 def _bar(total: int, enabled: bool) -> Any:

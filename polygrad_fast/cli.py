@@ -203,8 +203,9 @@ class Dream:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Train a model-free algorithm of Stable-Baselines3 with its default settings; metrics.csv is
-    that of a training here. Needs the extra "baselines". The last line printed is JSON."""
+    """Train a model-free algorithm of Stable-Baselines3, by default with its own settings;
+    metrics.csv is that of a training here. Needs the extra "baselines". The last line printed is
+    JSON."""
 
     env_id: str
     """Gymnasium environment with Box observations and actions, e.g. Hopper-v5."""
@@ -217,6 +218,12 @@ class Baseline:
     eval_interval: int = 5000
     """Environment steps between two evaluations of the policy's mean."""
     eval_episodes: int = 10
+    num_envs: int = 1
+    """Environments that are stepped side by side."""
+    normalize: bool = False
+    """Train on observations and rewards over running moments; of a2c, ppo and trpo."""
+    hyperparameters: tuple[str, ...] = ()
+    """Of the algorithm's constructor, each NAME=VALUE with the value in JSON, as n_steps=256."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -656,6 +663,9 @@ def _baseline(command: Baseline) -> None:
         command.eval_interval,
         command.eval_episodes,
         command.progress,
+        command.num_envs,
+        command.normalize,
+        _hyperparameters(command.hyperparameters),
     )
     rows = [row for row in read_metrics(run_dir / "metrics.csv") if "eval/mean_reward" in row]
     names = ("best_mean_reward", "mean_reward", "std_reward")
@@ -665,6 +675,19 @@ def _baseline(command: Baseline) -> None:
         f"{command.env_id}, {command.algo}: mean return {best:.0f} at best, {last:.0f} at the last"
     )
     print(json.dumps(found))
+
+
+def _hyperparameters(words: tuple[str, ...]) -> dict[str, Any]:
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            raise InputError(
+                f"--hyperparameters must be NAME=VALUE with values in JSON, got {word!r}"
+            ) from None
+    return found
 
 
 def _load(command: Errors | Actions | Gradient | Dream) -> PolyGRAD:

@@ -70,7 +70,7 @@ def train_baseline(
         normalize: train on observations and rewards over running moments (VecNormalize), of
             `ON_POLICY` algorithms. Models are saved with the moments folded into their first
             layers, so without the clipping of normalized observations at 10.
-        hyperparameters: of the algorithm's constructor, beside policy, environment, seed and device.
+        hyperparameters: of the algorithm's constructor, beside policy, environment, seed, device.
 
     Returns:
         The last evaluation.
@@ -190,6 +190,15 @@ def _vectorized(built: list[gymnasium.Env], normalize: bool, options: Mapping[st
         return stepped
     gamma = options.get("gamma", 0.99)  # the default of all three
     return VecNormalize(stepped, gamma=gamma)
+
+
+def load_model(algorithm: str, path: Path) -> Any:
+    """Return a model that a baseline saved; loading runs code that the file holds.
+
+    Raises:
+        InputError: an unknown algorithm, or its package is not installed.
+    """
+    return _algorithm(algorithm).load(path, device="cpu")
 
 
 def _save(model: Any, path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from tqdm import tqdm
 
 from polygrad_fast.arguments import as_integer
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from polygrad_fast.data.collect import Act
     from polygrad_fast.data.offline_dataset import OfflineDataset
 
+POLICY_FILE = ".safetensors"
+
 
 @dataclass(frozen=True)
 class Collect:
@@ -36,9 +39,10 @@ class Collect:
     out: Path
     """A folder that is not there yet, for a Minari dataset, or a file .npz."""
     policy: str = "random"
-    """"random", the run directory of a trained agent, or a model of Stable-Baselines3 (.zip), whose
-    loading runs code that it holds. With --recipe medium-replay or medium, the run directory of
-    the behaviour policy, which then is not trained."""
+    """"random", the run directory of a trained agent, a policy file (.safetensors, as those in
+    benchmarks/policies), or a model of Stable-Baselines3 (.zip), whose loading runs code that it
+    holds. With --recipe medium-replay, medium or mixed-noise, the run directory of the behaviour
+    policy, which then is not trained; with medium or mixed-noise also its policy file."""
     recipe: Literal["medium-replay", "medium", "medium-expert", "mixed-noise"] | None = None
     """Train a behaviour policy (preset laptop, world model autoregressive) up to --medium-return:
     medium-replay is all its training steps, medium its episodes, medium-expert half of them and
@@ -125,13 +129,17 @@ def _check_recipe(command: Collect) -> None:
 def _from_recipe(command: Collect, env: gymnasium.Env) -> Callable[[], OfflineDataset]:
     from polygrad_fast import recipes
 
-    given = {"medium": command.medium_return, "expert": command.expert_return}
+    wanted = {"medium": command.medium_return, "expert": command.expert_return}
     levels = recipes.levels_of(command.recipe)
-    returns = recipes.level_returns(command.env_id, levels, given)
+    returns = recipes.level_returns(command.env_id, levels, wanted)
+    noise = command.noise_std or recipes.NOISE_STD
+    size = command.episodes, command.steps, command.seed, noise
     if command.policy != "random":
-        options = command.checkpoint, command.episodes, command.steps, command.seed
-        run = command.recipe, Path(command.policy), env, returns["medium"]
-        return lambda: recipes.collect_from_run(*run, *options)
+        path = Path(command.policy)
+        given = command.recipe, path, env, returns["medium"]
+        if path.suffix == POLICY_FILE:
+            return lambda: recipes.collect_from_file(*given, *size)
+        return lambda: recipes.collect_from_run(*given, command.checkpoint, *size)
     name = re.sub(r"[^\w.-]+", "-", command.env_id)
     run_dir = Path(command.run_dir or f"runs/{name}-behaviour-{command.seed}")
     behaviour = recipes.Behaviour(
@@ -139,10 +147,7 @@ def _from_recipe(command: Collect, env: gymnasium.Env) -> Callable[[], OfflineDa
     )
     reached = ", ".join(f"{level} from a mean return of {returns[level]:g} on" for level in levels)
     print(f"{command.recipe}: the behaviour policy is trained in {run_dir} ({reached})")
-    noise = command.noise_std or recipes.NOISE_STD
-    return lambda: recipes.collect_recipe(
-        command.recipe, behaviour, command.episodes, command.steps, command.seed, noise
-    )
+    return lambda: recipes.collect_recipe(command.recipe, behaviour, *size)
 
 
 def _from_policy(command: Collect, env: gymnasium.Env) -> Callable[[], OfflineDataset]:
@@ -169,7 +174,7 @@ def _from_policy(command: Collect, env: gymnasium.Env) -> Callable[[], OfflineDa
 def _behaviour(command: Collect, env: gymnasium.Env) -> tuple[Act, dict[str, Any]]:
     """Return the policy to collect with, and what the dataset's recipe says of it."""
     from polygrad_fast.data.collect import random_actions
-    from polygrad_fast.data.environment import check_spaces
+    from polygrad_fast.data.environment import check_spaces, environment_name
 
     dims = check_spaces(env)
     if command.policy == "random":
@@ -178,6 +183,13 @@ def _behaviour(command: Collect, env: gymnasium.Env) -> tuple[Act, dict[str, Any
         return random_actions(env, command.seed), {"policy": "random"}
     path = Path(command.policy)
     recipe = {"policy": command.policy, "deterministic": command.deterministic}
+    if path.suffix == POLICY_FILE:
+        from polygrad_fast.data.policy_file import load_policy
+
+        policy = load_policy(path, environment_name(env))
+        recipe |= {"trained_by": policy.facts.recipe, "evaluated_return": policy.facts.mean_return}
+        draws = None if command.deterministic else np.random.default_rng(command.seed)
+        return lambda observation: policy.act(observation, draws), recipe
     if path.is_file():
         from polygrad_fast.data.sb3 import load_stable_baselines3
 

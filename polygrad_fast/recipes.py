@@ -23,6 +23,7 @@ from polygrad_fast.data.actions import ActionScaler
 from polygrad_fast.data.collect import Act, collect_episodes, describe_episodes
 from polygrad_fast.data.environment import environment_name, make_environment
 from polygrad_fast.data.offline_dataset import OfflineDataset
+from polygrad_fast.data.policy_file import load_policy
 from polygrad_fast.data.replay import ReplayBuffer
 from polygrad_fast.errors import InputError
 from polygrad_fast.runs.directory import read_run_config
@@ -363,28 +364,26 @@ def collect_from_run(
     num_episodes: int | None = None,
     num_steps: int | None = None,
     seed: int = 0,
+    noise_std: Sequence[float] = NOISE_STD,
     on_episode: OnEpisode | None = None,
 ) -> OfflineDataset:
     """Return the dataset of a recipe whose behaviour policy is that of a run of `train`.
 
     Args:
         recipe: "medium-replay": the run's steps up to the first evaluation that reached the return;
-            "medium": episodes of the policy of a checkpoint whose evaluation reached it.
+            "medium" and "mixed-noise": episodes of the policy of a checkpoint whose evaluation
+            reached it.
         run_dir: of the run.
         env: the environment to play in.
         medium_return: mean return from which on a policy is medium.
-        checkpoint: "best" or "last", of "medium".
-        num_episodes, num_steps, seed, on_episode: of "medium", see `collect_recipe`.
+        checkpoint: "best" or "last", of medium and mixed-noise.
+        num_episodes, num_steps, seed, noise_std, on_episode: of these, see `collect_recipe`.
 
     Raises:
         InputError: another recipe, a run of another environment, or the return was not reached.
         CheckpointError: no run of `train`, or no checkpoint that can be used.
     """
-    if recipe not in ("medium-replay", "medium"):
-        raise InputError(
-            f"--policy must be left out with --recipe {recipe}, which trains its own policy, got "
-            f"{run_dir}"
-        )
+    _check_needs_one_policy(recipe, run_dir, ("medium-replay", "medium", "mixed-noise"))
     read_run_config(run_dir)
     name = environment_name(env)
     replays = recipe == "medium-replay"
@@ -406,7 +405,79 @@ def collect_from_run(
     described |= _described(agent, "medium", step, medium_return, found[step])
     if replays:
         return replay_dataset(agent.replay, agent.action_scaler, name, described, step)
+    act = stochastic_actions(agent, seed)
+    return _play(env, act, described, num_episodes, num_steps, seed, noise_std, on_episode)
+
+
+def collect_from_file(
+    recipe: str,
+    path: Path,
+    env: gymnasium.Env,
+    medium_return: float,
+    num_episodes: int | None = None,
+    num_steps: int | None = None,
+    seed: int = 0,
+    noise_std: Sequence[float] = NOISE_STD,
+    on_episode: OnEpisode | None = None,
+) -> OfflineDataset:
+    """Return the dataset of a recipe whose behaviour policy is that of a policy file.
+
+    Args:
+        recipe: "medium" or "mixed-noise".
+        path: of the file, see `data.policy_file`.
+        env: the environment to play in.
+        medium_return: what the policy's stored mean return must have reached.
+        num_episodes, num_steps, seed, noise_std, on_episode: see `collect_recipe`.
+
+    Raises:
+        InputError: another recipe, no usable file, one of another environment, or of a lower
+            return.
+    """
+    _check_needs_one_policy(recipe, path, ("medium", "mixed-noise"))
+    policy = load_policy(path, environment_name(env))
+    facts = policy.facts
+    if facts.mean_return < medium_return:
+        raise InputError(
+            f"--policy {path} must have reached a mean return of {medium_return:g} "
+            f"(--medium-return), got {facts.mean_return:.0f}"
+        )
+    described = {
+        "recipe": recipe,
+        "policy": "medium",
+        "trained_by": f"{facts.algorithm}: {facts.recipe}",
+        "training_seed": facts.seed,
+        "env_step": facts.env_steps,
+        "wanted_return": medium_return,
+        "evaluated_return": facts.mean_return,
+    }
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+
+    def act(observation: np.ndarray) -> np.ndarray:
+        return policy.act(observation, generator)
+
+    return _play(env, act, described, num_episodes, num_steps, seed, noise_std, on_episode)
+
+
+def _check_needs_one_policy(recipe: str, policy: Path, allowed: tuple[str, ...]) -> None:
+    if recipe not in allowed:
+        raise InputError(
+            f"--policy {policy} must be left out with --recipe {recipe}: it serves "
+            f"{' and '.join(allowed)}"
+        )
+
+
+def _play(
+    env: gymnasium.Env,
+    act: Act,
+    described: dict[str, Any],
+    num_episodes: int | None,
+    num_steps: int | None,
+    seed: int,
+    noise_std: Sequence[float],
+    on_episode: OnEpisode | None,
+) -> OfflineDataset:
+    """Return episodes of a medium policy, with noise where the recipe is mixed-noise."""
     if num_episodes is None and num_steps is None:
         num_steps = STEPS
-    act = stochastic_actions(agent, seed)
-    return collect_episodes(env, act, num_episodes, seed, (), described, on_episode, num_steps)
+    noise = tuple(noise_std) if described["recipe"] == "mixed-noise" else ()
+    return collect_episodes(env, act, num_episodes, seed, noise, described, on_episode, num_steps)

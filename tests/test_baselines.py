@@ -60,3 +60,46 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
     with pytest.raises(pg.InputError, match="needs the package no_such_package: pip install"):
         train_baseline("ppo", "Pendulum-v1", tmp_path / "run", 10)
     assert not (tmp_path / "run").exists()
+
+
+def test_normalized_training_saves_models_that_read_observations_as_they_are(tmp_path):
+    """Returns played from best.zip are those of the evaluation that chose it, which normalized."""
+    run = tmp_path / "run"
+    options = {"num_envs": 2, "normalize": True, "hyperparameters": {"n_steps": 32}}
+    train_baseline("ppo", "InvertedPendulum-v5", run, 150, 3, 60, 4, **options)
+    rows = [row for row in read_metrics(run / "metrics.csv") if "eval/mean_reward" in row]
+    assert [row["env_step"] for row in rows] == [0, 60, 120, 150]
+    config = json.loads((run / "config.json").read_text())
+    assert {name: config[name] for name in options} == options
+    environment = pg.PolyGRAD(
+        "InvertedPendulum-v5", "quick", device="cpu"
+    ).make_evaluation_environment()
+    seeds = np.random.default_rng(3).integers(2**31, size=4).tolist()
+    for name, wanted in (("best", "best_mean_reward"), ("last", "mean_reward")):
+        model = baselines.load_model("ppo", run / f"{name}.zip")
+        assert model.n_steps == 32 and model.get_vec_normalize_env() is None
+        again = evaluate_policy(
+            lambda o, model=model: model.predict(o, deterministic=True)[0], [environment], seeds
+        )
+        assert again.mean_reward == pytest.approx(rows[-1][f"eval/{wanted}"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "message"),
+    [
+        ("sac", {"normalize": True}, "normalize must be left out with sac: only .'a2c', 'ppo'"),
+        ("ppo", {"num_envs": 0}, "num_envs must be an integer of at least 1, got 0"),
+        ("ppo", {"hyperparameters": {"steps": 3}}, "ppo refuses hyperparameters .*'steps'"),
+        ("ppo", {"hyperparameters": {"policy_kwargs": 3}}, "ppo refuses hyperparameters"),
+    ],
+)
+def test_unusable_options_are_named(tmp_path, algorithm, options, message):
+    with pytest.raises(pg.InputError, match=message):
+        train_baseline(algorithm, "Pendulum-v1", tmp_path / "run", 10, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_hyperparameters_are_json(tmp_path, capsys):
+    words = ["baseline", "--env-id", "Pendulum-v1", "--run-dir", str(tmp_path / "run")]
+    assert cli.main([*words, "--hyperparameters", "n_steps=many"]) == 2
+    assert "must be NAME=VALUE with values in JSON, got 'n_steps=many'" in capsys.readouterr().err

@@ -207,6 +207,12 @@ def test_the_command_trains_and_continues(tmp_path, monkeypatch, capsys):
     assert collect("played.npz", *words, *returns) == 0
     played = load_dataset("played.npz")
     assert np.array_equal(played.actions, dataset.actions) and played.recipe["env_step"] == 60
+    words = ("--policy", run_dir, "--recipe", "mixed-noise", "--episodes", "3", *returns)
+    assert collect("mixed.npz", *words, "--checkpoint", "last", "--noise-std", "0", "0.5") == 0
+    mixed = load_dataset("mixed.npz")
+    first = int(np.flatnonzero(mixed.ends)[0]) + 1
+    assert np.array_equal(mixed.actions[:first], played.actions[:first])
+    assert mixed.recipe["noise_std"] == [0.0, 0.5] and mixed.recipe["recipe"] == "mixed-noise"
     capsys.readouterr()
     for recipe, end in (("medium-replay", ""), ("medium", " of its last policy")):
         words = ("--policy", run_dir, "--recipe", recipe, "--checkpoint", "last")
@@ -218,7 +224,11 @@ def test_the_command_trains_and_continues(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--recipe mixed-noise --policy run", "--policy must be left out with --recipe mixed"),
+        ("--recipe mixed-noise --policy run", "run is not a run directory"),
+        ("--recipe medium-expert --policy run", "--policy run must be left out with --recipe med"),
+        ("--recipe medium-replay --policy p.safetensors", "it serves medium and mixed-noise"),
+        ("--recipe medium --policy p.safetensors", "p.safetensors is not a policy file: No such"),
+        ("--policy p.safetensors", "p.safetensors is not a policy file: No such file"),
         ("--recipe medium --deterministic", "--deterministic must be left out with --recipe"),
         ("--recipe medium --noise-std 0.1", "--noise-std must be left out with --recipe medium"),
         ("--recipe medium-replay --steps 9", "--episodes and --steps must be left out"),

@@ -37,10 +37,11 @@ DEFAULTS = {"seed": 0, "eval_interval": 5000, "eval_episodes": 10, "num_envs": 1
 """Of `polygrad-fast baseline`, left out of the recipe."""
 
 
-def recipe_of(config: dict[str, Any]) -> str:
-    """Return the command that made a run with this config.json."""
+def recipe_of(config: dict[str, Any], env_steps: int) -> str:
+    """Return the command whose last policy is that of a run with this config.json after so many
+    environment steps: no hyperparameter in JSON depends on how many there will be."""
     words = ["polygrad-fast", "baseline", "--env-id", config["env_id"]]
-    words += ["--algo", config["baseline"], "--total-timesteps", str(config["total_timesteps"])]
+    words += ["--algo", config["baseline"], "--total-timesteps", str(env_steps)]
     for name, default in DEFAULTS.items():
         if config[name] != default:
             words += [f"--{name.replace('_', '-')}", str(config[name])]
@@ -98,12 +99,13 @@ def export(run_dir: Path, folder: Path, episodes: int, evaluation_seed: int) -> 
     env_id, algorithm = config["env_id"], config["baseline"]
     rows = [row for row in read_metrics(run_dir / "metrics.csv") if "eval/mean_reward" in row]
     best = [row for row in rows if row["eval/mean_reward"] == row["eval/best_mean_reward"]][-1]
+    env_steps = int(best["env_step"])
     facts = {
         "env_id": env_id,
         "algorithm": f"{ALGORITHMS[algorithm][1]} of {config['package']}",
-        "env_steps": int(best["env_step"]),
+        "env_steps": env_steps,
         "seed": config["seed"],
-        "recipe": recipe_of(config),
+        "recipe": recipe_of(config, env_steps),
         "evaluation_seed": evaluation_seed,
         "versions": versions,
     }

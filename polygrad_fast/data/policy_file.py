@@ -38,7 +38,7 @@ class PolicyFacts:
     seed: int
     """Of the training."""
     recipe: str
-    """Command that trained it."""
+    """Command that trains it once more, on the same machine and with the same packages."""
     mean_return: float
     """Of whole episodes of the stored weights' mean, on seeds that neither training nor selection
     saw."""

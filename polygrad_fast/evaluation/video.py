@@ -126,9 +126,9 @@ def write_video(frames: Sequence[np.ndarray], path: Path, fps: float) -> None:
             append(frame)
 
 
-def write_strip(frames: Sequence[np.ndarray], path: Path, num: int = 8, width: int = 240) -> None:
+def write_strip(frames: Sequence[np.ndarray], path: Path, num: int = 6, width: int = 240) -> None:
     """Write a picture (.png) of at most `num` frames, evenly spaced, side by side, each `width`
-    pixels wide."""
+    pixels wide, in 256 colors."""
     from PIL import Image
 
     picks = np.unique(np.linspace(0, len(frames) - 1, num).round().astype(int))
@@ -138,7 +138,8 @@ def write_strip(frames: Sequence[np.ndarray], path: Path, num: int = 8, width: i
         frame = Image.fromarray(frames[pick]).resize((width, height), Image.Resampling.LANCZOS)
         strip.paste(frame, (width * i, 0))
     data = io.BytesIO()
-    strip.save(data, format="PNG")
+    small = strip.quantize(256, dither=Image.Dither.NONE)
+    small.save(data, format="PNG", optimize=True)
     write_bytes_atomic(path, data.getvalue())
 
 

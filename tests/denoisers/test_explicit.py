@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import polygrad_fast as pg
+from polygrad_fast.denoisers import products
 from polygrad_fast.denoisers.explicit import explicit_passes, is_as_built
 from polygrad_fast.denoisers.one_step import OneStepNetwork
-from polygrad_fast.denoisers.products import ONEDNN_FROM, TrainedLinear
+from polygrad_fast.denoisers.products import ONEDNN_FROM, TrainedLinear, onednn_offers
 
 S, A, K = 3, 2, 12
 
@@ -110,6 +111,25 @@ def test_one_step_network_in_float64(batch, as_rollout):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
 
 
+@pytest.fixture(params=["MKL", "oneDNN"])
+def library(request, monkeypatch):
+    """Whose products are taken, whatever this processor's instructions."""
+    if request.param == "oneDNN" and not onednn_offers(torch.float32):
+        pytest.skip("this build of PyTorch has no oneDNN")
+    takes = request.param == "oneDNN"
+    monkeypatch.setattr(products, "onednn_trains", lambda dtype: takes and dtype == torch.float32)
+    return request.param
+
+
+@pytest.mark.parametrize("widest, takes", [("AVX2", False), ("AVX512", True), ("DEFAULT", False)])
+def test_onednn_trains_where_it_is_faster(monkeypatch, widest, takes):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)
+    monkeypatch.setattr(products, "onednn_offers", lambda dtype: True)
+    assert products.onednn_trains(torch.float32) == takes
+    assert not products.onednn_trains(torch.bfloat16)
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("conditioning", ["input", "layer"])
 @pytest.mark.parametrize("dtype, factor", [(torch.float32, 3), (torch.bfloat16, 3)])
 def test_rounding_is_that_of_autograd(conditioning, dtype, factor):
@@ -140,7 +160,7 @@ def test_rounding_of_the_one_step_network():
 
 
 @pytest.mark.parametrize("rows", [1, 300])
-def test_a_linears_products(rows):
+def test_a_linears_products(rows, library):
     linear = nn.Linear(272, 257)
     g = torch.Generator().manual_seed(0)
     x, gradient = torch.randn(rows, 272, generator=g), torch.randn(rows, 257, generator=g)
@@ -149,6 +169,7 @@ def test_a_linears_products(rows):
     for parameter in linear.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
     trained = TrainedLinear(linear, torch.float32)
+    assert trained._takes_onednn(x) == (library == "oneDNN" and rows == 300)
     with torch.no_grad():
         torch.testing.assert_close(trained.forward(x, residual), residual + linear(x))
         assert torch.equal(residual, kept)

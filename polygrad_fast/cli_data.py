@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from polygrad_fast.arguments import as_integer
@@ -184,6 +183,8 @@ def _behaviour(command: Collect, env: gymnasium.Env) -> tuple[Act, dict[str, Any
     path = Path(command.policy)
     recipe = {"policy": command.policy, "deterministic": command.deterministic}
     if path.suffix == POLICY_FILE:
+        import numpy as np
+
         from polygrad_fast.data.policy_file import load_policy
 
         policy = load_policy(path, environment_name(env))

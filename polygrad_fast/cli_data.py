@@ -63,8 +63,8 @@ class Collect:
     """Of --recipe: where the behaviour policy is trained; default
     runs/ENV_ID-behaviour-SEED."""
     medium_return: float | None = None
-    """Mean return of 10 episodes from which on a policy is medium; default 1000 on Hopper, 1500 on
-    Walker2d, 4000 on HalfCheetah, 300 on InvertedPendulum."""
+    """Mean return of 10 episodes from which on a policy is medium; default 1000 on Hopper and
+    Walker2d, 1800 on HalfCheetah, 300 on InvertedPendulum."""
     expert_return: float | None = None
     """Likewise for an expert; default 3000, 3000, 5500 and 950."""
     progress: bool = True

@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=12345, help="of these (%(default)s)")
     options = parser.parse_args(arguments)
     try:
+        list_policies(options.out)  # a folder without a place for the table is refused now
         for run_dir in options.run_dirs:
             facts = export(run_dir, options.out, options.episodes, options.seed).facts
             print(f"{facts.env_id}: {facts.mean_return:.0f} +- {facts.std_return:.0f}", flush=True)

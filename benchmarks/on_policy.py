@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace, file: RowFile, command: str) -> None:
             config = trajectory_diffusion(agent.config, sampler, guidance_rate=0.1)
             torch.manual_seed(seed)
             world_model = build_world_model(config, agent.normalizer, bounds, torch.device("cpu"))
-            train(world_model, agent, config, options.seconds)
+            train(world_model, agent.replay, config.denoiser.batch_size, options.seconds)
             for sigma in SIGMAS:
                 policy = agent.policy.with_std(sigma)
                 if sampler.action_update == "score":

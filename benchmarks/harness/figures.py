@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import abc
-import dataclasses
-import hashlib
-import json
 import math
 import re
 import textwrap
@@ -13,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.chance_tables import ChanceFigure
+from harness.figure import Figure
 from harness.rows import Row
 from polygrad_fast.errors import InputError
 
@@ -30,23 +28,6 @@ class Line:
     dtype: str
     fixed: str  # what is the same at every point, in words
     points: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Figure(abc.ABC):
-    """What one picture shows."""
-
-    name: str
-
-    @property
-    def digest(self) -> str:
-        """Of everything shown; stored in the picture."""
-        shown = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(shown.encode()).hexdigest()
-
-    @abc.abstractmethod
-    def draw(self, picture) -> None:
-        """Draw on an empty matplotlib figure."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +119,7 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
     - batch: time per trajectory against the batch size, at the shortest horizon of each network.
     - learning: returns during training of every environment and seed measured by
       benchmarks/quick_seeds.py; none where there is no such row.
+    - chance: distances to the truth in worlds with chance (benchmarks/chance.py), likewise.
     - figure_4: time per trajectory against the horizon, at the largest batch that was measured at
       most horizons; as the paper's figure 4, seconds per 1000 trajectories against their length,
       for the two of its world models that are implemented here.
@@ -206,8 +188,10 @@ def _figures(rows: Iterable[Row]) -> list[Figure]:
             models = panels.setdefault(title, {})
             model = row.case["world_model"].replace("_", " ")
             models.setdefault(model, {})[seed] = list(row.curves.values())
+    chance = ChanceFigure.of("chance.png", rows)
     return [
         *([LearningFigure("learning.png", panels)] if panels else []),
+        *([chance] if chance else []),
         SpeedFigure("batch.png", by_batch, "batch size B", time),
         SpeedFigure(
             "figure_4.png",

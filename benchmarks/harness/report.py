@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.chance_tables import chance_caption, chance_table
 from harness.pgd_tables import (
     returns_caption,
     returns_table,
@@ -840,6 +841,7 @@ TABLES = {
         _quick_seeds_each, ("quick_seeds",), caption=_quick_seeds_each_caption
     ),
     "world_models": Table(_world_models, ("world_models",), caption=_world_models_caption),
+    "chance": Table(lambda rows: _grid(*chance_table(rows)), ("chance",), caption=chance_caption),
     "on_policy": Table(_on_policy, ("on_policy",), caption=_on_policy_caption),
     "pgd_returns": Table(
         lambda rows: _grid(*returns_table(rows)), ("pgd_returns",), caption=returns_caption

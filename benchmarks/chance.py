@@ -1,0 +1,140 @@
+"""Where does trajectory diffusion win? Worlds with chance in them, or with observations that hide
+something: what each world model imagines against what happens, each trained as long.
+
+    python benchmarks/chance.py --seeds 0 1 2
+
+Three worlds (`harness/chance_tasks.py`): a linear-Gaussian system whose mean and covariance are
+known, HalfCheetah-v5 with noise on its actions, and HalfCheetah-v5 without its velocities. Data and
+truth are the same for all seeds, which are those of weights, updates and imagination. A row is
+stored as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from world_models import EXACT, RESIDUAL_MLP, sample_seconds, train, trajectory_diffusion
+
+from harness.chance_tasks import HORIZONS, TASKS, Sizes, Task, floor, score
+from harness.rows import Row, RowFile, provenance
+from polygrad_fast.config import TrainConfig
+from polygrad_fast.errors import InputError
+from polygrad_fast.policy import GaussianPolicy
+from polygrad_fast.world_models import WorldModel
+from polygrad_fast.world_models.build import build_world_model
+
+RESULTS = Path(__file__).parent / "results" / "chance.jsonl"
+BATCHES = (64, 1024)
+"""Trajectories imagined at a time, whose cost is measured."""
+WIDE = replace(RESIDUAL_MLP, hidden_dim=512)
+IMAGINED_AT_A_TIME = 512
+ROLLOUT = "trajectory diffusion, rollout"
+
+
+def configurations() -> dict[str, TrainConfig]:
+    """Return by name what is trained. Windows hold the start and the steps up to a horizon."""
+    laptop = TrainConfig.from_preset("laptop")
+    short, long = (
+        replace(trajectory_diffusion(laptop, EXACT, WIDE, num_steps=32), horizon=h + 1)
+        for h in HORIZONS
+    )
+    rollout = replace(RESIDUAL_MLP, kind="rollout", batch_size=32, process_noise=True)
+    noisy = replace(long.autoregressive, process_noise=True)
+    unscaled = replace(EXACT, scale_actions=False)
+    return {
+        "one-step network": replace(long, world_model="autoregressive", autoregressive=noisy),
+        "ensemble": replace(long, world_model="ensemble"),
+        ROLLOUT: trajectory_diffusion(long, unscaled, rollout, 64),
+        "trajectory diffusion, 51 steps": long,
+        "trajectory diffusion, 11 steps": short,
+    }
+
+
+def imagine(world_model: WorldModel, task: Task, seed: int) -> Tensor:
+    """Return imagined observations [M N, H, S], the trajectories of a start together."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = task.starts.repeat_interleave(task.draws, dim=0)
+    parts = [
+        world_model.imagine(part, task.policy, generator).observations
+        for part in starts.split(IMAGINED_AT_A_TIME)
+    ]
+    return torch.cat(parts)
+
+
+def measure(options: argparse.Namespace, file: RowFile, command: str) -> None:
+    """Measure every case and store its row."""
+    facts = provenance(torch.device("cpu"), command)
+    sizes = Sizes(*options.sizes)
+
+    def store(case: dict, values: dict[str, float]) -> None:
+        row = Row(
+            **dataclasses.asdict(facts),
+            benchmark="chance",
+            dtype="float32",
+            case=case,
+            status="ok",
+            values=values,
+            smoke=options.smoke,
+        )
+        file.add(row)
+        print(case, {name: round(value, 3) for name, value in values.items()}, flush=True)
+
+    for name in options.only:
+        task = TASKS[name](sizes)
+        normalizer = task.normalizer()
+        scale = normalizer.observations_scale
+        store({"task": name, "model": "truth again", "seed": 0}, floor(task, scale))
+        for seed in options.seeds:
+            for model, config in configurations().items():
+                if model == ROLLOUT and not isinstance(task.policy, GaussianPolicy):
+                    continue  # settled at once with policies of the library only, else too slow
+                torch.manual_seed(seed)
+                bounds = tuple(torch.as_tensor(bound) for bound in task.bounds)
+                world_model = build_world_model(config, normalizer, bounds, torch.device("cpu"))
+                replay, batch_size = task.replay(config.horizon), config.world_model_training
+                updates = train(world_model, replay, batch_size.batch_size, options.seconds, seed)
+                trained = {"updates": updates, "train_seconds": options.seconds}
+                case = {"task": name, "model": model, "seed": seed}
+                values = score(task, imagine(world_model, task, seed), scale) | trained
+                for batch in BATCHES:
+                    starts = replay.sample_initial_observations(8 if options.smoke else batch)
+                    seconds = sample_seconds(world_model, starts, task.policy, options.calls)
+                    values[f"seconds_per_1000_{batch}"] = seconds
+                store(case, values)
+                if model == "one-step network":
+                    world_model.trainer.ema_model.residual_squares.zero_()
+                    values |= score(task, imagine(world_model, task, seed), scale)
+                    store(case | {"model": f"{model}, without chance"}, values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure the worlds and seeds of the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=30.0, help="of training (%(default)s)")
+    parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the mechanics")
+    options = parser.parse_args(arguments)
+    options.sizes, options.calls = dataclasses.astuple(Sizes()), 3
+    if options.smoke:
+        options.seconds, options.sizes, options.calls = 0.05, (800, 4, 4), 1
+    torch.set_num_threads(1)
+    command = shlex.join(["python", "benchmarks/chance.py", *arguments])
+    try:
+        measure(options, RowFile(options.rows), command)
+    except InputError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -111,8 +111,8 @@ def measure(options: argparse.Namespace, file: RowFile, command: str) -> None:
                 store(case, values)
                 if model == "one-step network":
                     world_model.trainer.ema_model.residual_squares.zero_()
-                    values |= score(task, imagine(world_model, task, seed), scale)
-                    store(case | {"model": f"{model}, without chance"}, values)
+                    without = values | score(task, imagine(world_model, task, seed), scale)
+                    store(case | {"model": f"{model}, without chance"}, without)
 
 
 def main(arguments: list[str] | None = None) -> int:

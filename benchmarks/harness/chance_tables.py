@@ -97,6 +97,8 @@ class ChanceFigure(Figure):
 
     def draw(self, picture) -> None:
         """Draw a point for every seed; dashed lines are the second true sample."""
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
         titles = list(self.panels)
         models = list(dict.fromkeys(m for panel in self.panels.values() for m in panel))[::-1]
         picture.set_size_inches(2.9 * len(titles) + 1.5, 2.7)
@@ -114,6 +116,9 @@ class ChanceFigure(Figure):
                 if title in self.floors:
                     axes.axvline(self.floors[title][label], color=color, ls="--", linewidth=1)
             axes.set(xscale="log", title=title)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("s per 1,000" if title == "cost" else "distance to the truth")
             axes.set_yticks(range(len(models)), models)
             axes.set_ylim(-0.5, len(models) - 0.5)

@@ -27,6 +27,7 @@ def test_worlds_with_chance_are_compared(tmp_path):
         for model, values in task.items():
             assert values["energy_10"] > 0
             assert ("energy_50" in values) == (model != "trajectory diffusion, 11 steps")
+        assert task["one-step network"] != task["one-step network, without chance"]
     linear = found["linear-Gaussian"]
     best = linear.pop("truth again")
     assert all(values["energy_10"] > best["energy_10"] for values in linear.values())

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from world_models import EXACT, RELEASED, train, trajectory_diffusion, tune_guidance
+from world_models import EXACT, RELEASED, starts_of, train, trajectory_diffusion
 
 from harness.rows import Row, RowFile, provenance
 from polygrad_fast.agent import PolyGRAD
@@ -28,6 +28,7 @@ from polygrad_fast.config import (
     TrainConfig,
 )
 from polygrad_fast.diagnostics.actions import action_report
+from polygrad_fast.diagnostics.guidance import tune_guidance
 from polygrad_fast.errors import InputError
 from polygrad_fast.world_models.build import build_world_model
 
@@ -70,7 +71,7 @@ def measure(options: argparse.Namespace, file: RowFile, command: str) -> None:
             for sigma in SIGMAS:
                 policy = agent.policy.with_std(sigma)
                 if sampler.action_update == "score":
-                    tune_guidance(world_model, agent, options.tune, policy)
+                    tune_guidance(world_model, policy, *starts_of(agent), options.tune)
                 report = action_report(
                     world_model, agent.policy, agent.normalizer, starts, sigma, seed
                 )

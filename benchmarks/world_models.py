@@ -15,10 +15,12 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from harness.rows import Row, RowFile, provenance
 from polygrad_fast.agent import PolyGRAD
@@ -31,9 +33,8 @@ from polygrad_fast.config import (
 )
 from polygrad_fast.data.replay import ReplayBuffer
 from polygrad_fast.diagnostics.gradient import policy_gradient_report
+from polygrad_fast.diagnostics.guidance import tune_guidance
 from polygrad_fast.errors import InputError
-from polygrad_fast.learners.advantages import spread
-from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.protocols import Policy
 from polygrad_fast.world_models import WorldModel
 from polygrad_fast.world_models.build import STEPWISE, build_world_model
@@ -100,19 +101,13 @@ def train(
     return updates
 
 
-def tune_guidance(
-    world_model: WorldModel, agent: PolyGRAD, samples: int, policy: GaussianPolicy
-) -> None:
-    """Let a world model that has a guidance scale find the one for a policy, as training does
-    (equation 10)."""
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(samples):
-        starts = agent.replay.sample_initial_observations(TIMED_BATCH, generator)
-        batch = world_model.imagine(starts, policy, generator)
-        mean, std = policy(batch.observations)
-        z = ((batch.actions - mean) / std)[:, :-1].detach()
-        names = {"action_std": "std", "action_mean_abs": "mean_abs"}
-        world_model.feedback({name: spread(z, kind).item() for name, kind in names.items()})
+def starts_of(agent: PolyGRAD) -> tuple[Callable[[torch.Generator], Tensor], torch.Generator]:
+    """Return how `tune_guidance` draws starts of a run's replay, and a new stream for it."""
+
+    def draw(generator: torch.Generator) -> Tensor:
+        return agent.replay.sample_initial_observations(TIMED_BATCH, generator)
+
+    return draw, torch.Generator().manual_seed(1)
 
 
 def sample_seconds(
@@ -163,7 +158,7 @@ def measure(agent: PolyGRAD, options: argparse.Namespace, file: RowFile, command
         batch_size = config.world_model_training.batch_size
         updates = train(trained, agent.replay, batch_size, options.seconds)
         if config.sampler.action_update == "score":
-            tune_guidance(trained, agent, options.tune, agent.policy)
+            tune_guidance(trained, agent.policy, *starts_of(agent), options.tune)
         for steps in numbers_of_steps:
             world_model = trained
             if steps:

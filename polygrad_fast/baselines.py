@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from polygrad_fast.arguments import as_integer
-from polygrad_fast.errors import InputError
+from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.evaluation.environments import EvaluationEnvironments, build_environment
 from polygrad_fast.evaluation.evaluator import Evaluator
 from polygrad_fast.evaluation.returns import EpisodeStatistics
@@ -80,7 +81,7 @@ def train_baseline(
             be made or used, a number out of range, hyperparameters that the algorithm refuses,
             `normalize` with another algorithm, or the directory holds a run.
     """
-    make = _algorithm(algorithm)
+    make = find_algorithm(algorithm)
     total_timesteps = as_integer(total_timesteps, "total_timesteps", 1)
     seed = as_integer(seed, "seed", 0, below=2**32)
     eval_interval = as_integer(eval_interval, "eval_interval", 1)
@@ -168,7 +169,27 @@ class _Evaluations:
         self._since, self._step = time.perf_counter(), step
 
 
-def _algorithm(name: str) -> Any:
+def read_baseline_config(run_dir: Path) -> dict[str, Any]:
+    """Return the config.json that `train_baseline` wrote.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = run_dir / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+        stored["baseline"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from None
+    return stored
+
+
+def find_algorithm(name: str) -> Any:
+    """Return the class of an algorithm.
+
+    Raises:
+        InputError: an unknown one, or its package is not installed.
+    """
     if name not in ALGORITHMS:
         raise InputError(f"algo must be one of {list(ALGORITHMS)}, got {name!r}")
     package, kind = ALGORITHMS[name]

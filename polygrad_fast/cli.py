@@ -292,7 +292,7 @@ def _parse(arguments: list[str]) -> Any:
     flag = functools.partial(_flag, arguments)
     defaults = {Train: _train_defaults(arguments)}
     defaults |= cli_offline.defaults(arguments[:1], flag, _resumes(arguments))
-    defaults |= cli_reproduce.defaults(arguments[:1], flag)
+    defaults |= cli_reproduce.defaults(arguments, flag)
     subcommands = [
         Annotated[
             options,

@@ -5,6 +5,7 @@ What takes long to import is imported by the command that needs it, as in `cli`.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,42 +15,71 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from polygrad_fast.arguments import as_seeds
-from polygrad_fast.config import PGDScale
+from polygrad_fast.config import PGDScale, PolyGRADScale
+from polygrad_fast.config.options import Options
 from polygrad_fast.errors import InputError
 from polygrad_fast.runs.interrupts import end_on_interrupt
 
-Name = Literal["pgd-returns", "pgd-likelihood", "pgd-error"]
+POLYGRAD = ("fig3", "fig4", "fig5", "fig6", "fig8")
+PGD = ("pgd-returns", "pgd-likelihood", "pgd-error")
+Name = Literal["fig3", "fig4", "fig5", "fig6", "fig8", "pgd-returns", "pgd-likelihood", "pgd-error"]
 Scale = Literal["quick", "paper"]
 
 
 @dataclass(frozen=True)
 class Reproduce:
-    """Repeat an experiment of policy-guided diffusion: collect data, train, evaluate, and write a
-    table (.csv) and a figure (.png). The same command continues what was interrupted."""
+    """Repeat an experiment of the papers: collect data, train, evaluate, and write a table (.csv)
+    and a figure (.png). The same command continues what was interrupted. Options below are those of
+    PolyGRAD's experiments; `reproduce pgd-returns --help` shows those of policy-guided
+    diffusion's."""
 
     name: tyro.conf.Positional[Name]
-    """Returns of agents (table 2), likelihood of guided actions (figure 5), or error of guided
-    trajectories (figure 6)."""
+    """Of PolyGRAD: distribution of imagined actions (fig3), error and computation time of world
+    models (fig4), their error at every step (fig5), learning curves beside model-free algorithms
+    (fig6) and of ablations (fig8). Of policy-guided diffusion: returns of agents (table 2),
+    likelihood of guided actions (figure 5), or error of guided trajectories (figure 6)."""
     scale: Scale = "quick"
     """Sizes for a CPU, or the paper's."""
     seeds: str = "0-4"
-    """Of models and agents, e.g. 0-4 or 0,2."""
-    out: Path = Path("runs/reproduce_pgd")
-    """Folder of datasets, models, agents, results, table and figure; the experiments share it."""
+    """Of models, agents and trainings, e.g. 0-4 or 0,2."""
+    out: Path = Path("runs/reproduce")
+    """Folder of datasets, models, trainings, results, table and figure; the experiments of a paper
+    share it."""
     progress: bool = True
     """Show progress bars."""
-    sizes: Annotated[PGDScale, tyro.conf.arg(name="")] = field(default_factory=PGDScale)
+    sizes: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=PolyGRADScale)
 
 
-def defaults(command: list[str], flag: Callable[[str], str | None]) -> dict[type, Reproduce]:
-    """Return what `reproduce` starts from: the sizes of its scale.
+def defaults(arguments: list[str], flag: Callable[[str], str | None]) -> dict[type, Reproduce]:
+    """Return what `reproduce` starts from: the sizes of its scale, of the named experiment's paper.
 
     Raises:
-        InputError: unknown scale.
+        InputError: unknown scale, or a size of the other paper's experiments.
     """
-    scale = (flag("scale") if command == ["reproduce"] else None) or "quick"
-    sizes = PGDScale.from_scale(scale)
-    return {Reproduce: Reproduce(tyro.MISSING, scale, sizes=sizes)}
+    if arguments[:1] != ["reproduce"]:
+        return {Reproduce: Reproduce(tyro.MISSING)}
+    own, other, out = PolyGRADScale, PGDScale, Path("runs/reproduce")
+    name = _experiment(arguments)
+    if name in PGD:
+        own, other, out = PGDScale, PolyGRADScale, Path("runs/reproduce_pgd")
+    known, others = ({each.name for each in dataclasses.fields(kind)} for kind in (own, other))
+    for size in sorted(others):
+        option = size.replace("_", "-")
+        if name is not None and size not in known and flag(option) is not None:
+            experiments = PGD if other is PGDScale else POLYGRAD
+            raise InputError(
+                f"--{option} must be left out with {name}: it is of {', '.join(experiments)}"
+            )
+    scale = flag("scale") or "quick"
+    return {Reproduce: Reproduce(tyro.MISSING, scale, out=out, sizes=own.from_scale(scale))}
+
+
+def _experiment(arguments: list[str]) -> str | None:
+    """Return the experiment that the arguments name; None: none."""
+    for before, word in zip(arguments, arguments[1:], strict=False):
+        if word in (*POLYGRAD, *PGD) and before != "--out":
+            return word
+    return None
 
 
 def _reproduce(command: Reproduce) -> None:

@@ -89,6 +89,17 @@ class GaussianPolicy(nn.Module):
             changed.log_std.fill_(math.log(std))
         return changed
 
+    @torch.no_grad()
+    def on_raw_observations(self) -> GaussianPolicy:
+        """Return a copy that is the same function of raw observations and has no normalizer: the
+        moments are folded into the first layer, as they now are."""
+        copied = copy.deepcopy(self, {id(self.normalizer): None})
+        if self.normed_inputs:
+            first, copied.normed_inputs = copied.network[0], False
+            first.weight /= self.normalizer.observations_scale
+            first.bias -= first.weight @ self.normalizer.observations_mean
+        return copied
+
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the raw actions, [..., A] each, at raw observations
         [..., S].

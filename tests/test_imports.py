@@ -20,7 +20,7 @@ ARROWS = {
     "cli_offline": "offline",
     "cli_reproduce": "reproduce",
     "cli_seeds": "evaluation runs",
-    "reproduce": "recipes offline",
+    "reproduce": "recipes offline baselines",
     "baselines": "evaluation runs",
     "compat": "agent",
     "recipes": "agent",

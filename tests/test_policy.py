@@ -85,6 +85,21 @@ def test_another_std_leaves_the_means_and_the_policy_as_they_are(normed):
             policy.with_std(wrong)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_on_raw_observations_it_is_the_same_function_without_a_normalizer(normed):
+    normalizer = make_normalizer()
+    policy = pg.GaussianPolicy(S, A, 8, 1, normed_inputs=normed, normalizer=normalizer)
+    observations = 3 * torch.randn(40, S) + 1
+    mean, std = policy(observations)
+    raw = policy.on_raw_observations()
+    assert raw.normalizer is None and not raw.normed_inputs
+    normalizer.observations_mean += 5.0  # which it no longer sees
+    for got, wanted in zip(raw(observations), (mean, std), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+    assert torch.allclose(raw.with_std(0.5)(observations)[0], mean, atol=1e-5)
+    assert policy.normed_inputs == normed and policy.normalizer is normalizer
+
+
 def test_mean_is_tanh_of_the_released_trunk():
     policy = pg.GaussianPolicy(S, A, hidden_dim=8, num_layers=2)
     w = {n: p.double() for n, p in policy.network.state_dict().items()}

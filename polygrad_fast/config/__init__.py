@@ -19,7 +19,7 @@ from polygrad_fast.config.groups import (
 from polygrad_fast.config.offline import DiffuseConfig, DynamicsConfig, OfflineTrainConfig
 from polygrad_fast.config.offline_agents import IQLConfig, OfflineAgentConfig, TD3BCConfig
 from polygrad_fast.config.options import from_dict
-from polygrad_fast.config.reproduce import PGD_SCALES, PGDScale
+from polygrad_fast.config.reproduce import PGDScale, PolyGRADScale
 from polygrad_fast.config.train import PRESETS, TrainConfig
 from polygrad_fast.config.world_models import (
     AutoregressiveConfig,
@@ -44,10 +44,10 @@ __all__ = [
     "OfflineAgentConfig",
     "OfflineTrainConfig",
     "PGDScale",
-    "PGD_SCALES",
     "PRESETS",
     "PolicyConfig",
     "PolicyGuidanceConfig",
+    "PolyGRADScale",
     "SamplerConfig",
     "ScheduleConfig",
     "TD3BCConfig",

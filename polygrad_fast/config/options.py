@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from dataclasses import replace
@@ -11,6 +12,12 @@ from math import isfinite
 from typing import Any, Literal
 
 from polygrad_fast.errors import InputError
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of a configuration's options; evaluating them takes a millisecond."""
+    return typing.get_type_hints(cls)
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -52,7 +59,7 @@ class Options:
     stored as Python's."""
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
+        for name, hint in _hints(type(self)).items():
             object.__setattr__(self, name, _plain(getattr(self, name)))
             self._check(matches(getattr(self, name), hint), name, _describe(hint))
         self._check_ranges()
@@ -73,7 +80,7 @@ class Options:
     def _check_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            optional = matches(None, typing.get_type_hints(type(self))[name])
+            optional = matches(None, _hints(type(self))[name])
             wanted = "None or a positive number" if optional else "positive"
             self._check(value is None or value > 0, name, wanted)
 
@@ -101,7 +108,7 @@ def from_dict(data: dict[str, Any], cls: type) -> Any:
     """
     if not isinstance(data, dict):
         raise InputError(f"{cls.__name__} must be a dictionary of options, got {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     unknown = sorted(set(data) - set(hints), key=str)
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), hints, n=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from polygrad_fast.config.options import Options
 from polygrad_fast.errors import InputError
@@ -65,12 +66,10 @@ class PGDScale(Options):
         Raises:
             InputError: unknown scale.
         """
-        if name not in PGD_SCALES:
-            raise InputError(f"scale must be one of {list(PGD_SCALES)}, got {name!r}")
-        return PGD_SCALES[name]()
+        return _named(PGD_SCALES, name)
 
 
-def _paper() -> PGDScale:
+def _paper_pgd() -> PGDScale:
     """The paper's networks and numbers of updates, on datasets of a million steps that are made
     here."""
     return PGDScale(
@@ -89,4 +88,132 @@ def _paper() -> PGDScale:
     )
 
 
-PGD_SCALES = {"quick": PGDScale, "paper": _paper}
+PGD_SCALES = {"quick": PGDScale, "paper": _paper_pgd}
+
+
+@dataclass(frozen=True)
+class PolyGRADScale(Options):
+    """Sizes of PolyGRAD's experiments. The defaults are for a CPU."""
+
+    env_ids: tuple[str, ...] = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
+    """Of world models (fig3, fig4, fig5)."""
+    medium_return: float | None = None
+    """Mean return from which on a behaviour policy will do; None: as `data collect` has it."""
+    dataset_steps: int = 30_000
+    """Of an environment's dataset, recipe mixed-noise."""
+    behaviour_seed: int = 0
+    """Of the behaviour policy, whose actions are imagined too, and the dataset; of all seeds."""
+    held_out: float = 0.1
+    """Share of the episodes that no model trains on, whose states trajectories start from."""
+    models: tuple[str, ...] = (
+        "official",
+        "paper",
+        "exact",
+        "rollout",
+        "autoregressive",
+        "ensemble",
+        "transformer",
+        "autoregressive_diffusion",
+    )
+    """World models: trajectory diffusion by the released code, by the paper's text, with exact
+    actions, or with exact actions and a denoiser of kind rollout; one step at a time."""
+    horizons: tuple[int, ...] = (10, 50)
+    """Steps of the trajectories; trajectory diffusion is trained for each, the others once, on
+    windows of the first."""
+    diffusion_steps: tuple[int, ...] = (128, 16)
+    """Of a sample of trajectory diffusion; the largest is also what it is trained with."""
+    preset: Literal["quick", "laptop", "default", "paper"] = "laptop"
+    """Of the networks' sizes and their training."""
+    denoiser: Literal["residual_mlp", "transformer"] = "residual_mlp"
+    """Of trajectory diffusion but for "rollout"."""
+    model_updates: int = 2000
+    """Of each world model."""
+    model_batch_size: int | None = 32
+    """Windows per update; None: as many as the preset has for each model."""
+    measured_trajectories: int = 256
+    """Of each world model."""
+    tuning_samples: int = 30
+    """After which the guidance scale of "official" and "paper" stays."""
+    tuning_trajectories: int = 32
+    """Of each of these."""
+    sigmas: tuple[float, ...] = (0.8, 0.4, 0.2, 0.1, 0.06, 0.02)
+    """Standard deviations of the policy (fig3), whose trajectories have the first horizon."""
+    timed_trajectories: int = 256
+    """Imagined at a time for the computation time (fig4)."""
+    training_env_ids: tuple[str, ...] = ("InvertedPendulum-v5", "Pendulum-v1")
+    """Of trainings (fig6, fig8)."""
+    training_preset: Literal["quick", "laptop", "default", "paper"] = "quick"
+    training_steps: int | None = None
+    """Environment steps of every algorithm; None: the preset's."""
+    algorithms: tuple[str, ...] = ("trajectory_diffusion", "autoregressive", "ppo", "sac")
+    """World models, as the preset has them, and algorithms of `baseline` (fig6)."""
+    ablations: tuple[str, ...] = (
+        "base",
+        "random_actions",
+        "policy_sampling",
+        "no_clipping",
+        "state_update",
+        "noisy_states",
+        "exact",
+    )
+    """Of section 5.4; "exact" is none of the paper's (fig8)."""
+    smoothing: int = 1
+    """Newest evaluations that a point of a learning curve is the mean of."""
+
+    def _check_ranges(self) -> None:
+        lists = ("env_ids", "models", "horizons", "diffusion_steps", "sigmas")
+        for name in (*lists, "training_env_ids", "algorithms", "ablations"):
+            self._check(len(getattr(self, name)) > 0, name, "at least one")
+        self._check_at_least(1, "dataset_steps", "model_updates", "tuning_samples", "smoothing")
+        self._check_at_least(1, "timed_trajectories")
+        self._check_at_least(2, "tuning_trajectories")
+        self._check_at_least(4, "measured_trajectories")
+        self._check_at_least(0, "behaviour_seed")
+        self._check(0 < self.held_out < 1, "held_out", "in (0, 1)")
+        self._check(min(self.horizons) >= 3, "horizons", "at least 3 each")
+        self._check(min(self.diffusion_steps) >= 1, "diffusion_steps", "at least 1 each")
+        self._check(min(self.sigmas) > 0, "sigmas", "positive")
+        for name in ("horizons", "diffusion_steps", "sigmas"):
+            values = getattr(self, name)
+            self._check(len(set(values)) == len(values), name, "different ones")
+        self._check_positive("model_batch_size", "training_steps")
+
+    @classmethod
+    def from_scale(cls, name: str) -> PolyGRADScale:
+        """Return the sizes of a scale: "quick" (a CPU) or "paper".
+
+        Raises:
+            InputError: unknown scale.
+        """
+        return _named(POLYGRAD_SCALES, name)
+
+
+def _paper_polygrad() -> PolyGRADScale:
+    """The paper's networks, numbers of updates and environment steps (appendix C.1 and C.2), on
+    datasets of a million steps that are made here."""
+    return PolyGRADScale(
+        dataset_steps=1_000_000,
+        horizons=(10, 50, 200),
+        diffusion_steps=(128, 16),
+        preset="default",
+        denoiser="transformer",
+        model_updates=1_000_000,
+        model_batch_size=None,
+        measured_trajectories=500,
+        tuning_samples=200,
+        tuning_trajectories=256,
+        timed_trajectories=1000,
+        training_env_ids=("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"),
+        training_preset="default",
+        algorithms=("trajectory_diffusion", "autoregressive", "ppo", "a2c", "trpo", "sac"),
+        smoothing=10,
+    )
+
+
+POLYGRAD_SCALES = {"quick": PolyGRADScale, "paper": _paper_polygrad}
+
+
+def _named(scales: Mapping[str, Callable[[], Any]], name: str) -> Any:
+    if name not in scales:
+        raise InputError(f"scale must be one of {list(scales)}, got {name!r}")
+    return scales[name]()

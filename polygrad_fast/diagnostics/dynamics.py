@@ -12,7 +12,7 @@ import torch
 
 from polygrad_fast.arguments import as_integer
 from polygrad_fast.data import ActionScaler
-from polygrad_fast.diagnostics.episodes import record_windows
+from polygrad_fast.diagnostics.episodes import RecordedWindows, record_windows
 from polygrad_fast.diagnostics.mujoco_replay import MujocoReplay, Played
 from polygrad_fast.diagnostics.rollouts import imagine
 from polygrad_fast.errors import InputError
@@ -249,8 +249,6 @@ def dynamics_report(
     windows = record_windows(
         replay, policy, normalizer, action_scaler, num, horizons[-1] - 1, seed, progress
     )
-    replay.check(windows.states, windows.actions)
-    floor = replay.play(windows.states, windows.actions)
     device = normalizer.observations_mean.device
     batch = imagine(
         world_model,
@@ -261,13 +259,37 @@ def dynamics_report(
         horizons[-1],
         progress,
     )
-    actions = normalizer.unnormalize(batch.actions, "actions").flatten(0, 1).cpu().numpy()
-    taken = action_scaler.to_environment(actions).reshape(num, horizons[-1], -1)[:, :-1]
-    true = replay.play(windows.states, taken)
+    return windows_report(replay, windows, batch, normalizer, action_scaler, horizons)
+
+
+def windows_report(
+    replay: MujocoReplay,
+    windows: RecordedWindows,
+    batch: TrajectoryBatch,
+    normalizer: Normalizer,
+    action_scaler: ActionScaler,
+    horizons: tuple[int, ...],
+) -> DynamicsReport:
+    """Compare a normalized batch that was imagined from the starts of windows with what the
+    simulator makes of its actions, and the windows with what it makes of theirs.
+
+    Args:
+        replay: of the windows' environment.
+        windows: of at least the longest horizon less one step.
+        batch: of the longest horizon.
+        horizons: in rising order.
+    """
+    num_steps = horizons[-1] - 1
+    recorded = windows.actions[:, :num_steps]
+    replay.check(windows.states, recorded)
+    floor = replay.play(windows.states, recorded)
+    actions = normalizer.unnormalize(batch.actions, "actions")[:, :num_steps].cpu().numpy()
+    taken = action_scaler.to_environment(actions.reshape(-1, actions.shape[-1]))
+    true = replay.play(windows.states, taken.reshape(actions.shape))
     return DynamicsReport(
         horizons,
         transition_errors(imagined_outcomes(batch, normalizer), true, normalizer),
-        transition_errors(windows.played, floor, normalizer),
+        transition_errors(windows.played.first(num_steps), floor, normalizer),
         windows.num_episodes,
         replay.is_native,
         int((np.isnan(true.rewards) & ~true.terminals).any(axis=1).sum()),

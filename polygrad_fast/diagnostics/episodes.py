@@ -1,4 +1,4 @@
-"""Fresh episodes of a policy in a MuJoCo environment, which no training has seen, and windows of
+"""Episodes in a MuJoCo environment, fresh ones of a policy or those of a dataset, and windows of
 them."""
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from polygrad_fast.data import ActionScaler
 from polygrad_fast.data.environment import reset_environment, step_environment
+from polygrad_fast.data.offline_dataset import OfflineDataset
 from polygrad_fast.diagnostics.mujoco_replay import MujocoReplay, Played
+from polygrad_fast.diagnostics.simulator import Simulator
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.protocols import policy_moments
@@ -98,6 +100,54 @@ def record_windows(
         )
     every = [(episode, start) for episode in episodes for start in episode.starts(num_steps)]
     picks = seeds.choice(len(every), num, replace=False)
+    return _windows([every[pick] for pick in picks], num_steps)
+
+
+def dataset_windows(
+    replay: MujocoReplay,
+    simulator: Simulator,
+    dataset: OfflineDataset,
+    num: int,
+    num_steps: int,
+    seed: int,
+) -> RecordedWindows:
+    """Draw `num` windows of `num_steps` steps from a dataset's episodes, each start once.
+
+    The states of a window are those that its first observation shows; starts that do not determine
+    theirs are left out.
+
+    Args:
+        replay, simulator: of one environment.
+        dataset: its actions in the environment's units; the last next observation of each episode
+            is a true one.
+
+    Raises:
+        InputError: fewer starts.
+    """
+    every: list[tuple[Episode, int]] = []
+    first = 0
+    for last in np.flatnonzero(dataset.ends):
+        rows = slice(first, last + 1)
+        shown, first = dataset.observations[rows], last + 1
+        states = []
+        for observation in shown:
+            simulator.set(observation)
+            states.append(replay.state())
+        episode = Episode(
+            np.array(states),
+            np.concatenate([shown, dataset.next_observations[last : last + 1]]),
+            dataset.actions[rows],
+            dataset.rewards[rows],
+            bool(dataset.terminals[last]),
+        )
+        determined = simulator.is_determined(shown)
+        every += [(episode, t) for t in episode.starts(num_steps) if determined[t]]
+    if len(every) < num:
+        raise InputError(
+            f"{dataset.source} must have at least {num} starts of {num_steps} steps to measure "
+            f"from, got {len(every)} in {dataset.num_episodes} episodes"
+        )
+    picks = np.random.default_rng([_STREAM, seed]).choice(len(every), num, replace=False)
     return _windows([every[pick] for pick in picks], num_steps)
 
 

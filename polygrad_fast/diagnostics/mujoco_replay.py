@@ -48,6 +48,10 @@ class Played:
             np.zeros((num, num_steps), dtype=bool),
         )
 
+    def first(self, num_steps: int) -> Played:
+        """Return the answers to the first actions."""
+        return Played(*(getattr(self, field.name)[:, :num_steps] for field in fields(self)))
+
     def equals(self, other: Played) -> bool:
         """Return whether all numbers are the same, NaN where NaN is."""
         return all(

@@ -16,6 +16,7 @@ import numpy as np
 from polygrad_fast.errors import InputError
 from polygrad_fast.runs.files import write_bytes_atomic
 
+ESTIMATE = "interquartile mean over seeds, bootstrap interval of 95 %"
 FAR_BELOW = 1e-3
 """A floor of so little of the lowest error is told in the legend, not drawn."""
 
@@ -310,11 +311,8 @@ def plot_estimates(
     Raises:
         InputError: matplotlib is missing.
     """
-    num_columns = min(len(panels), 3)
-    num_rows = math.ceil(len(panels) / num_columns)
-    figure = _figure(3.6 * num_columns + 0.6, 2.9 * num_rows + 0.5)
-    for number, (heading, series) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(num_rows, num_columns, number)
+    figure, grid = _panels(panels)
+    for number, (axes, series) in enumerate(zip(grid, panels.values(), strict=True)):
         categories = list(dict.fromkeys(point[0] for points in series.values() for point in points))
         for i, (name, points) in enumerate(series.items()):
             shift = 0.6 * ((i + 0.5) / len(series) - 0.5)
@@ -332,14 +330,168 @@ def plot_estimates(
                 label=name,
             )
         axes.set_xticks(range(len(categories)), categories, rotation=30, ha="right")
-        axes.tick_params(labelsize="small")
-        axes.set_title(heading, fontsize="medium")
         axes.set_ylabel(label, fontsize="small")
         if log:
             axes.set_yscale("log")
-        _finish(axes, legend=number == 1)
-    figure.suptitle(f"{title} (interquartile mean over seeds, bootstrap interval of 95 %)")
+        _finish(axes, legend=number == 0)
+    figure.suptitle(f"{title} ({ESTIMATE})")
     _write(figure, output_png)
+
+
+def plot_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]],
+    output_png: Path,
+    labels: tuple[str, str],
+    title: str,
+    log: bool = False,
+) -> None:
+    """Plot estimates with their intervals as curves, a panel per task, and write the figure to
+    `output_png`.
+
+    Args:
+        panels: heading -> series -> (x, value, low, high) of each point.
+        output_png: where it goes.
+        labels: of x and values.
+        title: above the figure.
+        log: values on a logarithmic axis, where 0 leaves a gap.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    figure, grid = _panels(panels)
+    from matplotlib.ticker import EngFormatter
+
+    styles = _Styles()
+    for axes, series in zip(grid, panels.values(), strict=True):
+        for name, points in series.items():
+            x, value, low, high = np.array(points, dtype=np.float64).T
+            if log:
+                value, low, high = (np.where(part > 0, part, np.nan) for part in (value, low, high))
+            style = styles.of(name)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.plot(x, value, linewidth=1.2, label=name, **style)
+        if log:
+            axes.set_yscale("log")
+        axes.set_xlabel(labels[0], fontsize="small")
+        axes.set_ylabel(labels[1], fontsize="small")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _finish(axes, legend=False)
+    _legend_below(figure, grid)
+    figure.suptitle(f"{title} ({ESTIMATE})")
+    _write(figure, output_png)
+
+
+def plot_tradeoffs(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]],
+    output_png: Path,
+    labels: tuple[str, str],
+    title: str,
+) -> None:
+    """Plot estimates with their intervals against a cost, both on logarithmic axes, a panel per
+    task, and write the figure to `output_png`.
+
+    Args:
+        panels: heading -> series -> (cost, value, low, high) of each point, all positive; points of
+            a series are joined.
+        output_png: where it goes.
+        labels: of cost and values.
+        title: above the figure.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    figure, grid = _panels(panels)
+    styles = _Styles()
+    for axes, series in zip(grid, panels.values(), strict=True):
+        for name, points in series.items():
+            cost, value, low, high = np.array(sorted(points), dtype=np.float64).T
+            bars = np.abs(np.stack([value - low, high - value]))
+            style = styles.of(name)
+            axes.errorbar(
+                cost, value, bars, marker="o", markersize=4, capsize=2, label=name, **style
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(labels[0], fontsize="small")
+        axes.set_ylabel(labels[1], fontsize="small")
+        _finish(axes, legend=False)
+    _legend_below(figure, grid)
+    figure.suptitle(f"{title} ({ESTIMATE})")
+    _write(figure, output_png)
+
+
+def plot_densities(
+    panels: Mapping[str, Mapping[str, np.ndarray]],
+    edges: np.ndarray,
+    output_png: Path,
+    num_columns: int,
+    title: str,
+) -> None:
+    """Plot histograms as densities against the standard normal, a panel per task, and write the
+    figure to `output_png`.
+
+    Args:
+        panels: heading -> series -> counts [n], not all 0.
+        edges: of the bins, all of one width, [n + 1].
+        output_png: where it goes.
+        num_columns: panels beside each other.
+        title: above the figure.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
+    figure, grid = _panels(panels, num_columns)
+    styles = _Styles()
+    normal = np.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi)
+    for axes, series in zip(grid, panels.values(), strict=True):
+        for name, counts in series.items():
+            density = counts / (counts.sum() * (edges[1] - edges[0]))
+            style = styles.of(name)
+            axes.stairs(density, edges, label=name, linewidth=1, **style)
+        axes.plot(edges, normal, color="black", linewidth=1, linestyle=":", label="N(0, 1)")
+        axes.set_xlabel("(a - mean) / sigma", fontsize="small")
+        _finish(axes, legend=False)
+    _legend_below(figure, grid)
+    figure.suptitle(title)
+    _write(figure, output_png)
+
+
+class _Styles:
+    """A colour and a line style for each name, the same in all panels."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    def of(self, name: str) -> dict[str, str]:
+        if name not in self._names:
+            self._names.append(name)
+        number = self._names.index(name)
+        return {"color": f"C{number % 10}", "linestyle": ("-", "--", "-.")[number // 10 % 3]}
+
+
+def _panels(panels: Mapping[str, Any], num_columns: int = 3) -> tuple[Any, list[Any]]:
+    """Return a figure with axes under each heading."""
+    num_columns = max(1, min(len(panels), num_columns))
+    num_rows = max(1, math.ceil(len(panels) / num_columns))
+    figure = _figure(3.6 * num_columns + 0.6, 2.9 * num_rows + 0.5)
+    grid = []
+    for number, heading in enumerate(panels, 1):
+        axes = figure.add_subplot(num_rows, num_columns, number)
+        axes.tick_params(labelsize="small")
+        axes.set_title(heading, fontsize="medium")
+        grid.append(axes)
+    return figure, grid
+
+
+def _legend_below(figure: Any, grid: Sequence[Any]) -> None:
+    """Name every series of the panels once, below them."""
+    handles = {}
+    for axes in grid:
+        found, names = axes.get_legend_handles_labels()
+        handles |= dict(zip(names, found, strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small"
+    )
 
 
 def _figure(width: float, height: float) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from polygrad_fast.config import DiffuseConfig, DynamicsConfig, OfflineTrainConfig
+from polygrad_fast.config import DiffuseConfig, DynamicsConfig, OfflineTrainConfig, TrainConfig
 from polygrad_fast.errors import CheckpointError, NonFiniteError
 from polygrad_fast.runs.interrupts import stop_on_signals
 from polygrad_fast.runs.run import Run
@@ -28,7 +28,7 @@ class Training(Protocol):
         improved: whether the evaluation in the last row is the best one so far.
     """
 
-    config: DiffuseConfig | DynamicsConfig | OfflineTrainConfig
+    config: DiffuseConfig | DynamicsConfig | TrainConfig | OfflineTrainConfig
     device: torch.device
     num_updates: int
     total_updates: int

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from polygrad_fast.arguments import as_device, as_integer
-from polygrad_fast.config import DiffuseConfig, DynamicsConfig, OfflineTrainConfig
+from polygrad_fast.config import DiffuseConfig, DynamicsConfig, OfflineTrainConfig, TrainConfig
 from polygrad_fast.data.environment import make_environment
+from polygrad_fast.data.offline_dataset import OfflineDataset
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.evaluation.offline import OfflineEvaluator
-from polygrad_fast.offline import agents, diffusion, ensemble
+from polygrad_fast.offline import agents, diffusion, ensemble, world_model
 from polygrad_fast.offline.agents import AgentTraining
 from polygrad_fast.offline.diffusion import DiffusionTraining, load_diffusion
 from polygrad_fast.offline.ensemble import EnsembleTraining, load_ensemble
 from polygrad_fast.offline.loop import run_updates
 from polygrad_fast.offline.task import OfflineTask, load_task
+from polygrad_fast.offline.world_model import WorldModelTraining, split_episodes
 from polygrad_fast.runs.checkpoint import load_checkpoint
 from polygrad_fast.runs.directory import difference, read_run_config, refuse_another_run
 from polygrad_fast.runs.metrics import UPDATE_COLUMN, read_metrics
@@ -26,6 +29,8 @@ from polygrad_fast.runs.restore import checkpoint_to_resume
 from polygrad_fast.runs.run import Run
 
 SEEDS = 2**32
+OfflineTraining = DiffusionTraining | EnsembleTraining | WorldModelTraining | AgentTraining
+OfflineConfig = DiffuseConfig | DynamicsConfig | TrainConfig | OfflineTrainConfig
 
 
 class OfflineRun:
@@ -35,7 +40,7 @@ class OfflineRun:
         training: what takes the updates. run: directory, checkpoints and metrics.
     """
 
-    def __init__(self, training: DiffusionTraining | EnsembleTraining | AgentTraining, run: Run):
+    def __init__(self, training: OfflineTraining, run: Run):
         self.training, self.run = training, run
 
     def train(self, progress: bool = True) -> bool:
@@ -95,23 +100,61 @@ def fit_ensemble(
     return _model_run(ensemble.KIND, EnsembleTraining, dataset, run_dir, *options)
 
 
+def fit_world_model(
+    dataset: str,
+    run_dir: Path,
+    config: TrainConfig,
+    total_updates: int,
+    held_out: float,
+    preset: str = "laptop",
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    resume: bool = False,
+) -> OfflineRun:
+    """Begin or resume the training of a world model on a dataset, some episodes held out.
+
+    Args:
+        dataset, run_dir, preset, seed, device, resume: as those of `diffuse`.
+        config: resolved; see `WorldModelTraining`.
+        total_updates: at least 1.
+        held_out: share of the episodes, see `split_episodes`.
+
+    Raises:
+        InputError: wrong input, before anything is written.
+    """
+    total_updates = as_integer(total_updates, "total_updates", 1)
+
+    def make(
+        whole: OfflineDataset, config: TrainConfig, seed: int, device: torch.device
+    ) -> WorldModelTraining:
+        trained, _ = split_episodes(whole, held_out)
+        return WorldModelTraining(trained, config, total_updates, seed, device)
+
+    more = {"total_updates": total_updates, "held_out": held_out}
+    options = preset, seed, config, None, device, resume, more
+    return _model_run(world_model.KIND, make, dataset, run_dir, *options)
+
+
 def _model_run(
     kind: str,
-    make: type[DiffusionTraining | EnsembleTraining],
+    make: Callable[..., OfflineTraining],
     dataset: str,
     run_dir: Path,
     preset: str,
     seed: int,
-    config: DiffuseConfig | DynamicsConfig,
+    config: OfflineConfig,
     env_id: str | None,
     device: str | torch.device,
     resume: bool,
+    more: Mapping[str, Any] | None = None,
 ) -> OfflineRun:
+    """Begin or resume the training that `make(dataset, config, seed, device)` returns; config.json
+    also says what is in `more`."""
     seed, device = as_integer(seed, "seed", 0, SEEDS), as_device(device)
     _check_directory(run_dir, kind, resume)
     task = load_task(dataset, env_id)
     training = make(task.dataset, config, seed, device)
-    identity = _identity(kind, task, preset, seed, config)
+    identity = _identity(kind, task, preset, seed, config) | dict(more or {})
     return _opened(training, run_dir, identity, resume)
 
 
@@ -120,7 +163,7 @@ def _identity(
     task: OfflineTask,
     preset: str,
     seed: int,
-    config: DiffuseConfig | DynamicsConfig | OfflineTrainConfig,
+    config: OfflineConfig,
 ) -> dict[str, Any]:
     """Return what config.json says of a new run."""
     return {
@@ -225,7 +268,7 @@ def _check_directory(run_dir: Path, kind: str, resume: bool) -> None:
 
 
 def _opened(
-    training: DiffusionTraining | EnsembleTraining | AgentTraining,
+    training: OfflineTraining,
     run_dir: Path,
     identity: dict[str, Any],
     resume: bool,

@@ -6,33 +6,30 @@ All experiments share datasets, models and agents in one folder.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polygrad_fast.arguments import as_choices
 from polygrad_fast.config import (
     DiffuseConfig,
     DynamicsConfig,
     OfflineTrainConfig,
     PGDScale,
 )
-from polygrad_fast.data.environment import make_environment
-from polygrad_fast.data.write import write_dataset
 from polygrad_fast.evaluation.offline import OfflineEvaluator
 from polygrad_fast.offline.agents import load_agent
 from polygrad_fast.offline.runs import OfflineRun, diffuse, fit_ensemble, train_agent
-from polygrad_fast.recipes import Behaviour, collect_recipe, level_returns, levels_of
+from polygrad_fast.reproduce.experiment import Experiment
 from polygrad_fast.reproduce.stages import Stages
 
 TEST_SEED = 3_000_017
 """Of the episodes that agents are compared on, which nothing else plays."""
 
 
-class PGDExperiment:
+class PGDExperiment(Experiment):
     """What the experiments share: each part is made when it is first asked for.
 
     Args:
@@ -41,36 +38,8 @@ class PGDExperiment:
     """
 
     def __init__(self, stages: Stages, scale: PGDScale):
-        self.stages, self.scale = stages, scale
-
-    def check(self, recipes: Iterable[str]) -> None:
-        """Raise InputError, before any work, unless datasets of such recipes can be made."""
-        as_choices(self.scale.env_ids, "env_ids", self.scale.env_ids)
-        for env_id in self.scale.env_ids:
-            for recipe in recipes:
-                level_returns(env_id, levels_of(recipe), {})
-            make_environment(env_id).close()
-
-    def dataset(self, env_id: str, recipe: str) -> Path:
-        """Return the folder of a dataset."""
-        scale = self.scale
-
-        def make(path: Path) -> None:
-            returns = level_returns(env_id, levels_of(recipe), {})
-            behaviour = Behaviour(
-                env_id,
-                self.stages.folder / "behaviour" / env_id,
-                scale.behaviour_seed,
-                returns,
-                progress=self.stages.progress,
-            )
-            steps = None if recipe == "medium-replay" else scale.dataset_steps
-            found = collect_recipe(recipe, behaviour, num_steps=steps, seed=scale.behaviour_seed)
-            env = make_environment(env_id)
-            write_dataset(found, path, env)
-            env.close()
-
-        return self.stages.dataset(f"{env_id}-{recipe}", {"recipe": recipe}, make)
+        super().__init__(stages, scale.dataset_steps, scale.behaviour_seed)
+        self.scale = scale
 
     def diffusion(self, env_id: str, recipe: str, seed: int) -> Path:
         """Return the run directory of a diffusion model."""

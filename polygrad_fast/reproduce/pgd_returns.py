@@ -16,7 +16,7 @@ from polygrad_fast.offline.agents import AGENTS, DATA
 from polygrad_fast.recipes import RECIPES
 from polygrad_fast.reproduce.pgd import PGDExperiment
 from polygrad_fast.reproduce.stages import Stages, write_table
-from polygrad_fast.reproduce.statistics import estimate
+from polygrad_fast.reproduce.statistics import estimate, estimated
 
 PAPER = {
     ("HalfCheetah", "medium-replay"): ((44.2, 43.6, 43.6), (44.7, 43.1, 46.1)),
@@ -52,7 +52,7 @@ def pgd_returns(stages: Stages, scale: PGDScale, seeds: Sequence[int]) -> list[d
     as_choices(scale.data, "data", DATA)
     as_choices(scale.recipes, "recipes", RECIPES)
     experiment = PGDExperiment(stages, scale)
-    experiment.check(scale.recipes)
+    experiment.check_datasets(scale.env_ids, scale.recipes)
     tasks = [(env_id, recipe) for env_id in scale.env_ids for recipe in scale.recipes]
     found: dict[tuple, list[float]] = {}
     for seed in seeds:  # all tasks of one seed first: what is there early is a whole table
@@ -62,7 +62,7 @@ def pgd_returns(stages: Stages, scale: PGDScale, seeds: Sequence[int]) -> list[d
                     result = experiment.test(env_id, recipe, agent, data, seed)
                     key = env_id, recipe, agent, data
                     found.setdefault(key, []).append(float(np.mean(result["returns"])))
-    rows = [_row(*key, seeds, returns) for key, returns in found.items()]
+    rows = [_row(*key, returns) for key, returns in found.items()]
     if all(has_d4rl_score(env_id) for env_id in scale.env_ids):
         for agent in scale.agents:
             for data in scale.data:
@@ -76,23 +76,16 @@ def pgd_returns(stages: Stages, scale: PGDScale, seeds: Sequence[int]) -> list[d
     return rows
 
 
-def _row(
-    env_id: str, recipe: str, agent: str, data: str, seeds: Sequence[int], returns: list[float]
-) -> dict[str, Any]:
-    iqm, low, high = estimate([returns])
+def _row(env_id: str, recipe: str, agent: str, data: str, returns: list[float]) -> dict[str, Any]:
+    found = estimated(returns)
     known = has_d4rl_score(env_id)
     return {
         "env_id": env_id,
         "recipe": recipe,
         "agent": agent,
         "data": data,
-        "seeds": len(seeds),
-        "iqm": iqm,
-        "low": low,
-        "high": high,
-        "lowest": min(returns),
-        "highest": max(returns),
-        "score": d4rl_score(env_id, iqm) if known else None,
+        **found,
+        "score": d4rl_score(env_id, found["iqm"]) if known else None,
         "paper_score": paper_score(env_id, recipe, agent, data),
     }
 

@@ -14,7 +14,6 @@ from torch import nn
 from polygrad_fast.arguments import as_choices, as_device
 from polygrad_fast.config import PGDScale
 from polygrad_fast.data.environment import make_environment
-from polygrad_fast.diagnostics.simulator import Simulator
 from polygrad_fast.diagnostics.trajectories import trajectory_errors
 from polygrad_fast.errors import NonFiniteError
 from polygrad_fast.evaluation.plots import plot_estimates
@@ -25,9 +24,10 @@ from polygrad_fast.offline.generation import generate
 from polygrad_fast.offline.loop import load_named_weights
 from polygrad_fast.offline.task import OfflineTask, load_task
 from polygrad_fast.recipes import RECIPES
+from polygrad_fast.reproduce.experiment import dataset_simulator, observation_scale
 from polygrad_fast.reproduce.pgd import PGDExperiment, action_log_likelihood
 from polygrad_fast.reproduce.stages import Stages, write_table
-from polygrad_fast.reproduce.statistics import estimate
+from polygrad_fast.reproduce.statistics import estimated
 from polygrad_fast.runs.checkpoint import load_checkpoint
 from polygrad_fast.runs.restore import checkpoint_to_load
 from polygrad_fast.sampling.edm_sampler import EDMSampler
@@ -35,8 +35,6 @@ from polygrad_fast.sampling.policy_score import PolicyGuidance
 from polygrad_fast.trajectory_normalizer import TrajectoryParts
 
 UNTRAINED = "random"
-CHECKED_STEPS = 256
-"""Steps of the dataset by which it is checked that the simulator repeats them."""
 
 
 def pgd_likelihood(stages: Stages, scale: PGDScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -60,7 +58,7 @@ def _measured(
     as_choices(scale.targets, "targets", (UNTRAINED, *RECIPES))
     as_choices([scale.model_recipe], "model_recipe", RECIPES)
     trained = [target for target in scale.targets if target != UNTRAINED]
-    PGDExperiment(stages, scale).check([scale.model_recipe, *trained])
+    PGDExperiment(stages, scale).check_datasets(scale.env_ids, [scale.model_recipe, *trained])
     rows = []
     found: dict[tuple, list[dict[str, Any]]] = {}
     for seed in seeds:
@@ -72,14 +70,10 @@ def _measured(
                         key = env_id, target, length, coefficient
                         found.setdefault(key, []).append(measure(target, length, coefficient))
     for (env_id, target, length, coefficient), results in found.items():
-        values = [result[quantity] for result in results if result[quantity] is not None]
         source = "ensemble" if coefficient is None else f"lambda {coefficient:g}"
         row = {"env_id": env_id, "model_recipe": scale.model_recipe, "target": target}
-        row |= {"length": length, "source": source, "seeds": len(values)}
-        if values:
-            row |= dict(zip(("iqm", "low", "high"), estimate([values]), strict=True))
-            row |= {"lowest": min(values), "highest": max(values)}
-        rows.append(row)
+        row |= {"length": length, "source": source}
+        rows.append(row | estimated([result[quantity] for result in results]))
     return rows
 
 
@@ -209,21 +203,9 @@ class Measurement:
 
     def _errors(self, task: OfflineTask, parts: TrajectoryParts) -> np.ndarray:
         """Return squared errors [N, T - 1], NaN where nothing counts."""
-        dataset, generator = task.dataset, np.random.default_rng(self.seed)
-        known = np.flatnonzero(~dataset.timeouts)
-        rows = generator.choice(known, min(len(known), CHECKED_STEPS), replace=False)
-        scale = dataset.observations.std(axis=0, dtype=np.float64) + 1e-6
-        reward_scale = dataset.rewards.std(keepdims=True, dtype=np.float64) + 1e-6
         environment = make_environment(self.env_id)
-        simulator = Simulator(
-            environment,
-            dataset.observations[rows],
-            task.scaler.to_environment(dataset.actions[rows]),
-            dataset.rewards[rows],
-            dataset.terminals[rows].astype(np.float32),
-            dataset.next_observations[rows],
-            (scale, reward_scale),
-        )
+        simulator = dataset_simulator(environment, task, self.seed)
+        scale = observation_scale(task)
         observations, actions, terminals = (
             part.cpu().numpy() for part in (parts.observations, parts.actions, parts.terminals)
         )

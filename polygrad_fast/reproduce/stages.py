@@ -4,16 +4,22 @@ checked before it is used again."""
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.baselines import read_baseline_config, train_baseline
+from polygrad_fast.config import TrainConfig
 from polygrad_fast.data.load import load_dataset
 from polygrad_fast.data.offline_dataset import OfflineDataset
 from polygrad_fast.errors import CheckpointError
 from polygrad_fast.offline.runs import OfflineRun
+from polygrad_fast.runs.directory import options_of, read_run_config
 from polygrad_fast.runs.files import write_bytes_atomic, write_json_atomic
 
 
@@ -75,6 +81,55 @@ class Stages:
             self.tell(f"{name}: {run.training.total_updates:,} updates")
         return path
 
+    def agent(self, name: str, env_id: str, preset: str, seed: int, config: TrainConfig) -> Path:
+        """Return the run directory of a finished training of Algorithm 3, begun or continued.
+
+        Args:
+            name: of the run directory, below the folder.
+            env_id, preset, seed, config: of the run.
+
+        Raises:
+            CheckpointError: a run of other options is there.
+            NonFiniteError: the training met NaN.
+            KeyboardInterrupt: Ctrl-C came; the training can be continued.
+        """
+        path, total = self.folder / name, config.total_timesteps
+        if (path / "config.json").exists():
+            wanted = dataclasses.asdict(config.resolved(env_id))
+            wanted |= {"env_id": env_id, "preset": preset, "seed": seed}
+            refuse_another(path, wanted, options_of(read_run_config(path)))
+            agent = PolyGRAD.resume(path)
+        else:
+            agent = PolyGRAD(env_id, preset, seed, config=config, run_dir=path)
+        if agent.num_timesteps < total:
+            agent.learn(total - agent.num_timesteps, progress_bar=self.progress)
+            self.tell(f"{name}: {total:,} environment steps")
+        return path
+
+    def baseline(self, name: str, algorithm: str, env_id: str, **options: Any) -> Path:
+        """Return the run directory of a finished model-free training; what an interrupted one did
+        is done anew.
+
+        Args:
+            name: of the run directory, below the folder.
+            algorithm, env_id, options: of `train_baseline`.
+
+        Raises:
+            CheckpointError: a run of other options is there.
+        """
+        path = self.folder / name
+        if path.exists():
+            wanted = {"baseline": algorithm, "env_id": env_id, **options}
+            refuse_another(path, wanted, read_baseline_config(path))
+            return path
+        unfinished = path.with_name(f"{path.name}-unfinished")
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        train_baseline(algorithm, env_id, unfinished, progress_bar=self.progress, **options)
+        unfinished.rename(path)
+        self.tell(f"{name}: {options['total_timesteps']:,} environment steps")
+        return path
+
     def result(
         self, name: str, inputs: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
@@ -104,6 +159,17 @@ class Stages:
         answer = compute()
         write_json_atomic(path, {"inputs": inputs, "result": answer})
         return answer
+
+
+def refuse_another(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless what is stored of a run is what is wanted, its length too."""
+    wanted = json.loads(json.dumps(wanted))
+    for name, value in wanted.items():
+        if stored.get(name) != value:
+            raise CheckpointError(
+                f"{path} is of other options, its {name} is {stored.get(name)}, got {value}: give "
+                f"another --out"
+            )
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -46,3 +46,14 @@ def estimate(tasks: Sequence[Sequence[float]]) -> Estimate:
     means = interquartile_mean(np.concatenate(drawn, axis=1))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(interquartile_mean(np.concatenate(tasks))), float(low), float(high))
+
+
+def estimated(values: Sequence[float | None]) -> dict[str, float]:
+    """Return what a table says of the values of several seeds: how many there are ("seeds") and, if
+    any, iqm, low, high, lowest and highest. None is no value."""
+    counted = [value for value in values if value is not None]
+    row: dict[str, float] = {"seeds": len(counted)}
+    if counted:
+        row |= estimate([counted])._asdict()
+        row |= {"lowest": min(counted), "highest": max(counted)}
+    return row

@@ -8,8 +8,9 @@ import pytest
 
 from cases import changed, tiny_config
 from polygrad_fast import recipes
-from polygrad_fast.config import PGDScale
+from polygrad_fast.config import PGDScale, PolyGRADScale
 from polygrad_fast.config import offline as presets
+from polygrad_fast.config import train as train_presets
 from polygrad_fast.reproduce.stages import Stages
 
 ENV = "InvertedPendulum-v5"
@@ -27,6 +28,26 @@ TINY = PGDScale(
     lengths=(4, 6),
     targets=("random", "medium"),
     measured_trajectories=6,
+)
+TINY_TRAIN = tiny_config()
+TINY_POLYGRAD = PolyGRADScale(
+    env_ids=(ENV,),
+    dataset_steps=200,
+    held_out=0.2,
+    horizons=(3, 5),
+    diffusion_steps=(6, 3),
+    preset="quick",
+    model_updates=6,
+    model_batch_size=8,
+    measured_trajectories=8,
+    tuning_samples=2,
+    tuning_trajectories=4,
+    sigmas=(0.5, 0.1),
+    timed_trajectories=4,
+    training_env_ids=(ENV,),
+    training_steps=120,
+    algorithms=("autoregressive", "ppo"),
+    ablations=("base", "random_actions"),
 )
 
 
@@ -47,15 +68,21 @@ def tiny_trainings(monkeypatch):
     monkeypatch.setitem(presets.DYNAMICS_PRESETS, "quick", lambda: sizes.TINY_DYNAMICS)
     monkeypatch.setitem(presets.OFFLINE_TRAIN_PRESETS, "quick", lambda: sizes.TINY_TRAIN)
     behaviour = changed(
-        tiny_config(), world_model="autoregressive", eval_interval=20, total_timesteps=100
+        TINY_TRAIN, world_model="autoregressive", eval_interval=20, total_timesteps=100
     )
     monkeypatch.setattr(recipes, "behaviour_config", lambda env_id: behaviour)
+    monkeypatch.setitem(train_presets.PRESETS, "quick", lambda: TINY_TRAIN)
     monkeypatch.setitem(recipes.RETURNS, "InvertedPendulum", (1.0, 1.0))
 
 
 @pytest.fixture
 def tiny():
     return TINY
+
+
+@pytest.fixture
+def tiny_polygrad():
+    return TINY_POLYGRAD
 
 
 @pytest.fixture

@@ -1,0 +1,203 @@
+"""Training any world model on a dataset's windows, to measure what it imagines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polygrad_fast.arguments import as_device
+from polygrad_fast.config import SamplerConfig, TrainConfig, from_dict
+from polygrad_fast.data.offline_dataset import OfflineDataset
+from polygrad_fast.data.replay import ReplayBuffer
+from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.offline.loop import Averages, load_named_weights, named_weights
+from polygrad_fast.runs.checkpoint import load_checkpoint
+from polygrad_fast.runs.directory import read_run_config
+from polygrad_fast.runs.restore import checkpoint_to_load
+from polygrad_fast.world_models import WorldModel, build_world_model
+
+KIND = "offline world model"
+SPLIT_SEED = 0
+
+
+def split_episodes(
+    dataset: OfflineDataset, held_out: float
+) -> tuple[OfflineDataset, OfflineDataset]:
+    """Return the episodes that world models train on, and those that they are measured on, the same
+    for every seed.
+
+    Args:
+        dataset: both together.
+        held_out: share of the episodes, rounded down.
+
+    Raises:
+        InputError: that is no episode.
+    """
+    trained, measured = dataset.split(held_out, SPLIT_SEED)
+    if measured is None:
+        raise InputError(
+            f"{dataset.source} must have episodes enough for a held-out share of {held_out:g}, got "
+            f"{dataset.num_episodes}"
+        )
+    return trained, measured
+
+
+def replay_of(dataset: OfflineDataset, horizon: int, device: torch.device) -> ReplayBuffer:
+    """Return a dataset's steps in a replay buffer, which gives windows of `horizon` steps.
+
+    Raises:
+        InputError: no episode has such a window.
+    """
+    dims = dataset.observation_dim, dataset.action_dim
+    replay = ReplayBuffer(max(len(dataset), horizon), horizon, *dims, device)
+    truncated = dataset.ends & ~dataset.terminals
+    columns = dataset.observations, dataset.actions, dataset.rewards, dataset.terminals, truncated
+    for step in zip(*columns, strict=True):
+        replay.add(*step)
+    if replay.num_windows == 0:
+        raise InputError(
+            f"{dataset.source} must have episodes of at least {horizon} steps, the horizon, got "
+            f"none in {dataset.num_episodes}"
+        )
+    return replay
+
+
+class WorldModelTraining:
+    """Train a world model on windows of a dataset.
+
+    Implements `polygrad_fast.offline.loop.Training`.
+
+    Args:
+        dataset: actions in [-1, 1]; the moments of its steps normalize.
+        config: resolved; what it says of world model, normalizer, rows of metrics, checkpoints and
+            threads is read, its intervals counted in updates.
+        total_updates: how many to take.
+        seed: of weights, windows and noise.
+        device: as `as_device` takes it.
+
+    Attributes:
+        model: the world model. normalizer: of the dataset's steps.
+
+    Raises:
+        InputError: no episode is as long as the horizon.
+    """
+
+    improved = False  # by no evaluation: the averaged weights of the last update are used
+
+    def __init__(
+        self,
+        dataset: OfflineDataset,
+        config: TrainConfig,
+        total_updates: int,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+    ):
+        self.config, self.total_updates = config, total_updates
+        self.device = as_device(device)
+        self.replay = replay_of(dataset, config.horizon, self.device)
+        self.normalizer = Normalizer(dataset.observation_dim, dataset.action_dim).to(self.device)
+        self.normalizer.update(self.replay.moments(), config.normalizer.min_std())
+        with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
+            torch.manual_seed(seed)
+            self.model = _build(config, self.normalizer, self.device)
+        self._draws = torch.Generator(self.device).manual_seed(seed)
+        self._averages = Averages()
+
+    @property
+    def num_updates(self) -> int:
+        """Updates taken so far."""
+        return self.model.trainer.num_updates
+
+    def update(self) -> None:
+        """Take one gradient step on a batch of windows."""
+        windows = self.replay.sample(self.config.world_model_training.batch_size, self._draws)
+        self._averages.add(self.model.update(windows, self._draws))
+
+    def metrics(self) -> dict[str, float]:
+        """Return the row that is due, see `Training`."""
+        number = self.num_updates
+        last = number == self.total_updates
+        if number and (last or number % self.config.log_interval == 0):
+            return self._averages.read(number)
+        return {}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return networks, averaged copies and normalizer."""
+        return named_weights({**self.model.modules(), "normalizer": self.normalizer})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything else that continues the training exactly."""
+        return {
+            **self.model.state_dict(),
+            "draws": self._draws.get_state(),
+            "averages": self._averages.state_dict(),
+        }
+
+    def close(self) -> None:
+        """Do nothing: there is nothing that only an unfinished training needs."""
+
+    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> None:
+        """Continue from what `weights` and `state_dict` returned.
+
+        Raises:
+            CheckpointError: they are of another training.
+        """
+        load_named_weights(self.model.modules(), weights, source)
+        self.model.load_state_dict(state)
+        self._draws.set_state(state["draws"])
+        self._averages.load_state_dict(state["averages"], self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedWorldModel:
+    """A world model of an `offline world model` run.
+
+    Attributes:
+        model: its averaged network imagines. normalizer: of the dataset's steps.
+        config: what it imagines with.
+    """
+
+    model: WorldModel
+    normalizer: Normalizer
+    config: TrainConfig
+
+
+def load_world_model(
+    run_dir: Path, sampler: SamplerConfig | None = None, device: str | torch.device = "auto"
+) -> TrainedWorldModel:
+    """Return the world model of a run's last checkpoint; its guidance scale is the initial one.
+
+    Args:
+        run_dir: of the run.
+        sampler: of trajectory diffusion, instead of the run's own.
+        device: as `as_device` takes it.
+
+    Raises:
+        CheckpointError: no such run, or none of its checkpoints can be used.
+    """
+    stored = read_run_config(run_dir, KIND)
+    path, _ = checkpoint_to_load(run_dir, "last")
+    weights, _, _ = load_checkpoint(path)
+    config = from_dict(stored["config"], TrainConfig)
+    if sampler is not None:
+        config = replace(config, sampler=sampler)
+    try:
+        sizes = int(stored["observation_dim"]), len(stored["action_low"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error!r}") from None
+    device = as_device(device)
+    normalizer = Normalizer(*sizes).to(device)
+    model = _build(config, normalizer, device)
+    load_named_weights({**model.modules(), "normalizer": normalizer}, weights, str(path))
+    return TrainedWorldModel(model, normalizer, config)
+
+
+def _build(config: TrainConfig, normalizer: Normalizer, device: torch.device) -> WorldModel:
+    bounds = (torch.full((normalizer.action_dim,), bound) for bound in (-1.0, 1.0))
+    return build_world_model(config, normalizer, tuple(bounds), device)

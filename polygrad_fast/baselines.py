@@ -219,7 +219,7 @@ def load_model(algorithm: str, path: Path) -> Any:
     Raises:
         InputError: an unknown algorithm, or its package is not installed.
     """
-    return _algorithm(algorithm).load(path, device="cpu")
+    return find_algorithm(algorithm).load(path, device="cpu")
 
 
 def _save(model: Any, path: Path) -> None:

@@ -218,10 +218,11 @@ def _paper_train() -> OfflineTrainConfig:
 
 
 def _quick_train() -> OfflineTrainConfig:
-    """Few steps of the sampler, which Karras et al.'s Euler step needs, and short runs."""
+    """Few steps of the sampler, which Karras et al.'s Euler step needs, and short runs, whose
+    networks a learning rate of 3e-4 leaves untrained."""
     return OfflineTrainConfig(
-        td3_bc=TD3BCConfig(hidden_dim=128),
-        iql=IQLConfig(hidden_dim=128),
+        td3_bc=TD3BCConfig(hidden_dim=128, learning_rate=1e-3),
+        iql=IQLConfig(hidden_dim=128, learning_rate=1e-3),
         sampler=EDMConfig.paper(num_inference_steps=32),
         total_updates=10_000,
         num_trajectories=2048,

@@ -111,14 +111,18 @@ def starts_of(agent: PolyGRAD) -> tuple[Callable[[torch.Generator], Tensor], tor
 
 
 def sample_seconds(
-    world_model: WorldModel, starts: torch.Tensor, policy: Policy, calls: int = 5
+    world_model: WorldModel,
+    starts: torch.Tensor,
+    policy: Policy,
+    calls: int = 5,
+    horizon: int | None = None,
 ) -> float:
     """Return the processor seconds of 1,000 trajectories, imagined from all the starts at a time; a
     median over calls after a first one."""
     times = []
     for _ in range(1 + calls):
         start = time.process_time()
-        world_model.imagine(starts, policy, normalized=False)
+        world_model.imagine(starts, policy, normalized=False, horizon=horizon)
         times.append(time.process_time() - start)
     return 1000 / len(starts) * statistics.median(times[1:])
 

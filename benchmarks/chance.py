@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from world_models import EXACT, RESIDUAL_MLP, sample_seconds, train, trajectory_diffusion
+from world_models import EXACT, RESIDUAL_MLP, train, trajectory_diffusion
 
 from harness.chance_tasks import HORIZONS, TASKS, Sizes, Task, floor, score
 from harness.rows import Row, RowFile, provenance
 from polygrad_fast.config import TrainConfig
+from polygrad_fast.diagnostics.timing import seconds_per_1000
 from polygrad_fast.errors import InputError
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.world_models import WorldModel
@@ -114,8 +115,9 @@ def measure(options: argparse.Namespace, file: RowFile, command: str) -> None:
             values = score(task, imagine(world_model, task, seed), scale) | trained
             for batch in BATCHES if seed == options.seeds[0] else ():
                 starts = replay.sample_initial_observations(8 if options.smoke else batch)
-                cost = sample_seconds(
-                    world_model, starts, task.policy, options.calls, _horizon(world_model)
+                horizon, calls = _horizon(world_model), options.calls
+                cost = seconds_per_1000(
+                    world_model, task.policy, starts, horizon=horizon, calls=calls
                 )
                 values[f"seconds_per_1000_{batch}"] = cost
             store(case, values)

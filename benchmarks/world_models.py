@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -34,8 +33,8 @@ from polygrad_fast.config import (
 from polygrad_fast.data.replay import ReplayBuffer
 from polygrad_fast.diagnostics.gradient import policy_gradient_report
 from polygrad_fast.diagnostics.guidance import tune_guidance
+from polygrad_fast.diagnostics.timing import seconds_per_1000
 from polygrad_fast.errors import InputError
-from polygrad_fast.protocols import Policy
 from polygrad_fast.world_models import WorldModel
 from polygrad_fast.world_models.build import STEPWISE, build_world_model
 
@@ -110,23 +109,6 @@ def starts_of(agent: PolyGRAD) -> tuple[Callable[[torch.Generator], Tensor], tor
     return draw, torch.Generator().manual_seed(1)
 
 
-def sample_seconds(
-    world_model: WorldModel,
-    starts: torch.Tensor,
-    policy: Policy,
-    calls: int = 5,
-    horizon: int | None = None,
-) -> float:
-    """Return the processor seconds of 1,000 trajectories, imagined from all the starts at a time; a
-    median over calls after a first one."""
-    times = []
-    for _ in range(1 + calls):
-        start = time.process_time()
-        world_model.imagine(starts, policy, normalized=False, horizon=horizon)
-        times.append(time.process_time() - start)
-    return 1000 / len(starts) * statistics.median(times[1:])
-
-
 def judge(world_model: WorldModel, agent: PolyGRAD, num: int) -> dict[str, float]:
     """Return what the gradient tool says of a world model, and its cost."""
     report = policy_gradient_report(
@@ -138,7 +120,7 @@ def judge(world_model: WorldModel, agent: PolyGRAD, num: int) -> dict[str, float
         num=num,
     )
     starts = agent.replay.sample_initial_observations(TIMED_BATCH)
-    seconds = sample_seconds(world_model, starts, agent.policy)
+    seconds = seconds_per_1000(world_model, agent.policy, starts)
     return report.summary() | {"seconds_per_1000": seconds}
 
 

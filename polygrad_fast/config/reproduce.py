@@ -97,6 +97,9 @@ class PolyGRADScale(Options):
 
     env_ids: tuple[str, ...] = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
     """Of world models (fig3, fig4, fig5)."""
+    policies: str = ""
+    """Folder of behaviour policies, ENV_ID.safetensors each, as those in benchmarks/policies;
+    without one they are trained first."""
     medium_return: float | None = None
     """Mean return from which on a behaviour policy will do; None: as `data collect` has it."""
     dataset_steps: int = 30_000

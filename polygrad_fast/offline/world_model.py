@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,11 +56,28 @@ def replay_of(dataset: OfflineDataset, horizon: int, device: torch.device) -> Re
         InputError: no episode has such a window.
     """
     dims = dataset.observation_dim, dataset.action_dim
-    replay = ReplayBuffer(max(len(dataset), horizon), horizon, *dims, device)
-    truncated = dataset.ends & ~dataset.terminals
-    columns = dataset.observations, dataset.actions, dataset.rewards, dataset.terminals, truncated
-    for step in zip(*columns, strict=True):
-        replay.add(*step)
+    total = len(dataset)
+    replay = ReplayBuffer(max(total, horizon), horizon, *dims, device)
+    columns = (
+        dataset.observations,
+        dataset.actions,
+        dataset.rewards[:, None],
+        dataset.terminals[:, None],
+    )
+    last_rows = np.flatnonzero(dataset.ends)
+    own_last = np.repeat(last_rows, np.diff(last_rows, prepend=-1))  # of each row's episode
+    rows = np.arange(total)
+    window_end = rows + horizon - 1
+    is_start = (window_end <= own_last) | dataset.terminals[own_last]
+    starts = np.stack([rows, np.minimum(window_end, own_last)], axis=1)[is_start]
+    state = {
+        "total_steps": total,
+        "total_episodes": dataset.num_episodes,
+        "episode_starts": torch.tensor([total]),
+        "steps": torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32)),
+        "starts": torch.from_numpy(starts),
+    }
+    replay.load_state_dict(replay.state_dict() | state)
     if replay.num_windows == 0:
         raise InputError(
             f"{dataset.source} must have episodes of at least {horizon} steps, the horizon, got "

@@ -10,10 +10,18 @@ import numpy as np
 
 from polygrad_fast.arguments import as_choices
 from polygrad_fast.data.environment import make_environment
+from polygrad_fast.data.offline_dataset import OfflineDataset
+from polygrad_fast.data.policy_file import StoredPolicy, load_policy
 from polygrad_fast.data.write import write_dataset
 from polygrad_fast.diagnostics.simulator import Simulator
 from polygrad_fast.offline.task import OfflineTask
-from polygrad_fast.recipes import Behaviour, collect_recipe, level_returns, levels_of
+from polygrad_fast.recipes import (
+    Behaviour,
+    collect_from_file,
+    collect_recipe,
+    level_returns,
+    levels_of,
+)
 from polygrad_fast.reproduce.stages import Stages
 
 CHECKED_STEPS = 256
@@ -28,6 +36,7 @@ class Experiment:
         dataset_steps: of a dataset but for medium-replay.
         behaviour_seed: of policies and datasets.
         medium_return: mean return from which on a policy is medium; None: known by environment.
+        policies: folder of policy files that are played instead of trained ones; "": none.
     """
 
     def __init__(
@@ -36,10 +45,11 @@ class Experiment:
         dataset_steps: int,
         behaviour_seed: int,
         medium_return: float | None = None,
+        policies: str = "",
     ):
         self.stages = stages
         self._dataset_steps, self._behaviour_seed = dataset_steps, behaviour_seed
-        self._given = {"medium": medium_return}
+        self._given, self._policies = {"medium": medium_return}, policies
         self._datasets: dict[tuple[str, str], Path] = {}  # that were checked
 
     def check_datasets(self, env_ids: Iterable[str], recipes: Iterable[str]) -> None:
@@ -50,6 +60,7 @@ class Experiment:
             for recipe in recipes:
                 self._returns(env_id, recipe)
             make_environment(env_id).close()
+            self.policy_file(env_id)
 
     def behaviour(self, env_id: str, recipe: str) -> Behaviour:
         """Return the policies that a recipe needs."""
@@ -61,22 +72,43 @@ class Experiment:
             progress=self.stages.progress,
         )
 
+    def policy_file(self, env_id: str) -> StoredPolicy | None:
+        """Return the policy of an environment's file; None: there is no folder of such.
+
+        Raises:
+            InputError: no usable file of the environment.
+        """
+        return load_policy(self._policy_path(env_id), env_id) if self._policies else None
+
+    def _policy_path(self, env_id: str) -> Path:
+        return Path(self._policies) / f"{env_id}.safetensors"
+
     def dataset(self, env_id: str, recipe: str) -> Path:
         """Return the folder of a dataset."""
+        key = env_id, recipe
+        if key in self._datasets:
+            return self._datasets[key]
+        name, described = f"{env_id}-{recipe}", {"recipe": recipe}
+        stored = self.policy_file(env_id)
+        if stored is not None:
+            name = f"{name}-of-file"
+            described["trained_by"] = f"{stored.facts.algorithm}: {stored.facts.recipe}"
 
         def make(path: Path) -> None:
-            behaviour = self.behaviour(env_id, recipe)
-            steps = None if recipe == "medium-replay" else self._dataset_steps
-            found = collect_recipe(recipe, behaviour, num_steps=steps, seed=self._behaviour_seed)
             env = make_environment(env_id)
-            write_dataset(found, path, env)
+            write_dataset(self._collect(env, env_id, recipe), path, env)
             env.close()
 
-        key = env_id, recipe
-        if key not in self._datasets:
-            name = f"{env_id}-{recipe}"
-            self._datasets[key] = self.stages.dataset(name, {"recipe": recipe}, make)
+        self._datasets[key] = self.stages.dataset(name, described, make)
         return self._datasets[key]
+
+    def _collect(self, env: gymnasium.Env, env_id: str, recipe: str) -> OfflineDataset:
+        seed = self._behaviour_seed
+        if self._policies:
+            file, medium = self._policy_path(env_id), self._returns(env_id, recipe)["medium"]
+            return collect_from_file(recipe, file, env, medium, None, self._dataset_steps, seed)
+        steps = None if recipe == "medium-replay" else self._dataset_steps
+        return collect_recipe(recipe, self.behaviour(env_id, recipe), num_steps=steps, seed=seed)
 
     def _returns(self, env_id: str, recipe: str) -> dict[str, float]:
         return level_returns(env_id, levels_of(recipe), self._given)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from polygrad_fast.diagnostics.mujoco_replay import MujocoReplay
 from polygrad_fast.diagnostics.on_policy import on_policy_statistics
 from polygrad_fast.diagnostics.rollouts import imagine
 from polygrad_fast.diagnostics.simulator import check_determined
+from polygrad_fast.diagnostics.timing import seconds_per_1000
 from polygrad_fast.errors import NonFiniteError
 from polygrad_fast.offline.runs import fit_world_model
 from polygrad_fast.offline.task import load_task
@@ -34,6 +34,7 @@ from polygrad_fast.offline.world_model import (
 )
 from polygrad_fast.policy import GaussianPolicy
 from polygrad_fast.reproduce.experiment import Experiment, dataset_simulator
+from polygrad_fast.reproduce.imitation import as_lists, imitate, imitation_of
 from polygrad_fast.reproduce.polygrad_models import (
     MODELS,
     TRAINED_AS,
@@ -47,7 +48,7 @@ from polygrad_fast.threads import cpu_threads
 RECIPE = "mixed-noise"
 BATCH_SIZE = 1024
 """Trajectories imagined at a time where no time is measured."""
-TIMED_CALLS = 3
+TIMED_CALLS = 2
 BINS = np.linspace(-5, 5, 81)
 """Of histograms of standardized actions; values beyond count in the outermost."""
 
@@ -56,8 +57,8 @@ class ModelExperiment(Experiment):
     """World models of one dataset per environment, and what each of them does; every part is made
     when it is first asked for.
 
-    The target policy, under which all of them imagine, is the dataset's behaviour policy, without
-    the noise on its actions.
+    The target policy, under which all of them imagine, is the dataset's behaviour policy without
+    the noise on its actions, or imitates it where it is of a file.
 
     Args:
         stages: in the experiments' folder.
@@ -66,9 +67,10 @@ class ModelExperiment(Experiment):
 
     def __init__(self, stages: Stages, scale: PolyGRADScale):
         numbers = scale.dataset_steps, scale.behaviour_seed, scale.medium_return
-        super().__init__(stages, *numbers)
+        super().__init__(stages, *numbers, scale.policies)
         self.scale, self.device = scale, as_device("auto")
         self._scenes: dict[str, Scene] = {}
+        self._trained: dict[str, Path] = {}  # run directories of finished trainings
 
     def check(self) -> None:
         """Raise InputError, before any work, where something cannot be made or measured."""
@@ -92,23 +94,17 @@ class ModelExperiment(Experiment):
 
     def model(self, env_id: str, variant: Variant, seed: int) -> TrainedWorldModel:
         """Return a trained world model."""
-        scale, name = self.scale, _trained_name(variant)
-        dataset = str(self.dataset(env_id, RECIPE))
-        run_dir = self.stages.train(
-            f"world_models/{env_id}/{name}-{seed}",
-            lambda path, resume: fit_world_model(
-                dataset,
-                path,
-                self._config(env_id, variant),
-                scale.model_updates,
-                scale.held_out,
-                scale.preset,
-                seed,
-                self.device,
-                resume,
-            ),
-        )
-        return load_world_model(run_dir, variant.sampler, self.device)
+        name = f"world_models/{env_id}/{_trained_name(variant)}-{seed}"
+        if name not in self._trained:
+            dataset, config = str(self.dataset(env_id, RECIPE)), self._config(env_id, variant)
+            options = self.scale.model_updates, self.scale.held_out, self.scale.preset, seed
+            self._trained[name] = self.stages.train(
+                name,
+                lambda path, resume: fit_world_model(
+                    dataset, path, config, *options, self.device, resume
+                ),
+            )
+        return load_world_model(self._trained[name], variant.sampler, self.device)
 
     def errors(self, env_id: str, variant: Variant, seed: int) -> dict[str, Any]:
         """Return errors of trajectories from held-out states and statistics of their actions.
@@ -153,6 +149,7 @@ class ModelExperiment(Experiment):
             own += ("denoiser", "diffusion_steps")
         case = {"env_id": env_id, **variant._asdict(), "seed": seed}
         inputs = case | {name: getattr(self.scale, name) for name in own}
+        inputs["policy_file"] = bool(self.scale.policies)
         steps = "" if variant.steps is None else f"-{variant.steps}"
         name = f"{kind}/{env_id}-{variant.model}{steps}-{variant.horizon}-{seed}"
 
@@ -225,12 +222,8 @@ class ModelExperiment(Experiment):
         model = self.model(scene.env_id, variant, seed).model
         number, stream = self.scale.timed_trajectories, self._stream(seed)
         observations = scene.draw_starts(number, stream)
-        seconds = []
-        for _ in range(TIMED_CALLS):
-            start = _clock(self.device)
-            model.imagine(observations, scene.policy, stream, horizon=variant.horizon)
-            seconds.append(_clock(self.device) - start)
-        return {"seconds_per_1000": 1000 / number * statistics.median(seconds[1:])}
+        options = scene.policy, observations, stream, variant.horizon, TIMED_CALLS
+        return {"seconds_per_1000": seconds_per_1000(model, *options)}
 
     def _tune(
         self,
@@ -277,10 +270,23 @@ class Scene:
 
     @cached_property
     def policy(self) -> GaussianPolicy:
-        """The behaviour policy."""
-        agent = self._experiment.behaviour(self.env_id, RECIPE).reach("medium")
-        policy = agent.policy.on_raw_observations().requires_grad_(False)
-        return policy.to(self._experiment.device)
+        """The target policy, on raw observations."""
+        experiment = self._experiment
+        stored = experiment.policy_file(self.env_id)
+        if stored is None:
+            agent = experiment.behaviour(self.env_id, RECIPE).reach("medium")
+            policy = agent.policy.on_raw_observations()
+        else:
+
+            def fit() -> dict[str, Any]:
+                policy, r2 = imitate(stored, self.task)
+                experiment.stages.tell(f"{self.env_id}: the file's policy is imitated, R2 {r2:.4f}")
+                return {"r2": r2, "weights": as_lists(policy)}
+
+            inputs = {"dataset_fingerprint": self.task.identity["dataset_fingerprint"]}
+            found = experiment.stages.result(f"policies/{self.env_id}", inputs, fit)
+            policy = imitation_of(found["weights"], *stored.dims)
+        return policy.requires_grad_(False).to(experiment.device)
 
     @cached_property
     def replay(self) -> MujocoReplay:
@@ -319,13 +325,6 @@ def _trained_name(variant: Variant) -> str:
     name = TRAINED_AS.get(variant.model, variant.model)
     horizon = variant.trained_horizon
     return name if horizon is None else f"{name}-{horizon}"
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
 
 
 def _in_words(kind: str, found: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from polygrad_fast import cli
 from polygrad_fast.config import PolyGRADScale, SamplerConfig, TrainConfig
+from polygrad_fast.data.policy_file import PolicyFacts, StoredPolicy, save_policy
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.offline.world_model import WorldModelTraining
 from polygrad_fast.reproduce import fig3, fig4, fig5, fig6, fig8
@@ -350,3 +351,59 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys, words, messa
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1, captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def stored_policy(env_id=ENV, mean_return=50.0):
+    """A policy that does little, so that episodes are short."""
+    facts = PolicyFacts(
+        env_id=env_id,
+        algorithm="ppo",
+        activation="tanh",
+        squashed=False,
+        env_steps=10,
+        seed=0,
+        recipe="by hand",
+        mean_return=mean_return,
+        std_return=0.0,
+        episodes=1,
+        evaluation_seed=0,
+        versions={},
+    )
+    layers = (
+        (np.eye(4, dtype=np.float32) * 0.5, np.zeros(4, dtype=np.float32)),
+        (np.array([[0.4, 0.8, 0.1, 0.2]], dtype=np.float32), np.zeros(1, dtype=np.float32)),
+    )
+    bounds = np.full(1, -3.0, dtype=np.float32), np.full(1, 3.0, dtype=np.float32)
+    return StoredPolicy(layers, (None, np.full(1, -2.0, dtype=np.float32)), bounds, facts)
+
+
+def test_a_files_policy_is_played_and_imitated(stages, tiny_polygrad, tmp_path, told, monkeypatch):
+    save_policy(stored_policy(), tmp_path / f"{ENV}.safetensors")
+    scale = dataclasses.replace(
+        tiny_polygrad, policies=str(tmp_path), models=("exact",), dataset_steps=400
+    )
+    rows = fig5(stages, scale, (0,))
+    assert told[0].startswith(f"dataset {ENV}-mixed-noise-of-file: ")
+    assert not (stages.folder / "behaviour").exists()
+    experiment = ModelExperiment(stages, scale)
+    policy = experiment.scene(ENV).policy
+    observations = experiment.scene(ENV).task.dataset.observations
+    wanted = stored_policy().act(observations) / 3  # of bounds -3 and 3
+    mean, std = policy(torch.from_numpy(observations.copy()))
+    assert np.abs(mean.numpy() - wanted).mean() < 0.03
+    assert std[0].item() == pytest.approx(np.exp(-2.0) / 3, rel=0.15)
+    monkeypatch.setattr("polygrad_fast.reproduce.polygrad.imitate", None)  # it is kept
+    (stages.folder / "fig5.csv").unlink()
+    assert fig5(stages, scale, (0,)) == rows
+    with pytest.raises(CheckpointError, match="is of other options"):
+        fig5(stages, dataclasses.replace(scale, policies=""), (0,))
+
+
+def test_policy_files_are_checked_before_any_work(stages, tiny_polygrad, tmp_path):
+    scale = dataclasses.replace(tiny_polygrad, policies=str(tmp_path))
+    with pytest.raises(InputError, match="is not a policy file"):
+        fig5(stages, scale, (0,))
+    save_policy(stored_policy("Hopper-v5"), tmp_path / f"{ENV}.safetensors")
+    with pytest.raises(InputError, match=f"must be a policy of {ENV}, got one of Hopper-v5"):
+        fig5(stages, scale, (0,))
+    assert not stages.folder.exists()

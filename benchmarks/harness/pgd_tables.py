@@ -11,11 +11,12 @@ from polygrad_fast.reproduce.statistics import estimate
 DATA = ("real", "unguided", "guided", "ensemble")
 
 
-def _unique(values: Iterable) -> list:
+def unique(values: Iterable) -> list:
+    """Return values in the order in which they first come, each once."""
     return list(dict.fromkeys(values))
 
 
-def _estimated(values: list[float]) -> str:
+def estimated_cell(values: list[float]) -> str:
     """Return an interquartile mean with its interval, of one value the value."""
     if not values:
         return "-"
@@ -27,17 +28,17 @@ def _estimated(values: list[float]) -> str:
 def returns_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Return header and lines of the returns by what agents learnt from, over seeds."""
     lines = []
-    for env_id, recipe, agent in _unique(
+    for env_id, recipe, agent in unique(
         (row.case["env_id"], row.case["recipe"], row.case["agent"]) for row in rows
     ):
         cells = []
         for data in DATA:
             case = {"env_id": env_id, "recipe": recipe, "agent": agent, "data": data}
             own = [row for row in rows if case.items() <= row.case.items()]
-            cell = _estimated([row.values["mean_return"] for row in own])
+            cell = estimated_cell([row.values["mean_return"] for row in own])
             score = paper_score(env_id, recipe, agent, data)
             cells.append(cell if score is None else f"{cell}; {score:g}")
-        seeds = len(_unique(row.case["seed"] for row in rows if _is_of(row, env_id, recipe, agent)))
+        seeds = len(unique(row.case["seed"] for row in rows if _is_of(row, env_id, recipe, agent)))
         lines.append([env_id, recipe, agent, str(seeds), *cells])
     return ["environment", "data set", "agent", "seeds", *DATA], lines
 
@@ -48,7 +49,9 @@ def _is_of(row: Row, env_id: str, recipe: str, agent: str) -> bool:
 
 def returns_caption(rows: list[Row]) -> str:
     """Return what the numbers are."""
-    sizes = _sizes(rows, ("agent_updates", "diffusion_updates", "lifetime", "num_trajectories"))
+    sizes = shared_sizes(
+        rows, ("agent_updates", "diffusion_updates", "lifetime", "num_trajectories")
+    )
     return (
         "Mean returns of fresh episodes by the last agent, interquartile mean over seeds\n"
         "(bootstrap interval of 95 %); behind the semicolon the paper's score, of D4RL's -v2 data\n"
@@ -58,9 +61,9 @@ def returns_caption(rows: list[Row]) -> str:
 
 def trajectories_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Return header and lines of likelihood and error by guidance, over seeds."""
-    sources = _unique(row.case["source"] for row in rows)
+    sources = unique(row.case["source"] for row in rows)
     lines = []
-    for env_id, target, length in _unique(
+    for env_id, target, length in unique(
         (row.case["env_id"], row.case["target"], row.case["length"]) for row in rows
     ):
         case = {"env_id": env_id, "target": target, "length": length}
@@ -68,18 +71,18 @@ def trajectories_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         cells = []
         for source in sources:
             values = [row.values for row in own if row.case["source"] == source]
-            likelihood = _estimated([v["log_likelihood"] for v in values])
-            error = _estimated([v["mse"] for v in values if "mse" in v])
+            likelihood = estimated_cell([v["log_likelihood"] for v in values])
+            error = estimated_cell([v["mse"] for v in values if "mse" in v])
             cells.append(f"{likelihood}; {error}")
-        seeds = len(_unique(row.case["seed"] for row in own))
+        seeds = len(unique(row.case["seed"] for row in own))
         lines.append([env_id, target, str(length), str(seeds), *cells])
     return ["environment", "target policy", "rows", "seeds", *sources], lines
 
 
 def trajectories_caption(rows: list[Row]) -> str:
     """Return what the numbers are."""
-    sizes = _sizes(rows, ("diffusion_updates", "ensemble_updates", "measured_trajectories"))
-    recipes = ", ".join(_unique(row.case["model_recipe"] for row in rows))
+    sizes = shared_sizes(rows, ("diffusion_updates", "ensemble_updates", "measured_trajectories"))
+    recipes = ", ".join(unique(row.case["model_recipe"] for row in rows))
     return (
         "Mean log-likelihood of actions under the target policy; squared error against MuJoCo,\n"
         "where the actions are replayed from the same first state (observations in standard\n"
@@ -88,10 +91,10 @@ def trajectories_caption(rows: list[Row]) -> str:
     )
 
 
-def _sizes(rows: list[Row], names: Iterable[str]) -> str:
+def shared_sizes(rows: list[Row], names: Iterable[str]) -> str:
     """Return sizes in words."""
     found = {
-        name: _unique(row.values[name] for row in rows if row.values.get(name) is not None)
+        name: unique(row.values[name] for row in rows if row.values.get(name) is not None)
         for name in names
     }
     return ", ".join(

@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.chance_tables import chance_caption, chance_table
+from harness.figure_tables import (
+    actions_caption,
+    actions_table,
+    models_caption,
+    models_table,
+    trainings_caption,
+    trainings_table,
+)
 from harness.pgd_tables import (
     returns_caption,
     returns_table,
@@ -850,6 +858,17 @@ TABLES = {
         lambda rows: _grid(*trajectories_table(rows)),
         ("pgd_trajectories",),
         caption=trajectories_caption,
+    ),
+    "reproduced_models": Table(
+        lambda rows: _grid(*models_table(rows)), ("reproduced_models",), caption=models_caption
+    ),
+    "reproduced_actions": Table(
+        lambda rows: _grid(*actions_table(rows)), ("reproduced_actions",), caption=actions_caption
+    ),
+    "reproduced_trainings": Table(
+        lambda rows: _grid(*trainings_table(rows)),
+        ("reproduced_trainings",),
+        caption=trainings_caption,
     ),
     "learning_curves": Table(
         _learning_curves, ("learning_curves",), caption=_learning_curves_caption

@@ -21,7 +21,7 @@ SAMPLERS = {
 MODELS = (*SAMPLERS, *STEPWISE)
 TRAINED_AS = {"exact": "official"}
 """Models that differ from another one in how they imagine only, and the name of that one."""
-GUIDANCE = GuidanceConfig(initial=0.05, learning_rate=0.1)
+GUIDANCE = GuidanceConfig(initial=0.05, learning_rate=0.3)
 """Learns the scale in tens of samples instead of a training."""
 
 

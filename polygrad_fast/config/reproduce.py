@@ -22,15 +22,15 @@ class PGDScale(Options):
     behaviour_seed: int = 0
     """Of the behaviour policies, the same for all seeds."""
     agents: tuple[str, ...] = ("td3_bc", "iql")
-    data: tuple[str, ...] = ("real", "unguided", "guided", "ensemble")
-    """Kinds of data that agents learn from (pgd-returns)."""
+    data: tuple[str, ...] = ("real", "unguided", "guided")
+    """Kinds of data that agents learn from (pgd-returns); "ensemble" is another."""
     preset: Literal["quick", "released", "paper"] = "quick"
     """Of diffusion models, ensembles and agents; the options below replace its own."""
-    diffusion_updates: int | None = 20_000
+    diffusion_updates: int | None = 5000
     """None: as many as the preset has, likewise below."""
     ensemble_updates: int | None = 4000
-    agent_updates: int | None = 6000
-    lifetime: int | None = 1500
+    agent_updates: int | None = 5000
+    lifetime: int | None = 1250
     """Updates on a synthetic set."""
     num_trajectories: int | None = 1024
     """Of a synthetic set."""

@@ -56,12 +56,15 @@ def chance_caption(rows: list[Row]) -> str:
     seconds = {row.values["train_seconds"] for row in rows if "train_seconds" in row.values}
     trained = " or ".join(f"{value:g}" for value in sorted(seconds))
     return (
-        f"Means over {len(seeds)} seeds (lowest to highest), each model trained {trained}\n"
+        f"Means over {len(seeds)} seeds (lowest to highest)" if len(seeds) > 1 else "One seed"
+    ) + (
+        f", each model trained {trained}\n"
         "processor seconds. Distance: energy distance of imagined to true observations h\n"
         'steps after a start, normalized; "truth again": of a second true sample of the\n'
-        "same size, which no model can beat. Std error: root mean square error of the\n"
-        "standard deviation of what follows a start, in deviations of the data. s: processor\n"
-        "seconds per 1,000 trajectories of 51 observations (11 steps: of 11), B at a time."
+        "same size, about what a perfect model would show. Std error: root mean square error\n"
+        "of the standard deviation of what follows a start, in deviations of the data. s:\n"
+        "processor seconds per 1,000 trajectories of 51 observations (11 steps: of 11), B at a\n"
+        "time."
     )
 
 

@@ -28,8 +28,8 @@ def estimated_cell(values: list[float]) -> str:
 def returns_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Return header and lines of the returns by what agents learnt from, over seeds."""
     lines = []
-    for env_id, recipe, agent in unique(
-        (row.case["env_id"], row.case["recipe"], row.case["agent"]) for row in rows
+    for env_id, recipe, agent in sorted(
+        {(row.case["env_id"], row.case["recipe"], row.case["agent"]) for row in rows}
     ):
         cells = []
         for data in DATA:

@@ -23,7 +23,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
 from harness.policies import list_policies
-from polygrad_fast.baselines import ALGORITHMS, ON_POLICY, load_model
+from polygrad_fast.baselines import ALGORITHMS, ON_POLICY, load_model, read_baseline_config
 from polygrad_fast.data.environment import make_environment
 from polygrad_fast.data.policy_file import PolicyFacts, StoredPolicy, load_policy, save_policy
 from polygrad_fast.errors import InputError
@@ -91,8 +91,8 @@ def _array(parameter: torch.Tensor):
 
 def export(run_dir: Path, folder: Path, episodes: int, evaluation_seed: int) -> StoredPolicy:
     """Write the policy of a run's best.zip, evaluated as it is stored; return it."""
+    config = read_baseline_config(run_dir)
     try:
-        config = json.loads((run_dir / "config.json").read_bytes())
         versions = json.loads((run_dir / "versions.json").read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{run_dir} is not a run of polygrad-fast baseline: {error}") from None

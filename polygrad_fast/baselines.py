@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -90,13 +91,22 @@ def train_baseline(
     if normalize and algorithm not in ON_POLICY:
         raise InputError(f"normalize must be left out with {algorithm}: only {list(ON_POLICY)}")
     options = dict(hyperparameters or {})
+    _check_numbers(make, options)
     built = [build_environment(env_id) for _ in range(num_envs)]
     environments = EvaluationEnvironments(built[0], env_id)
     stepped = _vectorized(built, normalize, options)
     try:
         model = make("MlpPolicy", stepped, seed=seed, device="cpu", **options)
-    except AssertionError as error:  # how it refuses spaces
-        raise InputError(f"{env_id} cannot be learnt by {algorithm}: {error}") from error
+        if normalize:
+            with _reading_raw_observations(model):  # whether the networks have layers to fold into
+                pass
+    except AssertionError as error:  # how it refuses spaces, and some hyperparameters
+        given = f" with hyperparameters {options}" if options else ""
+        raise InputError(f"{env_id} cannot be learnt by {algorithm}{given}: {error}") from error
+    except (AttributeError, IndexError) as error:
+        raise InputError(
+            f"normalize needs networks with a hidden layer, got hyperparameters {options}"
+        ) from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{algorithm} refuses hyperparameters {options}: {error}") from error
 
@@ -138,6 +148,16 @@ def train_baseline(
             model.learn(total_timesteps, callback=after_step)
         _save(model, run_dir / "last.zip")
     return evaluations.last
+
+
+def _check_numbers(make: Any, options: Mapping[str, Any]) -> None:
+    """Raise InputError unless hyperparameters whose defaults are numbers are numbers."""
+    parameters = inspect.signature(make).parameters
+    for name, value in options.items():
+        default = parameters[name].default if name in parameters else None
+        numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if numeric and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise InputError(f"hyperparameter {name} must be a number as {default}, got {value!r}")
 
 
 class _Evaluations:

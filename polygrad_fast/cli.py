@@ -681,13 +681,19 @@ def _hyperparameters(words: tuple[str, ...]) -> dict[str, Any]:
     found = {}
     for word in words:
         name, _, value = word.partition("=")
+        if name in found:
+            raise InputError(f"--hyperparameters must name each once, got {name} again in {word!r}")
         try:
-            found[name] = json.loads(value)
+            found[name] = json.loads(value, parse_constant=_refuse_constant)
         except ValueError:
             raise InputError(
                 f"--hyperparameters must be NAME=VALUE with values in JSON, got {word!r}"
             ) from None
     return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _load(command: Errors | Actions | Gradient | Dream) -> PolyGRAD:

@@ -113,6 +113,16 @@ def _check_recipe(command: Collect) -> None:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} needs --recipe, got {getattr(command, name)}")
         return
+    if command.run_dir and command.policy != "random":
+        raise InputError(
+            f"--run-dir must be left out with --policy, which is trained already, got "
+            f"{command.run_dir}"
+        )
+    if command.expert_return is not None and command.recipe != "medium-expert":
+        raise InputError(
+            f"--expert-return must be left out with --recipe {command.recipe}, got "
+            f"{command.expert_return:g}"
+        )
     if command.deterministic:
         raise InputError("--deterministic must be left out with --recipe, whose policies are drawn")
     if command.noise_std and command.recipe != "mixed-noise":
@@ -187,7 +197,7 @@ def _behaviour(command: Collect, env: gymnasium.Env) -> tuple[Act, dict[str, Any
 
         from polygrad_fast.data.policy_file import load_policy
 
-        policy = load_policy(path, environment_name(env))
+        policy = load_policy(path, environment_name(env), dims)
         recipe |= {"trained_by": policy.facts.recipe, "evaluated_return": policy.facts.mean_return}
         draws = None if command.deterministic else np.random.default_rng(command.seed)
         return lambda observation: policy.act(observation, draws), recipe

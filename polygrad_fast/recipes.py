@@ -21,7 +21,7 @@ from polygrad_fast.arguments import as_integer
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.data.actions import ActionScaler
 from polygrad_fast.data.collect import Act, collect_episodes, describe_episodes
-from polygrad_fast.data.environment import environment_name, make_environment
+from polygrad_fast.data.environment import check_spaces, environment_name, make_environment
 from polygrad_fast.data.offline_dataset import OfflineDataset
 from polygrad_fast.data.policy_file import load_policy
 from polygrad_fast.data.replay import ReplayBuffer
@@ -434,7 +434,7 @@ def collect_from_file(
             return.
     """
     _check_needs_one_policy(recipe, path, ("medium", "mixed-noise"))
-    policy = load_policy(path, environment_name(env))
+    policy = load_policy(path, environment_name(env), check_spaces(env))
     facts = policy.facts
     if facts.mean_return < medium_return:
         raise InputError(

@@ -91,6 +91,13 @@ def test_normalized_training_saves_models_that_read_observations_as_they_are(tmp
         ("ppo", {"num_envs": 0}, "num_envs must be an integer of at least 1, got 0"),
         ("ppo", {"hyperparameters": {"steps": 3}}, "ppo refuses hyperparameters .*'steps'"),
         ("ppo", {"hyperparameters": {"policy_kwargs": 3}}, "ppo refuses hyperparameters"),
+        ("ppo", {"hyperparameters": {"gamma": "x"}}, "gamma must be a number as 0.99, got 'x'"),
+        ("ppo", {"hyperparameters": {"n_steps": 1}}, "by ppo with hyperparameters .'n_steps': 1."),
+        (
+            "ppo",
+            {"normalize": True, "hyperparameters": {"policy_kwargs": {"net_arch": []}}},
+            "normalize needs networks with a hidden layer",
+        ),
     ],
 )
 def test_unusable_options_are_named(tmp_path, algorithm, options, message):
@@ -103,3 +110,7 @@ def test_hyperparameters_are_json(tmp_path, capsys):
     words = ["baseline", "--env-id", "Pendulum-v1", "--run-dir", str(tmp_path / "run")]
     assert cli.main([*words, "--hyperparameters", "n_steps=many"]) == 2
     assert "must be NAME=VALUE with values in JSON, got 'n_steps=many'" in capsys.readouterr().err
+    assert cli.main([*words, "--hyperparameters", "gamma=NaN"]) == 2
+    assert "must be NAME=VALUE with values in JSON, got 'gamma=NaN'" in capsys.readouterr().err
+    assert cli.main([*words, "--hyperparameters", "gamma=0.9", "gamma=1"]) == 2
+    assert "must name each once, got gamma again in 'gamma=1'" in capsys.readouterr().err

@@ -236,6 +236,8 @@ def test_the_command_trains_and_continues(tmp_path, monkeypatch, capsys):
         ("--steps 0", "--steps must be an integer of at least 1, got 0"),
         ("--medium-return 3", "--medium-return needs --recipe, got 3.0"),
         ("--run-dir x", "--run-dir needs --recipe, got x"),
+        ("--recipe medium --policy run --run-dir x", "--run-dir must be left out with --policy"),
+        ("--recipe medium --expert-return 5", "--expert-return must be left out with --recipe med"),
         ("--recipe best", "recipe"),
         ("--recipe medium --env-id Pendulum-v1", "--medium-return must be given for Pendulum-v1"),
         ("--recipe medium-replay --policy gone", "gone is not a run directory"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,15 @@ def save_policy(policy: StoredPolicy, path: Path) -> None:
     write_bytes_atomic(path, safetensors.numpy.save(half, {_KEY: facts}))
 
 
-def load_policy(path: Path, env_id: str | None = None) -> StoredPolicy:
+def load_policy(
+    path: Path, env_id: str | None = None, dims: tuple[int, int] | None = None
+) -> StoredPolicy:
     """Return the policy that `save_policy` wrote; reading runs no code of the file.
 
     Args:
         path: the file.
         env_id: environment it must be of; None: any.
+        dims: S and A that it must have; None: any.
 
     Raises:
         InputError: no such file, damaged, without the facts, or of another environment.
@@ -121,7 +125,7 @@ def load_policy(path: Path, env_id: str | None = None) -> StoredPolicy:
         with safetensors.safe_open(path, framework="np") as file:
             stored = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is not a policy file: {first_line(error)}") from None
     if stored is None:
         raise InputError(f"{path} must be a policy file, got safetensors that describe no policy")
@@ -134,6 +138,11 @@ def load_policy(path: Path, env_id: str | None = None) -> StoredPolicy:
         ) from None
     if env_id not in (None, facts.env_id):
         raise InputError(f"{path} must be a policy of {env_id}, got one of {facts.env_id}")
+    if dims not in (None, policy.dims):
+        raise InputError(
+            f"{path} must be a policy with (observation, action) dimensions {dims}, got "
+            f"{policy.dims}"
+        )
     return policy
 
 
@@ -141,7 +150,8 @@ def _facts(stored: dict[str, Any]) -> PolicyFacts:
     facts = PolicyFacts(**stored)
     if facts.activation not in ACTIVATIONS:
         raise ValueError(f"activation {facts.activation!r}")
-    if not (isinstance(facts.squashed, bool) and isinstance(facts.mean_return, float)):
+    known = isinstance(facts.mean_return, float) and math.isfinite(facts.mean_return)
+    if not (isinstance(facts.squashed, bool) and known):
         raise ValueError(f"squashed {facts.squashed!r}, mean_return {facts.mean_return!r}")
     return facts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -88,7 +89,10 @@ class Experiment:
         key = env_id, recipe
         if key in self._datasets:
             return self._datasets[key]
-        name, described = f"{env_id}-{recipe}", {"recipe": recipe}
+        asked = {"seed": self._behaviour_seed, "returns": self._returns(env_id, recipe)}
+        if recipe != "medium-replay":  # which is as long as its training
+            asked["steps"] = self._dataset_steps
+        name, described = f"{env_id}-{recipe}", {"recipe": recipe, "asked": asked}
         stored = self.policy_file(env_id)
         if stored is not None:
             name = f"{name}-of-file"
@@ -96,7 +100,9 @@ class Experiment:
 
         def make(path: Path) -> None:
             env = make_environment(env_id)
-            write_dataset(self._collect(env, env_id, recipe), path, env)
+            found = self._collect(env, env_id, recipe)
+            found = dataclasses.replace(found, recipe=found.recipe | {"asked": asked})
+            write_dataset(found, path, env)
             env.close()
 
         self._datasets[key] = self.stages.dataset(name, described, make)

@@ -24,7 +24,7 @@ from polygrad_fast.diagnostics.on_policy import on_policy_statistics
 from polygrad_fast.diagnostics.rollouts import imagine
 from polygrad_fast.diagnostics.simulator import check_determined
 from polygrad_fast.diagnostics.timing import seconds_per_1000
-from polygrad_fast.errors import NonFiniteError
+from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.offline.runs import fit_world_model
 from polygrad_fast.offline.task import load_task
 from polygrad_fast.offline.world_model import (
@@ -77,6 +77,13 @@ class ModelExperiment(Experiment):
         scale = self.scale
         as_choices(scale.models, "models", MODELS)
         self.check_datasets(scale.env_ids, [RECIPE])
+        for model in scale.models:
+            alone = dataclasses.replace(scale, models=(model,))
+            if not any(variants(alone, horizon) for horizon in scale.horizons):
+                raise InputError(
+                    f"--diffusion-steps must have a number above a horizon for model {model}, got "
+                    f"{list(scale.diffusion_steps)} with --horizons {list(scale.horizons)}"
+                )
         for env_id in scale.env_ids:
             environment = make_environment(env_id)
             MujocoReplay(environment)
@@ -148,6 +155,7 @@ class ModelExperiment(Experiment):
         if variant.steps is not None:
             own += ("denoiser", "diffusion_steps")
         case = {"env_id": env_id, **variant._asdict(), "seed": seed}
+        case["window"] = self._config(env_id, variant).horizon
         inputs = case | {name: getattr(self.scale, name) for name in own}
         inputs["policy_file"] = bool(self.scale.policies)
         steps = "" if variant.steps is None else f"-{variant.steps}"

@@ -16,7 +16,7 @@ import numpy as np
 from polygrad_fast.arguments import as_choices
 from polygrad_fast.baselines import ALGORITHMS, find_algorithm
 from polygrad_fast.config import GuidanceConfig, PolyGRADScale, SamplerConfig, TrainConfig
-from polygrad_fast.data.environment import make_environment
+from polygrad_fast.data.environment import check_spaces, make_environment
 from polygrad_fast.errors import NonFiniteError
 from polygrad_fast.evaluation.plots import plot_curves
 from polygrad_fast.recipes import evaluations
@@ -88,7 +88,9 @@ def _base(scale: PolyGRADScale) -> TrainConfig:
     trained."""
     as_choices(scale.training_env_ids, "training_env_ids", scale.training_env_ids)
     for env_id in scale.training_env_ids:
-        make_environment(env_id).close()
+        environment = make_environment(env_id)
+        check_spaces(environment)
+        environment.close()
     config = TrainConfig.from_preset(scale.training_preset)
     if scale.training_steps is not None:
         config = replace(config, total_timesteps=scale.training_steps)

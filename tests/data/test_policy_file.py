@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import gymnasium
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import safetensors.torch
 import torch
 
 from polygrad_fast import cli
@@ -128,6 +130,10 @@ def facts_without(name):
     return {"polygrad_fast.policy": json.dumps(facts)}
 
 
+def facts_with(**changed):
+    return {"polygrad_fast.policy": json.dumps(dataclasses.asdict(FACTS) | changed)}
+
+
 @pytest.mark.parametrize(
     ("change", "facts", "message"),
     [
@@ -138,6 +144,7 @@ def facts_without(name):
         (lambda tensors: None, {}, "must be a policy file, got safetensors that describe no pol"),
         (lambda tensors: None, facts_without("mean_return"), "damaged .* argument: 'mean_return'"),
         (lambda tensors: None, {"polygrad_fast.policy": "{"}, "damaged .*JSONDecodeError"),
+        (lambda tensors: None, facts_with(mean_return=math.nan), "damaged .* mean_return nan"),
     ],
 )
 def test_a_damaged_file_is_named(path, change, facts, message):
@@ -146,9 +153,17 @@ def test_a_damaged_file_is_named(path, change, facts, message):
         load_policy(path)
 
 
+def test_tensors_that_numpy_does_not_have_are_named(path):
+    safetensors.torch.save_file({"layers.0.bias": torch.zeros(2, dtype=torch.bfloat16)}, path)
+    with pytest.raises(InputError, match="policy.safetensors is not a policy file: "):
+        load_policy(path)
+
+
 def test_another_file_or_environment_is_named(path, tmp_path):
     with pytest.raises(InputError, match="must be a policy of Hopper-v5, got one of InvertedPend"):
         load_policy(path, "Hopper-v5")
+    with pytest.raises(InputError, match=r"dimensions \(11, 3\), got \(4, 1\)"):
+        load_policy(path, ENV, (11, 3))
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(InputError, match="policy.safetensors is not a policy file: "):
         load_policy(path)

@@ -287,6 +287,12 @@ def test_a_training_that_meets_nan_keeps_its_last_evaluation(stages, tiny_polygr
         ),
         (fig6, {"algorithms": ("dqn",)}, "algorithms must be of .*, got 'dqn'"),
         (fig6, {"training_env_ids": ("Nope-v1",)}, "Nope-v1"),
+        (fig6, {"training_env_ids": ("Pendulum-v1", "CartPole-v1")}, "CartPole-v1"),
+        (
+            fig5,
+            {"models": ("exact", "rollout"), "horizons": (10,), "diffusion_steps": (8,)},
+            "a number above a horizon for model rollout, got .8. with --horizons .10.",
+        ),
         (fig8, {"ablations": ("base", "base")}, "ablations must be different ones"),
     ],
 )
@@ -397,6 +403,9 @@ def test_a_files_policy_is_played_and_imitated(stages, tiny_polygrad, tmp_path, 
     assert fig5(stages, scale, (0,)) == rows
     with pytest.raises(CheckpointError, match="is of other options"):
         fig5(stages, dataclasses.replace(scale, policies=""), (0,))
+    for sizes in ({"dataset_steps": 401}, {"behaviour_seed": 1}):  # not the dataset that is there
+        with pytest.raises(CheckpointError, match="must have asked .* in its recipe, got"):
+            fig5(stages, dataclasses.replace(scale, **sizes), (1,))
 
 
 def test_policy_files_are_checked_before_any_work(stages, tiny_polygrad, tmp_path):

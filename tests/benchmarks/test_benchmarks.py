@@ -53,7 +53,7 @@ def run(*arguments, plugin: Path | None = None) -> subprocess.CompletedProcess:
         environment["PYTHONPATH"] += os.pathsep + str(plugin.parent)
         arguments = (*arguments, "-p", plugin.stem)
     return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -325,7 +325,7 @@ def quick_seeds(path, *words) -> subprocess.CompletedProcess:
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -612,7 +612,7 @@ def test_after_a_lost_device_a_new_process_goes_on(tmp_path):
         env={**ENVIRONMENT, "PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{tmp_path}"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("the device is lost for this process") == 1
@@ -723,7 +723,7 @@ def gpu_check(tmp_path, rows=(), skipping="nothing", reason="", **environment):
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     return result.returncode, (out / "summary.txt").read_text(), calls.read_text().splitlines()
 
@@ -785,7 +785,7 @@ def test_gpu_check_says_what_is_missing(tmp_path):
         env={**os.environ, "PYTHON": sys.executable, "POLYGRAD_COMMIT": "a" * 40},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 2
     assert "no CUDA GPU" in result.stdout or "missing packages: triton" in result.stdout

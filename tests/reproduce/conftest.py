@@ -18,6 +18,7 @@ TINY = PGDScale(
     env_ids=(ENV,),
     recipes=("medium-replay", "medium"),
     dataset_steps=80,
+    data=("real", "unguided", "guided", "ensemble"),
     diffusion_updates=8,
     ensemble_updates=8,
     agent_updates=8,

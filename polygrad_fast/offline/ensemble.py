@@ -3,7 +3,7 @@ that are rolled out in it: the autoregressive baseline of policy-guided diffusio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.offline.diffusion import seeded
 from polygrad_fast.offline.generation import fingerprint
-from polygrad_fast.offline.loop import Averages, load_named_weights, named_weights
+from polygrad_fast.offline.loop import load_named_weights
+from polygrad_fast.offline.model_training import ModelTraining
 from polygrad_fast.runs.checkpoint import load_checkpoint
 from polygrad_fast.runs.directory import read_run_config
 from polygrad_fast.runs.restore import checkpoint_to_load
@@ -54,7 +55,7 @@ def moments_of(transitions: Transitions) -> Normalizer:
     return normalizer
 
 
-class EnsembleTraining:
+class EnsembleTraining(ModelTraining):
     """Train the ensemble on batches of a dataset's transitions.
 
     Implements `polygrad_fast.offline.loop.Training`.
@@ -72,8 +73,6 @@ class EnsembleTraining:
         InputError: fewer transitions than a batch.
     """
 
-    improved = False  # by no evaluation: the averaged weights of the last update are used
-
     def __init__(
         self,
         dataset: OfflineDataset,
@@ -81,63 +80,23 @@ class EnsembleTraining:
         seed: int = 0,
         device: str | torch.device = "auto",
     ):
-        self.config, self.device = config, as_device(device)
-        self.total_updates = config.total_updates
-        self.transitions = dataset.transitions().to(self.device)
+        self.config, device = config, as_device(device)
+        self.transitions = dataset.transitions().to(device)
         size = config.ensemble.batch_size
         if len(self.transitions) < size:
             raise InputError(
                 f"{dataset.source} must hold at least {size} transitions, those of a batch, got "
                 f"{len(self.transitions)}"
             )
-        self.normalizer = moments_of(self.transitions).to(self.device)
-        self.model = build_ensemble(config, self.normalizer, self.device, seeded(seed, 0))
-        self._draws = seeded(seed, 1)
-        self._averages = Averages()
-
-    @property
-    def num_updates(self) -> int:
-        """Updates taken so far."""
-        return self.model.trainer.num_updates
+        normalizer = moments_of(self.transitions).to(device)
+        model = build_ensemble(config, normalizer, device, seeded(seed, 0))
+        sizes = config.total_updates, config.log_interval
+        super().__init__(model, normalizer, seeded(seed, 1), device, *sizes)
 
     def update(self) -> None:
         """Take one gradient step on a batch."""
-        batch = self.transitions.sample(self.config.ensemble.batch_size, self._draws)
-        self._averages.add(self.model.fit(batch, self._draws))
-
-    def metrics(self) -> dict[str, float]:
-        """Return the row that is due, see `Training`."""
-        number = self.num_updates
-        last = number == self.total_updates
-        if number and (last or number % self.config.log_interval == 0):
-            return self._averages.read(number)
-        return {}
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return networks, averaged copies and normalizer."""
-        return named_weights({**self.model.modules(), "normalizer": self.normalizer})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything else that continues the training exactly."""
-        return {
-            **self.model.state_dict(),
-            "draws": self._draws.get_state(),
-            "averages": self._averages.state_dict(),
-        }
-
-    def close(self) -> None:
-        """Do nothing: there is nothing that only an unfinished training needs."""
-
-    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> None:
-        """Continue from what `weights` and `state_dict` returned.
-
-        Raises:
-            CheckpointError: they are of another training.
-        """
-        load_named_weights(self.model.modules(), weights, source)
-        self.model.load_state_dict(state)
-        self._draws.set_state(state["draws"])
-        self._averages.load_state_dict(state["averages"], self.device)
+        batch = self.transitions.sample(self.config.ensemble.batch_size, self.draws)
+        self.averages.add(self.model.fit(batch, self.draws))
 
 
 @dataclass(frozen=True, eq=False)

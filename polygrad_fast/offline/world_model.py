@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from polygrad_fast.arguments import as_device
 from polygrad_fast.config import SamplerConfig, TrainConfig, from_dict
@@ -17,7 +14,8 @@ from polygrad_fast.data.offline_dataset import OfflineDataset
 from polygrad_fast.data.replay import ReplayBuffer
 from polygrad_fast.errors import CheckpointError, InputError
 from polygrad_fast.normalizer import Normalizer
-from polygrad_fast.offline.loop import Averages, load_named_weights, named_weights
+from polygrad_fast.offline.loop import load_named_weights
+from polygrad_fast.offline.model_training import ModelTraining
 from polygrad_fast.runs.checkpoint import load_checkpoint
 from polygrad_fast.runs.directory import read_run_config
 from polygrad_fast.runs.restore import checkpoint_to_load
@@ -86,7 +84,7 @@ def replay_of(dataset: OfflineDataset, horizon: int, device: torch.device) -> Re
     return replay
 
 
-class WorldModelTraining:
+class WorldModelTraining(ModelTraining):
     """Train a world model on windows of a dataset.
 
     Implements `polygrad_fast.offline.loop.Training`.
@@ -106,8 +104,6 @@ class WorldModelTraining:
         InputError: no episode is as long as the horizon.
     """
 
-    improved = False  # by no evaluation: the averaged weights of the last update are used
-
     def __init__(
         self,
         dataset: OfflineDataset,
@@ -116,60 +112,20 @@ class WorldModelTraining:
         seed: int = 0,
         device: str | torch.device = "auto",
     ):
-        self.config, self.total_updates = config, total_updates
-        self.device = as_device(device)
-        self.replay = replay_of(dataset, config.horizon, self.device)
-        self.normalizer = Normalizer(dataset.observation_dim, dataset.action_dim).to(self.device)
-        self.normalizer.update(self.replay.moments(), config.normalizer.min_std())
+        self.config, device = config, as_device(device)
+        self.replay = replay_of(dataset, config.horizon, device)
+        normalizer = Normalizer(dataset.observation_dim, dataset.action_dim).to(device)
+        normalizer.update(self.replay.moments(), config.normalizer.min_std())
         with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
             torch.manual_seed(seed)
-            self.model = _build(config, self.normalizer, self.device)
-        self._draws = torch.Generator(self.device).manual_seed(seed)
-        self._averages = Averages()
-
-    @property
-    def num_updates(self) -> int:
-        """Updates taken so far."""
-        return self.model.trainer.num_updates
+            model = _build(config, normalizer, device)
+        draws = torch.Generator(device).manual_seed(seed)
+        super().__init__(model, normalizer, draws, device, total_updates, config.log_interval)
 
     def update(self) -> None:
         """Take one gradient step on a batch of windows."""
-        windows = self.replay.sample(self.config.world_model_training.batch_size, self._draws)
-        self._averages.add(self.model.update(windows, self._draws))
-
-    def metrics(self) -> dict[str, float]:
-        """Return the row that is due, see `Training`."""
-        number = self.num_updates
-        last = number == self.total_updates
-        if number and (last or number % self.config.log_interval == 0):
-            return self._averages.read(number)
-        return {}
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return networks, averaged copies and normalizer."""
-        return named_weights({**self.model.modules(), "normalizer": self.normalizer})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything else that continues the training exactly."""
-        return {
-            **self.model.state_dict(),
-            "draws": self._draws.get_state(),
-            "averages": self._averages.state_dict(),
-        }
-
-    def close(self) -> None:
-        """Do nothing: there is nothing that only an unfinished training needs."""
-
-    def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> None:
-        """Continue from what `weights` and `state_dict` returned.
-
-        Raises:
-            CheckpointError: they are of another training.
-        """
-        load_named_weights(self.model.modules(), weights, source)
-        self.model.load_state_dict(state)
-        self._draws.set_state(state["draws"])
-        self._averages.load_state_dict(state["averages"], self.device)
+        windows = self.replay.sample(self.config.world_model_training.batch_size, self.draws)
+        self.averages.add(self.model.update(windows, self.draws))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from world_models import EXACT, RESIDUAL_MLP, train, trajectory_diffusion
 
-from harness.chance_tasks import HORIZONS, TASKS, Sizes, Task, floor, score
+from harness.chance_tables import BATCHES, HORIZONS
+from harness.chance_tasks import TASKS, Sizes, Task, floor, score
 from harness.rows import Row, RowFile, provenance
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.diagnostics.timing import seconds_per_1000
@@ -33,8 +34,6 @@ from polygrad_fast.world_models import WorldModel
 from polygrad_fast.world_models.build import build_world_model
 
 RESULTS = Path(__file__).parent / "results" / "chance.jsonl"
-BATCHES = (64, 1024)
-"""Trajectories imagined at a time, whose cost is measured."""
 WIDE = replace(RESIDUAL_MLP, hidden_dim=512)
 IMAGINED_AT_A_TIME = 512
 ONE_STEP, ROLLOUT = "one-step network", "trajectory diffusion, rollout"

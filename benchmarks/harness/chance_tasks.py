@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness.chance_tables import HORIZONS
 from polygrad_fast.data.environment import make_environment
 from polygrad_fast.data.policy_file import StoredPolicy, load_policy
 from polygrad_fast.data.replay import ReplayBuffer
@@ -19,8 +20,6 @@ from polygrad_fast.diagnostics.mujoco_replay import MujocoReplay
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
 
-HORIZONS = (10, 50)
-"""Steps after the start at which observations are compared."""
 ENV_ID = "HalfCheetah-v5"
 POLICY_FILE = Path(__file__).parents[1] / "policies" / f"{ENV_ID}.safetensors"
 ACTION_NOISE = 0.3

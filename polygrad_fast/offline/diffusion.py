@@ -23,12 +23,9 @@ from polygrad_fast.diffusion.edm import (
     num_training_updates,
     training_sigma,
 )
-from polygrad_fast.errors import CheckpointError
 from polygrad_fast.offline.generation import fingerprint
+from polygrad_fast.offline.last_checkpoint import LastCheckpoint
 from polygrad_fast.offline.loop import Averages, load_named_weights, named_weights
-from polygrad_fast.runs.checkpoint import load_checkpoint
-from polygrad_fast.runs.directory import read_run_config
-from polygrad_fast.runs.restore import checkpoint_to_load
 from polygrad_fast.trajectory_normalizer import TrajectoryNormalizer
 
 KIND = "offline diffuse"
@@ -214,25 +211,20 @@ def load_diffusion(run_dir: Path, device: str | torch.device = "auto") -> Diffus
     Raises:
         CheckpointError: no such run, or none of its checkpoints can be used.
     """
-    stored = read_run_config(run_dir, KIND)
-    path, _ = checkpoint_to_load(run_dir, "last")
-    weights, _, metadata = load_checkpoint(path)
-    config = from_dict(stored["config"], DiffuseConfig)
-    try:
-        sizes = int(stored["observation_dim"]), len(stored["action_low"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error!r}") from None
-    network = _build_network(config, *sizes)
-    width = sum(sizes) + 2
-    normalizer = TrajectoryNormalizer(torch.zeros(width), torch.ones(width), *sizes)
-    load_named_weights({"averaged": network, "normalizer": normalizer}, weights, str(path))
+    last = LastCheckpoint.of(run_dir, KIND)
+    config = from_dict(last.stored["config"], DiffuseConfig)
+    network = _build_network(config, *last.dims)
+    width = sum(last.dims) + 2
+    normalizer = TrajectoryNormalizer(torch.zeros(width), torch.ones(width), *last.dims)
+    modules = {"averaged": network, "normalizer": normalizer}
+    load_named_weights(modules, last.weights, last.source)
     device = as_device(device)
     return DiffusionModel(
         network.to(device).requires_grad_(False).eval(),
         normalizer.to(device),
         config,
-        stored,
-        int(metadata["num_timesteps"]),
+        last.stored,
+        last.num_updates,
     )
 
 

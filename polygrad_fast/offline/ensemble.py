@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from polygrad_fast.arguments import as_device
 from polygrad_fast.config import DynamicsConfig, from_dict
 from polygrad_fast.data.offline_dataset import OfflineDataset
-from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.offline.diffusion import seeded
 from polygrad_fast.offline.generation import fingerprint
+from polygrad_fast.offline.last_checkpoint import LastCheckpoint
 from polygrad_fast.offline.loop import load_named_weights
 from polygrad_fast.offline.model_training import ModelTraining
-from polygrad_fast.runs.checkpoint import load_checkpoint
-from polygrad_fast.runs.directory import read_run_config
-from polygrad_fast.runs.restore import checkpoint_to_load
 from polygrad_fast.transitions import Transitions
 from polygrad_fast.world_models import Ensemble
 
@@ -124,20 +122,14 @@ def load_ensemble(run_dir: Path, device: str | torch.device = "auto") -> Ensembl
     Raises:
         CheckpointError: no such run, or none of its checkpoints can be used.
     """
-    stored = read_run_config(run_dir, KIND)
-    path, _ = checkpoint_to_load(run_dir, "last")
-    weights, _, metadata = load_checkpoint(path)
-    config = from_dict(stored["config"], DynamicsConfig)
-    try:
-        sizes = int(stored["observation_dim"]), len(stored["action_low"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error!r}") from None
+    last = LastCheckpoint.of(run_dir, KIND)
+    config = from_dict(last.stored["config"], DynamicsConfig)
     device = as_device(device)
-    normalizer = Normalizer(*sizes).to(device)
+    normalizer = Normalizer(*last.dims).to(device)
     model = build_ensemble(config, normalizer, device)
     modules = {"ema_dynamics": model.network, "normalizer": normalizer}
-    load_named_weights(modules, weights, str(path))
-    return EnsembleModel(model, config, stored, int(metadata["num_timesteps"]))
+    load_named_weights(modules, last.weights, last.source)
+    return EnsembleModel(model, config, last.stored, last.num_updates)
 
 
 def as_distribution(policy: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

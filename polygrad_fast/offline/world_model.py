@@ -12,13 +12,11 @@ from polygrad_fast.arguments import as_device
 from polygrad_fast.config import SamplerConfig, TrainConfig, from_dict
 from polygrad_fast.data.offline_dataset import OfflineDataset
 from polygrad_fast.data.replay import ReplayBuffer
-from polygrad_fast.errors import CheckpointError, InputError
+from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
+from polygrad_fast.offline.last_checkpoint import LastCheckpoint
 from polygrad_fast.offline.loop import load_named_weights
 from polygrad_fast.offline.model_training import ModelTraining
-from polygrad_fast.runs.checkpoint import load_checkpoint
-from polygrad_fast.runs.directory import read_run_config
-from polygrad_fast.runs.restore import checkpoint_to_load
 from polygrad_fast.world_models import WorldModel, build_world_model
 
 KIND = "offline world model"
@@ -155,20 +153,15 @@ def load_world_model(
     Raises:
         CheckpointError: no such run, or none of its checkpoints can be used.
     """
-    stored = read_run_config(run_dir, KIND)
-    path, _ = checkpoint_to_load(run_dir, "last")
-    weights, _, _ = load_checkpoint(path)
-    config = from_dict(stored["config"], TrainConfig)
+    last = LastCheckpoint.of(run_dir, KIND)
+    config = from_dict(last.stored["config"], TrainConfig)
     if sampler is not None:
         config = replace(config, sampler=sampler)
-    try:
-        sizes = int(stored["observation_dim"]), len(stored["action_low"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run_dir / 'config.json'} is damaged: {error!r}") from None
     device = as_device(device)
-    normalizer = Normalizer(*sizes).to(device)
+    normalizer = Normalizer(*last.dims).to(device)
     model = _build(config, normalizer, device)
-    load_named_weights({**model.modules(), "normalizer": normalizer}, weights, str(path))
+    modules = {**model.modules(), "normalizer": normalizer}
+    load_named_weights(modules, last.weights, last.source)
     return TrainedWorldModel(model, normalizer, config)
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from harness.pgd_tables import estimated_cell, shared_sizes, unique
+from harness.pgd_tables import estimated_cell, rows_of, shared_sizes, unique
 from harness.rows import Row
 
 MODEL = ("env_id", "model", "steps", "horizon")
 MODEL_HEADER = ["environment", "model", "steps", "horizon"]
-
-
-def _of(rows: list[Row], case: dict) -> list[Row]:
-    return [row for row in rows if case.items() <= row.case.items()]
 
 
 def _cell(rows: list[Row], name: str) -> str:
@@ -23,7 +19,7 @@ def _models(rows: list[Row]) -> list[tuple[list[str], list[Row]]]:
     for key in unique(tuple(row.case[name] for name in MODEL) for row in rows):
         env_id, model, steps, horizon = key
         first = [env_id, model.replace("_", " "), str(steps or "-"), str(horizon)]
-        found.append((first, _of(rows, dict(zip(MODEL, key, strict=True)))))
+        found.append((first, rows_of(rows, dict(zip(MODEL, key, strict=True)))))
     return found
 
 
@@ -55,7 +51,7 @@ def actions_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     for first, own in _models(rows):
         cells = []
         for sigma in sigmas:
-            at = _of(own, {"sigma": sigma})
+            at = rows_of(own, {"sigma": sigma})
             found = [_cell(at, name) for name in ("ks", "r2")]
             cells.append("-" if found[0] == "-" else "; ".join(found))
         lines.append([*first, *cells])
@@ -76,7 +72,7 @@ def trainings_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Return header and lines of returns of trainings, over seeds."""
     lines = []
     for env_id, algorithm in unique((row.case["env_id"], row.case["algorithm"]) for row in rows):
-        own = _of(rows, {"env_id": env_id, "algorithm": algorithm})
+        own = rows_of(rows, {"env_id": env_id, "algorithm": algorithm})
         steps = max(row.values["env_steps"] for row in own)
         name = algorithm.replace("ablation-", "ablation: ").replace("_", " ")
         cells = [_cell(own, column) for column in ("untrained", "best", "last")]

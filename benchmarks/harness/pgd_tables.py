@@ -16,6 +16,11 @@ def unique(values: Iterable) -> list:
     return list(dict.fromkeys(values))
 
 
+def rows_of(rows: list[Row], case: dict) -> list[Row]:
+    """Return the rows whose case has all that is in `case`."""
+    return [row for row in rows if case.items() <= row.case.items()]
+
+
 def estimated_cell(values: list[float]) -> str:
     """Return an interquartile mean with its interval, of one value the value."""
     if not values:
@@ -34,17 +39,14 @@ def returns_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         cells = []
         for data in DATA:
             case = {"env_id": env_id, "recipe": recipe, "agent": agent, "data": data}
-            own = [row for row in rows if case.items() <= row.case.items()]
+            own = rows_of(rows, case)
             cell = estimated_cell([row.values["mean_return"] for row in own])
             score = paper_score(env_id, recipe, agent, data)
             cells.append(cell if score is None else f"{cell}; {score:g}")
-        seeds = len(unique(row.case["seed"] for row in rows if _is_of(row, env_id, recipe, agent)))
+        case = {"env_id": env_id, "recipe": recipe, "agent": agent}
+        seeds = len(unique(row.case["seed"] for row in rows_of(rows, case)))
         lines.append([env_id, recipe, agent, str(seeds), *cells])
     return ["environment", "data set", "agent", "seeds", *DATA], lines
-
-
-def _is_of(row: Row, env_id: str, recipe: str, agent: str) -> bool:
-    return (row.case["env_id"], row.case["recipe"], row.case["agent"]) == (env_id, recipe, agent)
 
 
 def returns_caption(rows: list[Row]) -> str:
@@ -67,7 +69,7 @@ def trajectories_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         (row.case["env_id"], row.case["target"], row.case["length"]) for row in rows
     ):
         case = {"env_id": env_id, "target": target, "length": length}
-        own = [row for row in rows if case.items() <= row.case.items()]
+        own = rows_of(rows, case)
         cells = []
         for source in sources:
             values = [row.values for row in own if row.case["source"] == source]

@@ -444,7 +444,7 @@ def collect_from_file(
     described = {
         "recipe": recipe,
         "policy": "medium",
-        "trained_by": f"{facts.algorithm}: {facts.recipe}",
+        "trained_by": facts.trained_by,
         "training_seed": facts.seed,
         "env_step": facts.env_steps,
         "wanted_return": medium_return,

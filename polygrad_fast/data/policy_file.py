@@ -49,6 +49,11 @@ class PolicyFacts:
     versions: dict[str, str | None]
     """Of the training, see `runs.versions`."""
 
+    @property
+    def trained_by(self) -> str:
+        """What the recipe of a dataset says of the training."""
+        return f"{self.algorithm}: {self.recipe}"
+
 
 @dataclass(frozen=True)
 class StoredPolicy:

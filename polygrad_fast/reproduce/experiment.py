@@ -96,7 +96,7 @@ class Experiment:
         stored = self.policy_file(env_id)
         if stored is not None:
             name = f"{name}-of-file"
-            described["trained_by"] = f"{stored.facts.algorithm}: {stored.facts.recipe}"
+            described["trained_by"] = stored.facts.trained_by
 
         def make(path: Path) -> None:
             env = make_environment(env_id)

@@ -77,9 +77,9 @@ class ModelExperiment(Experiment):
         scale = self.scale
         as_choices(scale.models, "models", MODELS)
         self.check_datasets(scale.env_ids, [RECIPE])
+        made = {each.model for horizon in scale.horizons for each in variants(scale, horizon)}
         for model in scale.models:
-            alone = dataclasses.replace(scale, models=(model,))
-            if not any(variants(alone, horizon) for horizon in scale.horizons):
+            if model not in made:
                 raise InputError(
                     f"--diffusion-steps must have a number above a horizon for model {model}, got "
                     f"{list(scale.diffusion_steps)} with --horizons {list(scale.horizons)}"

@@ -15,13 +15,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from polygrad_fast.arguments import as_seeds
-from polygrad_fast.config import PGDScale, PolyGRADScale
+from polygrad_fast.config import PGDScale, TrainingScale, WorldModelScale
 from polygrad_fast.config.options import Options
 from polygrad_fast.errors import InputError
 from polygrad_fast.runs.interrupts import end_on_interrupt
 
-POLYGRAD = ("fig3", "fig4", "fig5", "fig6", "fig8")
-PGD = ("pgd-returns", "pgd-likelihood", "pgd-error")
+SCALES: dict[type[WorldModelScale | TrainingScale | PGDScale], tuple[str, ...]] = {
+    WorldModelScale: ("fig3", "fig4", "fig5"),
+    TrainingScale: ("fig6", "fig8"),
+    PGDScale: ("pgd-returns", "pgd-likelihood", "pgd-error"),
+}
+"""Sizes, and the experiments that have them."""
 Name = Literal["fig3", "fig4", "fig5", "fig6", "fig8", "pgd-returns", "pgd-likelihood", "pgd-error"]
 Scale = Literal["quick", "paper"]
 
@@ -30,8 +34,8 @@ Scale = Literal["quick", "paper"]
 class Reproduce:
     """Repeat an experiment of the papers: collect data, train, evaluate, and write a table (.csv)
     and a figure (.png). The same command continues what was interrupted. Options below are those of
-    PolyGRAD's experiments; `reproduce pgd-returns --help` shows those of policy-guided
-    diffusion's."""
+    fig3, fig4 and fig5; `reproduce fig6 --help` shows those of trainings, `reproduce pgd-returns
+    --help` those of policy-guided diffusion."""
 
     name: tyro.conf.Positional[Name]
     """Of PolyGRAD: distribution of imagined actions (fig3), error and computation time of world
@@ -47,37 +51,37 @@ class Reproduce:
     share it."""
     progress: bool = True
     """Show progress bars."""
-    sizes: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=PolyGRADScale)
+    sizes: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=WorldModelScale)
 
 
 def defaults(arguments: list[str], flag: Callable[[str], str | None]) -> dict[type, Reproduce]:
     """Return what `reproduce` starts from: the sizes of its scale, of the named experiment's paper.
 
     Raises:
-        InputError: unknown scale, or a size of the other paper's experiments.
+        InputError: unknown scale, or a size that only other experiments have.
     """
     if arguments[:1] != ["reproduce"]:
         return {Reproduce: Reproduce(tyro.MISSING)}
-    own, other, out = PolyGRADScale, PGDScale, Path("runs/reproduce")
     name = _experiment(arguments)
-    if name in PGD:
-        own, other, out = PGDScale, PolyGRADScale, Path("runs/reproduce_pgd")
-    known, others = ({each.name for each in dataclasses.fields(kind)} for kind in (own, other))
-    for size in sorted(others):
-        option = size.replace("_", "-")
-        if name is not None and size not in known and flag(option) is not None:
-            experiments = PGD if other is PGDScale else POLYGRAD
-            raise InputError(
-                f"--{option} must be left out with {name}: it is of {', '.join(experiments)}"
-            )
+    own = next((kind for kind, names in SCALES.items() if name in names), WorldModelScale)
+    known = {each.name for each in dataclasses.fields(own)}
+    for other, names in SCALES.items():
+        for size in sorted({each.name for each in dataclasses.fields(other)} - known):
+            option = size.replace("_", "-")
+            if name is not None and flag(option) is not None:
+                raise InputError(
+                    f"--{option} must be left out with {name}: it is of {', '.join(names)}"
+                )
     scale = flag("scale") or "quick"
+    out = Path("runs/reproduce_pgd" if own is PGDScale else "runs/reproduce")
     return {Reproduce: Reproduce(tyro.MISSING, scale, out=out, sizes=own.from_scale(scale))}
 
 
 def _experiment(arguments: list[str]) -> str | None:
     """Return the experiment that the arguments name; None: none."""
+    experiments = [name for names in SCALES.values() for name in names]
     for before, word in zip(arguments, arguments[1:], strict=False):
-        if word in (*POLYGRAD, *PGD) and before != "--out":
+        if word in experiments and before != "--out":
             return word
     return None
 

@@ -19,7 +19,7 @@ from polygrad_fast.config.groups import (
 from polygrad_fast.config.offline import DiffuseConfig, DynamicsConfig, OfflineTrainConfig
 from polygrad_fast.config.offline_agents import IQLConfig, OfflineAgentConfig, TD3BCConfig
 from polygrad_fast.config.options import from_dict
-from polygrad_fast.config.reproduce import PGDScale, PolyGRADScale
+from polygrad_fast.config.reproduce import PGDScale, TrainingScale, WorldModelScale
 from polygrad_fast.config.train import PRESETS, TrainConfig
 from polygrad_fast.config.world_models import (
     AutoregressiveConfig,
@@ -47,13 +47,14 @@ __all__ = [
     "PRESETS",
     "PolicyConfig",
     "PolicyGuidanceConfig",
-    "PolyGRADScale",
     "SamplerConfig",
     "ScheduleConfig",
     "TD3BCConfig",
     "TemporalUNetConfig",
     "TrainConfig",
+    "TrainingScale",
     "TransformerModelConfig",
+    "WorldModelScale",
     "check_choices",
     "from_dict",
 ]

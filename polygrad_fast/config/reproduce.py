@@ -92,11 +92,10 @@ PGD_SCALES = {"quick": PGDScale, "paper": _paper_pgd}
 
 
 @dataclass(frozen=True)
-class PolyGRADScale(Options):
-    """Sizes of PolyGRAD's experiments. The defaults are for a CPU."""
+class WorldModelScale(Options):
+    """Sizes of PolyGRAD's experiments with world models. The defaults are for a CPU."""
 
     env_ids: tuple[str, ...] = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
-    """Of world models (fig3, fig4, fig5)."""
     policies: str = ""
     """Folder of behaviour policies, ENV_ID.safetensors each, as those in benchmarks/policies;
     without one they are trained first."""
@@ -143,10 +142,63 @@ class PolyGRADScale(Options):
     """Standard deviations of the policy (fig3), whose trajectories have the first horizon."""
     timed_trajectories: int = 256
     """Imagined at a time for the computation time (fig4)."""
-    training_env_ids: tuple[str, ...] = ("InvertedPendulum-v5", "Pendulum-v1")
-    """Of trainings (fig6, fig8)."""
-    training_preset: Literal["quick", "laptop", "default", "paper"] = "quick"
-    training_steps: int | None = None
+
+    def _check_ranges(self) -> None:
+        lists = ("env_ids", "models", "horizons", "diffusion_steps", "sigmas")
+        for name in lists:
+            self._check(len(getattr(self, name)) > 0, name, "at least one")
+        self._check_at_least(1, "dataset_steps", "model_updates", "tuning_samples")
+        self._check_at_least(1, "timed_trajectories")
+        self._check_at_least(2, "tuning_trajectories")
+        self._check_at_least(4, "measured_trajectories")
+        self._check_at_least(0, "behaviour_seed")
+        self._check(0 < self.held_out < 1, "held_out", "in (0, 1)")
+        self._check(min(self.horizons) >= 3, "horizons", "at least 3 each")
+        self._check(min(self.diffusion_steps) >= 1, "diffusion_steps", "at least 1 each")
+        self._check(min(self.sigmas) > 0, "sigmas", "positive")
+        for name in ("horizons", "diffusion_steps", "sigmas"):
+            values = getattr(self, name)
+            self._check(len(set(values)) == len(values), name, "different ones")
+        self._check_positive("model_batch_size")
+
+    @classmethod
+    def from_scale(cls, name: str) -> WorldModelScale:
+        """Return the sizes of a scale: "quick" (a CPU) or "paper".
+
+        Raises:
+            InputError: unknown scale.
+        """
+        return _named(WORLD_MODEL_SCALES, name)
+
+
+def _paper_world_models() -> WorldModelScale:
+    """The paper's networks and numbers of updates (appendix C.1), on datasets of a million steps
+    that are made here."""
+    return WorldModelScale(
+        dataset_steps=1_000_000,
+        horizons=(10, 50, 200),
+        diffusion_steps=(128, 16),
+        preset="default",
+        denoiser="transformer",
+        model_updates=1_000_000,
+        model_batch_size=None,
+        measured_trajectories=500,
+        tuning_samples=200,
+        tuning_trajectories=256,
+        timed_trajectories=1000,
+    )
+
+
+WORLD_MODEL_SCALES = {"quick": WorldModelScale, "paper": _paper_world_models}
+
+
+@dataclass(frozen=True)
+class TrainingScale(Options):
+    """Sizes of PolyGRAD's experiments with trainings. The defaults are for a CPU."""
+
+    env_ids: tuple[str, ...] = ("InvertedPendulum-v5", "Pendulum-v1")
+    preset: Literal["quick", "laptop", "default", "paper"] = "quick"
+    total_timesteps: int | None = None
     """Environment steps of every algorithm; None: the preset's."""
     algorithms: tuple[str, ...] = ("trajectory_diffusion", "autoregressive", "ppo", "sac")
     """World models, as the preset has them, and algorithms of `baseline` (fig6)."""
@@ -164,56 +216,32 @@ class PolyGRADScale(Options):
     """Newest evaluations that a point of a learning curve is the mean of."""
 
     def _check_ranges(self) -> None:
-        lists = ("env_ids", "models", "horizons", "diffusion_steps", "sigmas")
-        for name in (*lists, "training_env_ids", "algorithms", "ablations"):
+        for name in ("env_ids", "algorithms", "ablations"):
             self._check(len(getattr(self, name)) > 0, name, "at least one")
-        self._check_at_least(1, "dataset_steps", "model_updates", "tuning_samples", "smoothing")
-        self._check_at_least(1, "timed_trajectories")
-        self._check_at_least(2, "tuning_trajectories")
-        self._check_at_least(4, "measured_trajectories")
-        self._check_at_least(0, "behaviour_seed")
-        self._check(0 < self.held_out < 1, "held_out", "in (0, 1)")
-        self._check(min(self.horizons) >= 3, "horizons", "at least 3 each")
-        self._check(min(self.diffusion_steps) >= 1, "diffusion_steps", "at least 1 each")
-        self._check(min(self.sigmas) > 0, "sigmas", "positive")
-        for name in ("horizons", "diffusion_steps", "sigmas"):
-            values = getattr(self, name)
-            self._check(len(set(values)) == len(values), name, "different ones")
-        self._check_positive("model_batch_size", "training_steps")
+        self._check_at_least(1, "smoothing")
+        self._check_positive("total_timesteps")
 
     @classmethod
-    def from_scale(cls, name: str) -> PolyGRADScale:
+    def from_scale(cls, name: str) -> TrainingScale:
         """Return the sizes of a scale: "quick" (a CPU) or "paper".
 
         Raises:
             InputError: unknown scale.
         """
-        return _named(POLYGRAD_SCALES, name)
+        return _named(TRAINING_SCALES, name)
 
 
-def _paper_polygrad() -> PolyGRADScale:
-    """The paper's networks, numbers of updates and environment steps (appendix C.1 and C.2), on
-    datasets of a million steps that are made here."""
-    return PolyGRADScale(
-        dataset_steps=1_000_000,
-        horizons=(10, 50, 200),
-        diffusion_steps=(128, 16),
+def _paper_trainings() -> TrainingScale:
+    """The paper's networks and environment steps (appendix C.2)."""
+    return TrainingScale(
+        env_ids=("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"),
         preset="default",
-        denoiser="transformer",
-        model_updates=1_000_000,
-        model_batch_size=None,
-        measured_trajectories=500,
-        tuning_samples=200,
-        tuning_trajectories=256,
-        timed_trajectories=1000,
-        training_env_ids=("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"),
-        training_preset="default",
         algorithms=("trajectory_diffusion", "autoregressive", "ppo", "a2c", "trpo", "sac"),
         smoothing=10,
     )
 
 
-POLYGRAD_SCALES = {"quick": PolyGRADScale, "paper": _paper_polygrad}
+TRAINING_SCALES = {"quick": TrainingScale, "paper": _paper_trainings}
 
 
 def _named(scales: Mapping[str, Callable[[], Any]], name: str) -> Any:

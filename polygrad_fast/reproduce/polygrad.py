@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.arguments import as_choices, as_device
-from polygrad_fast.config import PolyGRADScale
+from polygrad_fast.config import WorldModelScale
 from polygrad_fast.data.environment import make_environment
 from polygrad_fast.diagnostics.actions import action_report
 from polygrad_fast.diagnostics.dynamics import windows_report
@@ -65,7 +65,7 @@ class ModelExperiment(Experiment):
         scale: sizes.
     """
 
-    def __init__(self, stages: Stages, scale: PolyGRADScale):
+    def __init__(self, stages: Stages, scale: WorldModelScale):
         numbers = scale.dataset_steps, scale.behaviour_seed, scale.medium_return
         super().__init__(stages, *numbers, scale.policies)
         self.scale, self.device = scale, as_device("auto")

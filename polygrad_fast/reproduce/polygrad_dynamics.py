@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from polygrad_fast.config import PolyGRADScale
+from polygrad_fast.config import WorldModelScale
 from polygrad_fast.evaluation.plots import plot_curves, plot_densities, plot_tradeoffs
 from polygrad_fast.reproduce.polygrad import BINS, ModelExperiment
 from polygrad_fast.reproduce.polygrad_models import Variant, variants
@@ -44,7 +44,7 @@ IN_FIGURE_4 = (
 )
 
 
-def fig3(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def fig3(stages: Stages, scale: WorldModelScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Measure imagined actions at several standard deviations of the policy; write fig3.csv and
     .png, and return the rows: one per environment, model, standard deviation and statistic."""
     horizon = scale.horizons[0]
@@ -67,7 +67,7 @@ def fig3(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dic
     return rows
 
 
-def fig4(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def fig4(stages: Stages, scale: WorldModelScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Measure errors, actions and computation times; write fig4.csv and .png, and return the rows:
     one per environment, model, horizon and quantity."""
     found = _measured(stages, scale, seeds, scale.horizons, _errors_and_seconds)
@@ -96,7 +96,7 @@ def fig4(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dic
     return rows
 
 
-def fig5(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def fig5(stages: Stages, scale: WorldModelScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Measure the error of every imagined step; write fig5.csv and .png, and return the rows: one
     per environment, model, horizon and step."""
     found = _measured(stages, scale, seeds, scale.horizons, ModelExperiment.errors)
@@ -130,7 +130,7 @@ def fig5(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dic
 
 def _measured(
     stages: Stages,
-    scale: PolyGRADScale,
+    scale: WorldModelScale,
     seeds: Sequence[int],
     horizons: Sequence[int],
     measure: Callable[[ModelExperiment, str, Variant, int], dict[str, Any]],

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from polygrad_fast.config import GuidanceConfig, PolyGRADScale, SamplerConfig, TrainConfig
+from polygrad_fast.config import GuidanceConfig, SamplerConfig, TrainConfig, WorldModelScale
 from polygrad_fast.world_models.build import STEPWISE
 
 OFFICIAL = SamplerConfig.official(denoiser_actions="clipped")  # as a dataset's actions are
@@ -58,7 +58,7 @@ class Variant(NamedTuple):
         return self.model if self.steps is None else f"{self.model}, {self.steps} steps"
 
 
-def variants(scale: PolyGRADScale, horizon: int) -> list[Variant]:
+def variants(scale: WorldModelScale, horizon: int) -> list[Variant]:
     """Return what is measured at a horizon; without numbers of diffusion steps that a denoiser of
     kind "rollout" cannot imagine in."""
     found = []
@@ -73,7 +73,7 @@ def variants(scale: PolyGRADScale, horizon: int) -> list[Variant]:
 
 
 def training_config(
-    scale: PolyGRADScale, env_id: str, model: str, horizon: int | None
+    scale: WorldModelScale, env_id: str, model: str, horizon: int | None
 ) -> TrainConfig:
     """Return how a model is trained.
 

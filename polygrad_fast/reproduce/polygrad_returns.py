@@ -15,7 +15,7 @@ import numpy as np
 
 from polygrad_fast.arguments import as_choices
 from polygrad_fast.baselines import ALGORITHMS, find_algorithm
-from polygrad_fast.config import GuidanceConfig, PolyGRADScale, SamplerConfig, TrainConfig
+from polygrad_fast.config import GuidanceConfig, SamplerConfig, TrainConfig, TrainingScale
 from polygrad_fast.data.environment import check_spaces, make_environment
 from polygrad_fast.errors import NonFiniteError
 from polygrad_fast.evaluation.plots import plot_curves
@@ -36,7 +36,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 """Options of the sampler that differ from the released code's (appendix C.4)."""
 
 
-def fig6(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def fig6(stages: Stages, scale: TrainingScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Train in imagination and model-free for the same environment steps; write fig6.csv and .png,
     and return the rows: one per environment, algorithm and evaluation."""
     as_choices(scale.algorithms, "algorithms", (*WORLD_MODELS, *ALGORITHMS))
@@ -54,7 +54,7 @@ def fig6(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dic
     return _compared(stages, scale, seeds, "fig6", "algorithm", scale.algorithms, train, title)
 
 
-def fig8(stages: Stages, scale: PolyGRADScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def fig8(stages: Stages, scale: TrainingScale, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Train PolyGRAD and its ablations; write fig8.csv and .png, and return the rows: one per
     environment, ablation and evaluation."""
     as_choices(scale.ablations, "ablations", ABLATIONS)
@@ -83,36 +83,36 @@ def ablated(base: TrainConfig, name: str) -> TrainConfig:
     return replace(base, world_model="trajectory_diffusion", **changed)
 
 
-def _base(scale: PolyGRADScale) -> TrainConfig:
+def _base(scale: TrainingScale) -> TrainConfig:
     """Return the options of a training but for its world model; raise InputError for what cannot be
     trained."""
-    as_choices(scale.training_env_ids, "training_env_ids", scale.training_env_ids)
-    for env_id in scale.training_env_ids:
+    as_choices(scale.env_ids, "env_ids", scale.env_ids)
+    for env_id in scale.env_ids:
         environment = make_environment(env_id)
         check_spaces(environment)
         environment.close()
-    config = TrainConfig.from_preset(scale.training_preset)
-    if scale.training_steps is not None:
-        config = replace(config, total_timesteps=scale.training_steps)
+    config = TrainConfig.from_preset(scale.preset)
+    if scale.total_timesteps is not None:
+        config = replace(config, total_timesteps=scale.total_timesteps)
     return config
 
 
 def _imagined(
     stages: Stages,
-    scale: PolyGRADScale,
+    scale: TrainingScale,
     env_id: str,
     name: str,
     seed: int,
     config: TrainConfig,
 ) -> dict[str, Any]:
     """Return the evaluations of a training in imagination."""
-    case = {"env_id": env_id, "algorithm": name, "seed": seed, "preset": scale.training_preset}
+    case = {"env_id": env_id, "algorithm": name, "seed": seed, "preset": scale.preset}
     path = f"trainings/{env_id}/{name}-{seed}"
 
     def train() -> dict[str, Any]:
         met_nan = None
         try:
-            stages.agent(path, env_id, scale.training_preset, seed, config)
+            stages.agent(path, env_id, scale.preset, seed, config)
         except NonFiniteError as error:
             met_nan = str(error)
             stages.tell(f"{path}: {met_nan}")
@@ -144,7 +144,7 @@ def _evaluated(stages: Stages, path: str) -> dict[str, Any]:
 
 def _compared(
     stages: Stages,
-    scale: PolyGRADScale,
+    scale: TrainingScale,
     seeds: Sequence[int],
     figure: str,
     column: str,
@@ -155,7 +155,7 @@ def _compared(
     """Train everything, write table and figure, and return the rows."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in seeds:  # all of one seed first: what is there early is a whole table
-        for env_id in scale.training_env_ids:
+        for env_id in scale.env_ids:
             for name in names:
                 found.setdefault((env_id, name), []).append(train(env_id, name, seed))
     rows, panels = [], {}

@@ -8,7 +8,7 @@ import pytest
 
 from cases import changed, tiny_config
 from polygrad_fast import recipes
-from polygrad_fast.config import PGDScale, PolyGRADScale
+from polygrad_fast.config import PGDScale, TrainingScale, WorldModelScale
 from polygrad_fast.config import offline as presets
 from polygrad_fast.config import train as train_presets
 from polygrad_fast.reproduce.stages import Stages
@@ -31,7 +31,7 @@ TINY = PGDScale(
     measured_trajectories=6,
 )
 TINY_TRAIN = tiny_config()
-TINY_POLYGRAD = PolyGRADScale(
+TINY_WORLD_MODELS = WorldModelScale(
     env_ids=(ENV,),
     dataset_steps=200,
     held_out=0.2,
@@ -45,8 +45,10 @@ TINY_POLYGRAD = PolyGRADScale(
     tuning_trajectories=4,
     sigmas=(0.5, 0.1),
     timed_trajectories=4,
-    training_env_ids=(ENV,),
-    training_steps=120,
+)
+TINY_TRAININGS = TrainingScale(
+    env_ids=(ENV,),
+    total_timesteps=120,
     algorithms=("autoregressive", "ppo"),
     ablations=("base", "random_actions"),
 )
@@ -61,7 +63,7 @@ def _offline_sizes():
 
 
 @pytest.fixture(autouse=True)
-def tiny_trainings(monkeypatch):
+def short_trainings(monkeypatch):
     """Behaviour policies and models that train in a moment; any policy is medium."""
     sizes = _offline_sizes()
     diffuse = dataclasses.replace(sizes.TINY_DIFFUSE, window_length=4, window_stride=1)
@@ -82,8 +84,13 @@ def tiny():
 
 
 @pytest.fixture
-def tiny_polygrad():
-    return TINY_POLYGRAD
+def tiny_models():
+    return TINY_WORLD_MODELS
+
+
+@pytest.fixture
+def tiny_trainings():
+    return TINY_TRAININGS
 
 
 @pytest.fixture

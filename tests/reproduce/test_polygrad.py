@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from polygrad_fast import cli
-from polygrad_fast.config import PolyGRADScale, SamplerConfig, TrainConfig
+from polygrad_fast.config import SamplerConfig, TrainConfig, TrainingScale, WorldModelScale
 from polygrad_fast.data.policy_file import PolicyFacts, StoredPolicy, save_policy
 from polygrad_fast.errors import CheckpointError, InputError, NonFiniteError
 from polygrad_fast.offline.world_model import WorldModelTraining
@@ -17,6 +17,7 @@ from polygrad_fast.reproduce import fig3, fig4, fig5, fig6, fig8
 from polygrad_fast.reproduce.polygrad import ModelExperiment
 from polygrad_fast.reproduce.polygrad_models import MODELS, Variant, training_config, variants
 from polygrad_fast.reproduce.polygrad_returns import ABLATIONS, ablated, smoothed_curve
+from polygrad_fast.training.imagination import ImaginationTraining
 from polygrad_fast.world_models import Autoregressive
 
 ENV = "InvertedPendulum-v5"
@@ -31,8 +32,8 @@ def has_figure(stages, name):
     return (stages.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_errors_of_all_models_at_every_step(stages, tiny_polygrad, told):
-    scale = dataclasses.replace(tiny_polygrad, horizons=(4,))
+def test_errors_of_all_models_at_every_step(stages, tiny_models, told):
+    scale = dataclasses.replace(tiny_models, horizons=(4,))
     rows = fig5(stages, scale, (0,))
     names = {(row["model"], row["steps"]) for row in rows}
     diffused = ("official", "paper", "exact", "rollout")
@@ -53,8 +54,8 @@ def test_errors_of_all_models_at_every_step(stages, tiny_polygrad, told):
         fig5(stages, dataclasses.replace(scale, measured_trajectories=9), (0,))
 
 
-def test_cost_beside_error_and_actions_of_the_same_trajectories(stages, tiny_polygrad, told):
-    scale = dataclasses.replace(tiny_polygrad, models=("official", "exact", "autoregressive"))
+def test_cost_beside_error_and_actions_of_the_same_trajectories(stages, tiny_models, told):
+    scale = dataclasses.replace(tiny_models, models=("official", "exact", "autoregressive"))
     scale = dataclasses.replace(scale, diffusion_steps=(3,))
     errors = fig5(stages, scale, (0, 1))
     first = {json.dumps(row["iqm"]) for row in errors if row["step"] == 2}
@@ -80,9 +81,9 @@ def test_cost_beside_error_and_actions_of_the_same_trajectories(stages, tiny_pol
     assert len(table(stages.folder / "fig4.csv")) == len(rows)
 
 
-def test_exact_actions_are_the_policys_at_every_deviation(stages, tiny_polygrad):
+def test_exact_actions_are_the_policys_at_every_deviation(stages, tiny_models):
     scale = dataclasses.replace(
-        tiny_polygrad, models=("exact", "official", "ensemble"), measured_trajectories=40
+        tiny_models, models=("exact", "official", "ensemble"), measured_trajectories=40
     )
     rows = fig3(stages, scale, (0,))
     assert {row["horizon"] for row in rows} == {3}
@@ -108,10 +109,10 @@ def test_exact_actions_are_the_policys_at_every_deviation(stages, tiny_polygrad)
 
 
 def test_an_interrupted_experiment_continues_where_it_stopped(
-    stages, tiny_polygrad, told, monkeypatch
+    stages, tiny_models, told, monkeypatch
 ):
     scale = dataclasses.replace(
-        tiny_polygrad, models=("autoregressive", "paper"), horizons=(3,), diffusion_steps=(6,)
+        tiny_models, models=("autoregressive", "paper"), horizons=(3,), diffusion_steps=(6,)
     )
     update = WorldModelTraining.update
 
@@ -142,8 +143,8 @@ def test_an_interrupted_experiment_continues_where_it_stopped(
     assert fig5(whole, scale, (0,)) == rows
 
 
-def test_held_out_states_are_of_no_episode_that_was_trained_on(stages, tiny_polygrad):
-    experiment = ModelExperiment(stages, tiny_polygrad)
+def test_held_out_states_are_of_no_episode_that_was_trained_on(stages, tiny_models):
+    experiment = ModelExperiment(stages, tiny_models)
     scene = experiment.scene(ENV)
     trained = {row.tobytes() for row in scene.draw_starts(2000, torch.Generator()).numpy()}
     starts = scene.starts(scene.windows(5)).numpy()
@@ -155,11 +156,11 @@ def test_held_out_states_are_of_no_episode_that_was_trained_on(stages, tiny_poly
     assert np.allclose(found.observations, recorded, atol=1e-4, equal_nan=True)
 
 
-def test_a_model_that_is_not_finite_has_no_numbers(stages, tiny_polygrad, monkeypatch):
+def test_a_model_that_is_not_finite_has_no_numbers(stages, tiny_models, monkeypatch):
     def imagine(*arguments, **options):
         raise NonFiniteError("observations hold NaN")
 
-    scale = dataclasses.replace(tiny_polygrad, models=("autoregressive",), horizons=(3,))
+    scale = dataclasses.replace(tiny_models, models=("autoregressive",), horizons=(3,))
     monkeypatch.setattr("polygrad_fast.reproduce.polygrad.imagine", imagine)
     monkeypatch.setattr("polygrad_fast.diagnostics.actions.imagine", imagine)
     assert [row["seeds"] for row in fig5(stages, scale, (0,))] == [0, 0]
@@ -169,7 +170,7 @@ def test_a_model_that_is_not_finite_has_no_numbers(stages, tiny_polygrad, monkey
 
 
 def test_variants_are_trained_as_they_say():
-    scale = PolyGRADScale()
+    scale = WorldModelScale()
     paper = training_config(scale, "Hopper-v5", "paper", 10)
     assert paper.sampler == SamplerConfig.paper(denoiser_actions="clipped")
     assert paper.denoiser.step_conditioning == "layer" and paper.schedule.tau == 0.1
@@ -178,7 +179,7 @@ def test_variants_are_trained_as_they_say():
     assert rollout.denoiser.kind == "rollout" and rollout.horizon == 50
     assert training_config(scale, "Hopper-v5", "transformer", None).horizon == 15
     assert training_config(scale, "Hopper-v5", "ensemble", None).horizon == 10
-    big = training_config(PolyGRADScale.from_scale("paper"), "Hopper-v5", "official", 50)
+    big = training_config(WorldModelScale.from_scale("paper"), "Hopper-v5", "official", 50)
     assert big.denoiser.kind == "transformer" and big.denoiser.hidden_dim == 312
     assert big.denoiser.batch_size == 256 and big.schedule.tau == 1.0
     exact = Variant("exact", 10, 16)
@@ -187,8 +188,8 @@ def test_variants_are_trained_as_they_say():
     assert [v.steps for v in variants(scale, 50) if v.model == "rollout"] == [128]
 
 
-def test_returns_beside_model_free_algorithms(stages, tiny_polygrad, told):
-    rows = fig6(stages, tiny_polygrad, (0, 1))
+def test_returns_beside_model_free_algorithms(stages, tiny_trainings, told):
+    rows = fig6(stages, tiny_trainings, (0, 1))
     assert {(row["algorithm"], row["env_step"]) for row in rows} == {
         (name, step) for name in ("autoregressive", "ppo") for step in (0, 60, 120)
     }
@@ -197,14 +198,14 @@ def test_returns_beside_model_free_algorithms(stages, tiny_polygrad, told):
     stored = json.loads((stages.folder / f"trainings/{ENV}/ppo-1/config.json").read_text())
     assert stored["total_timesteps"] == 120 and stored["seed"] == 1
     count = len(told)
-    assert fig6(stages, tiny_polygrad, (0, 1)) == rows and len(told) == count
-    longer = dataclasses.replace(tiny_polygrad, training_steps=180)
+    assert fig6(stages, tiny_trainings, (0, 1)) == rows and len(told) == count
+    longer = dataclasses.replace(tiny_trainings, total_timesteps=180)
     with pytest.raises(CheckpointError, match="is of other options"):
         fig6(stages, longer, (0,))
 
 
 def test_an_interrupted_training_continues_and_a_baseline_begins_anew(
-    stages, tiny_polygrad, told, monkeypatch
+    stages, tiny_trainings, told, monkeypatch
 ):
     update = Autoregressive.update
     count = []
@@ -217,24 +218,24 @@ def test_an_interrupted_training_continues_and_a_baseline_begins_anew(
 
     monkeypatch.setattr(Autoregressive, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fig6(stages, tiny_polygrad, (0,))
+        fig6(stages, tiny_trainings, (0,))
     left = stages.folder / "trainings" / ENV / "ppo-0-unfinished"
     left.mkdir(parents=True)
     (left / "config.json").write_text("{")
-    rows = fig6(stages, tiny_polygrad, (0,))
+    rows = fig6(stages, tiny_trainings, (0,))
     assert not left.exists() and len(rows) == 6
     path = stages.folder / "results" / "trainings" / ENV / "ppo-0.json"
     path.unlink()
-    assert fig6(stages, tiny_polygrad, (0,)) == rows  # of the finished run
+    assert fig6(stages, tiny_trainings, (0,)) == rows  # of the finished run
     path.unlink()
     config = stages.folder / "trainings" / ENV / "ppo-0" / "config.json"
     config.write_text(config.read_text().replace('"seed": 0', '"seed": 4'))
     with pytest.raises(CheckpointError, match="its seed is 4, got 0: give another --out"):
-        fig6(stages, tiny_polygrad, (0,))
+        fig6(stages, tiny_trainings, (0,))
 
 
-def test_ablations_are_options_of_a_training(stages, tiny_polygrad):
-    rows = fig8(stages, tiny_polygrad, (0,))
+def test_ablations_are_options_of_a_training(stages, tiny_trainings):
+    rows = fig8(stages, tiny_trainings, (0,))
     assert {row["ablation"] for row in rows} == {"base", "random_actions"}
     run = stages.folder / "trainings" / ENV / "ablation-random_actions-0"
     assert json.loads((run / "config.json").read_text())["config"]["sampler"]["action_update"] == (
@@ -260,15 +261,17 @@ def test_ablations_of_the_released_sampler():
     assert full.schedule == TrainConfig().schedule and full.guidance == TrainConfig().guidance
 
 
-def test_a_training_that_meets_nan_keeps_its_last_evaluation(stages, tiny_polygrad, monkeypatch):
-    agent = type(stages).agent
+def test_a_training_that_meets_nan_keeps_its_last_evaluation(stages, tiny_trainings, monkeypatch):
+    update = ImaginationTraining.update_policy
 
-    def failing(self, name, *arguments):
-        agent(self, name, *arguments)
-        raise NonFiniteError("actor_loss is NaN at environment step 70")
+    def failing(training, count=1):
+        if training.following_step > 70:
+            raise NonFiniteError("actor_loss is nan")
+        update(training, count)
 
-    monkeypatch.setattr(type(stages), "agent", failing)
-    rows = fig8(stages, dataclasses.replace(tiny_polygrad, ablations=("base",)), (0,))
+    monkeypatch.setattr(ImaginationTraining, "update_policy", failing)
+    rows = fig8(stages, dataclasses.replace(tiny_trainings, ablations=("base",)), (0,))
+    assert [row["env_step"] for row in rows] == [0, 60]
     assert all(row["met_nan"] == 1 for row in rows)
     stopped = {"env_steps": [0, 10], "returns": [1.0, 3.0]}
     assert smoothed_curve(stopped, [0, 10, 20, 30], 1) == [1.0, 3.0, 3.0, 3.0]
@@ -286,8 +289,8 @@ def test_a_training_that_meets_nan_keeps_its_last_evaluation(stages, tiny_polygr
             "one of gymnasium's MuJoCo environments",
         ),
         (fig6, {"algorithms": ("dqn",)}, "algorithms must be of .*, got 'dqn'"),
-        (fig6, {"training_env_ids": ("Nope-v1",)}, "Nope-v1"),
-        (fig6, {"training_env_ids": ("Pendulum-v1", "CartPole-v1")}, "CartPole-v1"),
+        (fig6, {"env_ids": ("Nope-v1",)}, "Nope-v1"),
+        (fig6, {"env_ids": ("Pendulum-v1", "CartPole-v1")}, "CartPole-v1"),
         (
             fig5,
             {"models": ("exact", "rollout"), "horizons": (10,), "diffusion_steps": (8,)},
@@ -297,37 +300,45 @@ def test_a_training_that_meets_nan_keeps_its_last_evaluation(stages, tiny_polygr
     ],
 )
 def test_wrong_sizes_are_refused_before_any_work(
-    stages, tiny_polygrad, experiment, options, message
+    stages, tiny_models, tiny_trainings, experiment, options, message
 ):
+    sizes = tiny_trainings if experiment in (fig6, fig8) else tiny_models
     with pytest.raises(InputError, match=message):
-        experiment(stages, dataclasses.replace(tiny_polygrad, **options), (0,))
+        experiment(stages, dataclasses.replace(sizes, **options), (0,))
     assert not stages.folder.exists()
 
 
-def test_too_few_held_out_starts_are_told_before_a_model_is_trained(stages, tiny_polygrad):
-    scale = dataclasses.replace(tiny_polygrad, measured_trajectories=500)
+def test_too_few_held_out_starts_are_told_before_a_model_is_trained(stages, tiny_models):
+    scale = dataclasses.replace(tiny_models, measured_trajectories=500)
     with pytest.raises(InputError, match="must have at least 500 starts of 2 steps to measure"):
         fig5(stages, scale, (0,))
     assert not (stages.folder / "world_models").exists()
-    scale = dataclasses.replace(tiny_polygrad, held_out=0.001)
+    scale = dataclasses.replace(tiny_models, held_out=0.001)
     with pytest.raises(InputError, match="enough for a held-out share of 0.001, got"):
         fig5(stages, scale, (0,))
 
 
 def test_scales_are_checked():
-    assert PolyGRADScale.from_scale("paper").horizons == (10, 50, 200)
+    assert WorldModelScale.from_scale("paper").horizons == (10, 50, 200)
+    assert TrainingScale.from_scale("paper").preset == "default"
     for options, message in (
         ({"horizons": (2,)}, "horizons must be at least 3 each"),
         ({"horizons": (10, 10)}, "horizons must be different ones"),
         ({"sigmas": ()}, "sigmas must be at least one"),
         ({"held_out": 1.0}, r"held_out must be in \(0, 1\)"),
         ({"diffusion_steps": (0,)}, "diffusion_steps must be at least 1 each"),
-        ({"training_steps": 0}, "training_steps must be None or a positive number"),
     ):
         with pytest.raises(InputError, match=message):
-            PolyGRADScale(**options)
-    with pytest.raises(InputError, match="scale must be one of"):
-        PolyGRADScale.from_scale("huge")
+            WorldModelScale(**options)
+    for options, message in (
+        ({"total_timesteps": 0}, "total_timesteps must be None or a positive number"),
+        ({"ablations": ()}, "ablations must be at least one"),
+    ):
+        with pytest.raises(InputError, match=message):
+            TrainingScale(**options)
+    for kind in (WorldModelScale, TrainingScale):
+        with pytest.raises(InputError, match="scale must be one of"):
+            kind.from_scale("huge")
 
 
 def test_the_command(tmp_path, capsys):
@@ -345,6 +356,8 @@ def test_the_command(tmp_path, capsys):
     [
         ("reproduce fig3 --scale huge", "scale must be one of ['quick', 'paper'], got"),
         ("reproduce fig3 --agents iql", "--agents must be left out with fig3: it is of pgd-ret"),
+        ("reproduce fig6 --model-updates 5", "--model-updates must be left out with fig6: it is"),
+        ("reproduce fig4 --algorithms ppo", "--algorithms must be left out with fig4: it is of f"),
         ("reproduce pgd-error --sigmas 0.1", "--sigmas must be left out with pgd-error: it is of"),
         ("reproduce fig5 --models dreamer", "models must be of"),
         ("reproduce fig6 --seeds 4-0", "--seeds must be seeds, e.g. 0-4 or 0,2,7, got"),
@@ -383,10 +396,10 @@ def stored_policy(env_id=ENV, mean_return=50.0):
     return StoredPolicy(layers, (None, np.full(1, -2.0, dtype=np.float32)), bounds, facts)
 
 
-def test_a_files_policy_is_played_and_imitated(stages, tiny_polygrad, tmp_path, told, monkeypatch):
+def test_a_files_policy_is_played_and_imitated(stages, tiny_models, tmp_path, told, monkeypatch):
     save_policy(stored_policy(), tmp_path / f"{ENV}.safetensors")
     scale = dataclasses.replace(
-        tiny_polygrad, policies=str(tmp_path), models=("exact",), dataset_steps=400
+        tiny_models, policies=str(tmp_path), models=("exact",), dataset_steps=400
     )
     rows = fig5(stages, scale, (0,))
     assert told[0].startswith(f"dataset {ENV}-mixed-noise-of-file: ")
@@ -408,8 +421,8 @@ def test_a_files_policy_is_played_and_imitated(stages, tiny_polygrad, tmp_path, 
             fig5(stages, dataclasses.replace(scale, **sizes), (1,))
 
 
-def test_policy_files_are_checked_before_any_work(stages, tiny_polygrad, tmp_path):
-    scale = dataclasses.replace(tiny_polygrad, policies=str(tmp_path))
+def test_policy_files_are_checked_before_any_work(stages, tiny_models, tmp_path):
+    scale = dataclasses.replace(tiny_models, policies=str(tmp_path))
     with pytest.raises(InputError, match="is not a policy file"):
         fig5(stages, scale, (0,))
     save_policy(stored_policy("Hopper-v5"), tmp_path / f"{ENV}.safetensors")

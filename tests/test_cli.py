@@ -296,6 +296,10 @@ def test_the_best_checkpoint_has_no_guidance_scale(tmp_path, capsys):
         ),
         ("train --env-id Pendulum-v1 --a2c.gamma x", "--a2c.gamma"),
         ("train --env-id Pendulum-v1 --a2c.gamma 2", "gamma must be in [0, 1], got 2"),
+        (
+            "train --env-id Pendulum-v1 --world-model ensemble --a2c.gradient-estimator pathwise",
+            "a2c.gradient_estimator must be 'score' for a world model without one network for",
+        ),
         ("train --env-id Pendulum-v1 --wings 2", "--wings"),
         ("train --env-id Pendulum-v1 --a2c.gama 2", "--a2c.gama, 2, did you mean --a2c.gamma?"),
         ("train --env-id Pendulum-v1 --learning-starts 9", "at least the horizon, 10"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from polygrad_fast.arguments import as_integer
+from polygrad_fast.config import A2CConfig
 from polygrad_fast.data import ActionScaler, ReplayBuffer
 from polygrad_fast.diagnostics.agreement import Agreement, agreement, cosine
 from polygrad_fast.diagnostics.on_policy import OnPolicyStatistics, on_policy_statistics
@@ -58,7 +59,8 @@ class GradientReport:
 
     Gradients are those of the actor's loss, without its entropy and saturation terms, which need no
     trajectories: of current policy, normalizer and target critic, as the next update would have
-    them. "Newest" and "all" are start observations of the replay buffer.
+    them. Imagined ones at the run's own lambda are estimated as the run does it, all others by the
+    score function. "Newest" and "all" are start observations of the replay buffer.
     """
 
     newest: Agreement
@@ -155,19 +157,19 @@ def policy_gradient_report(
     simulated, simulated_from_all = (
         ways.halves(ways.simulate, starts, num) for starts in (newest_starts, all_starts)
     )
-    own, single = ways.gradient, ways.gradient_at_lambda_0
+    own, true, single = ways.gradient, ways.score_gradient, ways.gradient_at_lambda_0
     steps = [ways.transitions(batch) for batch in imagined]
-    shown, true, error = ways.simulator_outcomes(steps)
-    true_gradients = _each(ways.gradient_of_transitions, true)
+    shown, happened, error = ways.simulator_outcomes(steps)
+    true_gradients = _each(ways.gradient_of_transitions, happened)
     whole = TrajectoryBatch.joined(imagined)
     return GradientReport(
-        newest=agreement(_each(own, imagined), _each(own, simulated)),
+        newest=agreement(_each(own, imagined), _each(true, simulated)),
         newest_lambda_0=agreement(_each(single, imagined), _each(single, simulated)),
-        all=agreement(_each(own, imagined_from_all), _each(own, simulated_from_all)),
+        all=agreement(_each(own, imagined_from_all), _each(true, simulated_from_all)),
         all_lambda_0=agreement(_each(single, imagined_from_all), _each(single, simulated_from_all)),
         actions=agreement(true_gradients, _each(single, simulated)),
         model=cosine(sum(_each(ways.gradient_of_transitions, shown)), sum(true_gradients)),
-        starts=agreement(_each(own, simulated_from_all), _each(own, simulated)),
+        starts=agreement(_each(true, simulated_from_all), _each(true, simulated)),
         on_policy=on_policy_statistics(
             learner.policy,
             learner.normalizer,
@@ -204,6 +206,7 @@ class _BothWays:
         self._on_host = torch.Generator().manual_seed(seed)
         # of these terms the gradient needs no trajectories: they would only flatter the cosine
         self._config = replace(learner.config, entropy_coef=0.0, saturation_coef=0.0)
+        self._score = replace(self._config, gradient_estimator="score")
         self.simulator = _checked_simulator(
             environment, replay, self._normalizer, action_scaler, self._on_device
         )
@@ -243,9 +246,16 @@ class _BothWays:
         return transitions(batch, self.flags(batch))
 
     def gradient(self, batch: TrajectoryBatch) -> Tensor:
-        """Return the actor's gradient [P] at the run's own lambda."""
+        """Return the actor's gradient [P] as the run estimates it, of imagined trajectories."""
+        return self._gradient(batch, self._config)
+
+    def score_gradient(self, batch: TrajectoryBatch) -> Tensor:
+        """Return the actor's gradient [P] by the score function, at the run's own lambda."""
+        return self._gradient(batch, self._score)
+
+    def _gradient(self, batch: TrajectoryBatch, config: A2CConfig) -> Tensor:
         return self._learner.actor_gradient(
-            batch.observations, batch.actions, batch.rewards, self.flags(batch), self._config
+            batch.observations, batch.actions, batch.rewards, self.flags(batch), config
         )
 
     def gradient_at_lambda_0(self, batch: TrajectoryBatch) -> Tensor:
@@ -254,7 +264,7 @@ class _BothWays:
 
     def gradient_of_transitions(self, steps: Transitions) -> Tensor:
         """Return the actor's gradient [P] from single steps."""
-        return self._learner.actor_gradient(**steps.as_trajectories(), config=self._config)
+        return self._learner.actor_gradient(**steps.as_trajectories(), config=self._score)
 
     def simulator_outcomes(
         self, imagined: list[Transitions]

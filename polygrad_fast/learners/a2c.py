@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polygrad_fast.config import A2CConfig
+from polygrad_fast.denoisers.dynamics import Dynamics
 from polygrad_fast.errors import InputError, NonFiniteError
 from polygrad_fast.learners.advantages import (
     generalized_advantages,
@@ -24,14 +25,16 @@ from polygrad_fast.learners.optimizers import FusedAdamW, clip_gradients
 from polygrad_fast.learners.passes import (
     ActorPass,
     Batch,
+    Pathwise,
     actor_passes,
     critic_passes,
     is_as_built,
 )
+from polygrad_fast.learners.pathwise import Steps, action_sensitivities
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import ValueFunction
 from polygrad_fast.profiling import annotate
-from polygrad_fast.protocols import reads_normalized
+from polygrad_fast.protocols import policy_moments, reads_normalized
 from polygrad_fast.ranks import Ranks
 
 
@@ -59,6 +62,7 @@ class ActorCritic:
         config: default `A2CConfig()`, the released settings.
         normed_inputs: whether the value function reads normalized observations and learns from
             normalized rewards; None: where the policy reads normalized observations.
+        dynamics: by which trajectories are imagined; for pathwise gradients only.
 
     Attributes:
         ranks: the processes that train on a part of every batch each: moments of advantages,
@@ -66,7 +70,7 @@ class ActorCritic:
 
     Raises:
         InputError: a policy that is no module with weights to train, or, with `saturation_coef`,
-            does not call its `network` once.
+            does not call its `network` once; pathwise gradients without dynamics.
     """
 
     name = "a2c"
@@ -78,11 +82,19 @@ class ActorCritic:
         normalizer: Normalizer,
         config: A2CConfig | None = None,
         normed_inputs: bool | None = None,
+        dynamics: Dynamics | None = None,
     ):
         self.policy, self.value_function, self.normalizer = policy, value_function, normalizer
         self.config = config if config is not None else A2CConfig()
         self.normed_inputs = reads_normalized(policy) if normed_inputs is None else normed_inputs
         check_learning_policy(policy, normalizer, self.config)
+        if self.config.gradient_estimator == "pathwise" and dynamics is None:
+            raise InputError(
+                "a2c.gradient_estimator must be 'score' for a world model without one network for "
+                "all steps, got 'pathwise': take world_model autoregressive, or trajectory "
+                "diffusion with denoiser.kind rollout and sampler.action_update exact"
+            )
+        self._dynamics = dynamics
         self.target_value_function = copy.deepcopy(value_function).requires_grad_(False)
         weight = next(policy.parameters())
 
@@ -216,7 +228,8 @@ class ActorCritic:
         optimizers = self.actor_optimizer, self.critic_optimizer, self.learning_rate_optimizer
         moments = tuple(optimizer.moments.data_ptr() for optimizer in optimizers)
         weights = (p for network in networks for p in network.parameters())
-        return moments, tuple((p.data_ptr(), p.requires_grad) for p in weights)
+        dynamics = self._dynamics and self._dynamics.capture_key()
+        return moments, tuple((p.data_ptr(), p.requires_grad) for p in weights), dynamics
 
     def actor_gradient(
         self,
@@ -270,9 +283,8 @@ class ActorCritic:
         if not (self.normed_inputs and policy_normed):
             raw_observations = normalizer.unnormalize(observations, "observations")
         if config.reward_rms is not None:
-            moments = normalizer.rewards_mean.square() + normalizer.rewards_scale.square()
             rewards = normalizer.unnormalize(rewards, "rewards")
-            rewards = rewards * (config.reward_rms / moments.sqrt())
+            rewards = rewards * self._reward_factor(config.reward_rms)
         elif not self.normed_inputs:
             rewards = normalizer.unnormalize(rewards, "rewards")
 
@@ -302,8 +314,69 @@ class ActorCritic:
             m.view(-1, 1, 1) for m in (normalizer.actions_scale, normalizer.actions_mean)
         )
         raw_actions.mul_(scale).add_(mean)
-        batch = Batch(policy_inputs, value_inputs, raw_actions, advantages, value_targets, weights)
+        pathwise = None
+        if config.gradient_estimator == "pathwise":
+            pathwise = self._pathwise(
+                observations, raw_actions, rewards, terminals, target_weights, target_values, config
+            )
+        batch = Batch(
+            policy_inputs, value_inputs, raw_actions, advantages, value_targets, weights, pathwise
+        )
         return batch, _Targets(target_weights, rewards)
+
+    def _pathwise(
+        self,
+        observations: Tensor,
+        raw_actions: Tensor,
+        rewards: Tensor,
+        terminals: Tensor,
+        target_weights: dict[str, Tensor],
+        target_values: Tensor,
+        config: A2CConfig,
+    ) -> Pathwise:
+        """Return what raw actions [A, B, T] change.
+
+        Args:
+            observations, terminals: as `step` gets them.
+            rewards: as the critic learns from them.
+        """
+        normalizer, policy = self.normalizer, self.policy
+        observations = observations.movedim(1, 0).contiguous()
+        with torch.enable_grad():
+            leaves = observations.detach().requires_grad_()
+            read = leaves
+            if not self.normed_inputs:
+                read = normalizer.unnormalize(read, "observations")
+            values = torch.func.functional_call(self.value_function, target_weights, (read,))
+            (slopes,) = torch.autograd.grad(values.sum(), leaves)
+        steps = Steps(
+            observations,
+            raw_actions.permute(2, 1, 0).contiguous(),
+            rewards[:, :-1].t().contiguous(),
+            terminals[:, :-1].t().contiguous(),
+            target_values.t().contiguous(),
+            slopes,
+        )
+        reward_slope: Tensor | float = 1.0
+        if config.reward_rms is not None:
+            reward_slope = normalizer.rewards_scale * self._reward_factor(config.reward_rms)
+        elif not self.normed_inputs:
+            reward_slope = normalizer.rewards_scale
+        returns, sensitivities = action_sensitivities(
+            steps,
+            self._dynamics,
+            lambda inputs: policy_moments(policy, normalizer, inputs, True),
+            reward_slope,
+            config.gamma,
+            config.gae_lambda,
+        )
+        return Pathwise(returns.t(), sensitivities.permute(2, 1, 0).contiguous())
+
+    def _reward_factor(self, reward_rms: float) -> Tensor:
+        """Return the factor of raw rewards with which their root mean square is this."""
+        normalizer = self.normalizer
+        moments = normalizer.rewards_mean.square() + normalizer.rewards_scale.square()
+        return reward_rms / moments.sqrt()
 
     def _clip(self, actor: list[Tensor | None], critic: list[Tensor | None]) -> dict[str, Tensor]:
         """Clip the gradients and hand them to the parameters; return their norms before."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from polygrad_fast.config import TrainConfig
+from polygrad_fast.denoisers.dynamics import Dynamics
 from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy, ValueFunction
@@ -43,17 +44,22 @@ def build_policy(
 
 
 def build_learner(
-    config: TrainConfig, policy: nn.Module, normalizer: Normalizer, device: torch.device
+    config: TrainConfig,
+    policy: nn.Module,
+    normalizer: Normalizer,
+    device: torch.device,
+    dynamics: Dynamics | None = None,
 ) -> ActorCritic:
-    """Return the actor-critic that trains a policy, with a new value function, on a device.
+    """Return the actor-critic that trains a policy, with a new value function, on a device; with
+    the dynamics of the world model, if it has some.
 
     Raises:
-        InputError: an option does not fit the policy.
+        InputError: an option does not fit the policy or the world model.
     """
     c = config.policy
     value_function = ValueFunction(normalizer.observation_dim, c.hidden_dim, c.num_layers)
     learner = ActorCritic(
-        policy, value_function.to(device), normalizer, config.a2c, c.normed_inputs
+        policy, value_function.to(device), normalizer, config.a2c, c.normed_inputs, dynamics
     )
     if config.normalizer.preserve_functions:
         learner.first_layers()  # refused now or never

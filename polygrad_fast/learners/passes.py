@@ -17,6 +17,14 @@ from polygrad_fast.structure import change, parts
 
 
 @dataclass(frozen=True)
+class Pathwise:
+    """What actions change; see `pathwise.action_sensitivities`."""
+
+    returns: Tensor  # [B, T]
+    sensitivities: Tensor  # [A, B, T], of these in the raw actions
+
+
+@dataclass(frozen=True)
 class Batch:
     """What both losses are computed from; T = H - 1 steps."""
 
@@ -28,6 +36,7 @@ class Batch:
     advantages: Tensor  # [B, T]
     value_targets: Tensor  # [B, T]
     weights: Tensor  # [B, T], of the steps
+    pathwise: Pathwise | None = None  # in place of the advantages
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,17 @@ class CriticPass:
 
 
 def actor_loss(
-    batch: Batch, log_probs: Tensor, entropies: Tensor, outputs: Tensor | None, config: A2CConfig
+    batch: Batch, steps: Tensor, entropies: Tensor, outputs: Tensor | None, config: A2CConfig
 ) -> Tensor:
     """Return the actor's loss.
 
     Args:
-        log_probs, entropies: of its steps, [B, T] or what is broadcast to it.
+        steps: its parts without entropy, [B, T]: log pi times the advantages, with pathwise
+            gradients the returns.
+        entropies: of its steps, [B, T] or what is broadcast to it.
         outputs: of its network before the tanh, with `saturation_coef`.
     """
-    steps = -log_probs * batch.advantages - config.entropy_coef * entropies
-    loss = (steps * batch.weights).mean()
+    loss = -((steps + config.entropy_coef * entropies) * batch.weights).mean()
     if outputs is not None:
         loss = loss + config.saturation_coef * outputs.square().mean()
     return loss
@@ -102,7 +112,13 @@ class AutogradActor:
             z = (batch.raw_actions - mean) / std
             log_probs = log_prob(z, std)
             entropies = entropy(std.movedim(0, -1))
-            loss = actor_loss(batch, log_probs, entropies, outputs, config)
+            if batch.pathwise is None:
+                steps = log_probs * batch.advantages
+            else:
+                changes = mean + std * z.detach() - batch.raw_actions  # 0, but for its gradient
+                sensitivities = batch.pathwise.sensitivities
+                steps = batch.pathwise.returns + torch.linalg.vecdot(sensitivities, changes, dim=0)
+            loss = actor_loss(batch, steps, entropies, outputs, config)
             gradients = _gradients(loss, self.policy)
         results = (tensor.detach() for tensor in (loss, mean, std, z, log_probs, entropies))
         return ActorPass(*results, gradients)
@@ -171,14 +187,20 @@ class ExplicitActor:
         inputs, raw_actions = batch.policy_inputs.flatten(0, 1), batch.raw_actions.flatten(1)
         std, num_actions = self.policy.std.unsqueeze(1), raw_actions.numel()
         shares = batch.weights.flatten() / -len(inputs)
-        factors = shares * batch.advantages.flatten()  # dL / d log pi
+        if batch.pathwise is None:
+            factors = shares * batch.advantages.flatten()  # dL / d log pi
+        else:
+            in_actions = batch.pathwise.sensitivities.flatten(1) * shares  # dL / da
         means, z = torch.empty_like(raw_actions), torch.empty_like(raw_actions)
         outputs = torch.empty_like(raw_actions) if config.saturation_coef > 0 else None
 
         def differentiate(block: Tensor, rows: slice) -> Tensor:
             mean = torch.tanh(block, out=means[:, rows])
             torch.sub(raw_actions[:, rows], mean, out=z[:, rows]).div_(std)
-            gradient = (z[:, rows] * factors[rows]).div_(std)  # dL / d mean
+            if batch.pathwise is None:
+                gradient = (z[:, rows] * factors[rows]).div_(std)  # dL / d mean
+            else:
+                gradient = in_actions[:, rows]
             gradient = torch.ops.aten.tanh_backward(gradient, mean)
             if outputs is not None:
                 outputs[:, rows] = block
@@ -188,15 +210,23 @@ class ExplicitActor:
         parameters = list(self.policy.network.parameters())
         self.passes.read(parameters)
         self.passes.backpropagate(inputs, differentiate)
-        std_gradient = (z.square() - 1.0) @ factors + config.entropy_coef * shares.sum()
+        if batch.pathwise is None:
+            std_gradient = (z.square() - 1.0) @ factors / std.squeeze(1)
+        else:
+            std_gradient = torch.linalg.vecdot(in_actions, z)
+        std_gradient += config.entropy_coef * shares.sum() / std.squeeze(1)
         by_parameter = dict(zip(parameters, self.passes.gradients, strict=True))
         log_std = self.policy.log_std
-        by_parameter[log_std] = std_gradient / std.squeeze(1) * log_std.exp()
+        by_parameter[log_std] = std_gradient * log_std.exp()
         gradients = [by_parameter[p] if p.requires_grad else None for p in self.policy.parameters()]
         shape, std = batch.raw_actions.shape, std.unsqueeze(2)
         means, z = means.view(shape), z.view(shape)
         log_probs, entropies = log_prob(z, std), entropy(std.movedim(0, -1))
-        loss = actor_loss(batch, log_probs, entropies, outputs, config)
+        if batch.pathwise is None:
+            steps = log_probs * batch.advantages
+        else:
+            steps = batch.pathwise.returns
+        loss = actor_loss(batch, steps, entropies, outputs, config)
         return ActorPass(loss, means, std, z, log_probs, entropies, gradients)
 
 

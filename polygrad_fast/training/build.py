@@ -55,7 +55,7 @@ def build_training(
     # before the policy: the networks' initial weights come from one stream
     world_model = build_world_model(config, normalizer, bounds, device, denoiser)
     policy = build_policy(config, normalizer, device, policy)
-    learner = build_learner(config, policy, normalizer, device)
+    learner = build_learner(config, policy, normalizer, device, world_model.dynamics())
     world_model.prepare(policy)
     actor = Actor(policy, normalizer, scaler, device)
     collector = Collector(

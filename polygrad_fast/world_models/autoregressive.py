@@ -7,6 +7,7 @@ from torch import Tensor
 
 from polygrad_fast.config import AutoregressiveConfig
 from polygrad_fast.data.replay import Windows
+from polygrad_fast.denoisers.dynamics import Dynamics
 from polygrad_fast.denoisers.one_step import OneStepNetwork, one_step_losses
 from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
 from polygrad_fast.normalizer import Normalizer
@@ -41,6 +42,10 @@ class Autoregressive(StepwiseModel):
             train_dtype=config.train_dtype,
         )
         super().__init__(trainer, horizon, normalizer, action_bounds, device)
+
+    def dynamics(self) -> Dynamics:
+        """Return the averaged network; see `WorldModel.dynamics`."""
+        return Dynamics(self.trainer.ema_model, self.normalizer, (self._low, self._high))
 
     def update(
         self, windows: Windows, generator: torch.Generator | None = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polygrad_fast.arguments import as_integer
 from polygrad_fast.data.replay import Windows
+from polygrad_fast.denoisers.dynamics import Dynamics
 from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
 from polygrad_fast.errors import InputError
 from polygrad_fast.sampling import TrajectoryBatch
@@ -73,6 +74,11 @@ class WorldModel(Protocol):
         """Hear what the policy's update measured on the imagined batch, detached scalars; return
         what was tuned, likewise, by the names it has in metrics.csv. Nothing is read on the
         host."""
+
+    def dynamics(self) -> Dynamics | None:
+        """Return what one imagined step follows from, to be differentiated; None: there is no such
+        thing, and no pathwise policy gradient."""
+        return None
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks by name: their weights are saved with the other weights."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.data.replay import Windows
 from polygrad_fast.denoisers.build import build_denoiser
+from polygrad_fast.denoisers.dynamics import Dynamics
+from polygrad_fast.denoisers.rollout import RolloutDenoiser
 from polygrad_fast.diffusion.ddpm import NoiseSchedule, warn_of_amplified_errors
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.normalizer import Normalizer
@@ -138,6 +140,16 @@ class TrajectoryDiffusion:
             with annotate("guidance_update"):
                 self.guidance.update(metrics[statistic[self.config.guidance.statistic]])
         return {"a2c/guidance_scale": self.guidance.value}
+
+    def dynamics(self) -> Dynamics | None:
+        """Return the step that a denoiser of kind "rollout" repeats, where actions are exact and
+        have settled, so that states and actions agree; see `WorldModel.dynamics`."""
+        sampler = self.config.sampler
+        if not isinstance(self.denoiser, RolloutDenoiser) or sampler.action_update != "exact":
+            return None
+        bounds = [torch.as_tensor(bound, device=self.device) for bound in self._action_bounds]
+        seen = tuple(bounds) if sampler.denoiser_actions == "clipped" else None
+        return Dynamics(self.denoiser.step, self.normalizer, seen)
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the trained denoiser and its averaged copy."""

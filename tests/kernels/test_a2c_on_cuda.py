@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 import polygrad_fast as pg  # noqa: E402
+from polygrad_fast.denoisers.dynamics import Dynamics  # noqa: E402
+from polygrad_fast.denoisers.one_step import OneStepNetwork  # noqa: E402
 from polygrad_fast.ranks import Ranks  # noqa: E402
 from polygrad_fast.sampling.graphs import CapturedFunction  # noqa: E402
 from polygrad_fast.training.learner_steps import EAGER_STEPS, LearnerSteps  # noqa: E402
@@ -28,6 +30,12 @@ CONFIGS = {
         "learn_actor_learning_rate": False,
     },
     "no search": {"line_search": False},
+    "pathwise": {
+        "gradient_estimator": "pathwise",
+        "reward_rms": 0.3,
+        "actor_learning_rate": 1e-2,
+        "final_target_update": 0.002,
+    },
 }
 
 
@@ -61,11 +69,21 @@ def make(device, name, policy="gaussian", normed_inputs=True) -> pg.ActorCritic:
     options = CONFIGS[name]
     if policy == "own":
         module, options = Own(), options | {"saturation_coef": 0.0}  # it has no network
+    value_function = pg.ValueFunction(S, 16)
+    network = OneStepNetwork(S, A, 16, 2)
+    network.difference_scale.fill_(0.3)
+    bounds = torch.tensor([-1.0, -0.5]), torch.tensor([0.8, 1.0])
+    dynamics = Dynamics(
+        network.requires_grad_(False).to(device),
+        normalizer,
+        tuple(bound.to(device) for bound in bounds),
+    )
     learner = pg.ActorCritic(
         module.to(device),
-        pg.ValueFunction(S, 16).to(device),
+        value_function.to(device),
         normalizer,
         pg.A2CConfig(**options),
+        dynamics=dynamics,
     )
     if name == "grown":
         learner.actor_optimizer.learning_rate.fill_(1e-4)
@@ -152,9 +170,9 @@ def capture(learner, device, names) -> CapturedFunction:
     return captured
 
 
-def check_graph(device):
+def check_graph(device, config="annealed"):
     names = ("actor_loss", "critic_loss", "update_size", "linesearch_steps", "actor_learning_rate")
-    learner, plain = (make(d, "annealed") for d in (device, "cpu"))
+    learner, plain = (make(d, config) for d in (device, "cpu"))
     captured = capture(learner, device, names)
     for seed in range(4):
         progress = torch.tensor(seed / 4, device=device)
@@ -165,15 +183,16 @@ def check_graph(device):
     assert_same_learners(learner, plain)
 
 
-def test_a_graph_holds_a_step(gpu):
-    check_graph("cuda")
+@pytest.mark.parametrize("config", ["annealed", "pathwise"])
+def test_a_graph_holds_a_step(gpu, config):
+    check_graph("cuda", config)
     (graph,) = gpu.graphs
     assert graph.launches["_generalized_advantages_kernel"] == 1
 
 
-def check_steps(device, restored=False):
+def check_steps(device, restored=False, config="annealed"):
     """Steps of a training: eager ones, then those of a graph, equal a CPU's."""
-    learner, plain = (make(d, "annealed") for d in (device, "cpu"))
+    learner, plain = (make(d, config) for d in (device, "cpu"))
     steps = LearnerSteps(learner)
     for seed in range(EAGER_STEPS + 4):
         if restored and seed == EAGER_STEPS + 1:  # other moments, at another address
@@ -187,8 +206,9 @@ def check_steps(device, restored=False):
     return learner, steps
 
 
-def test_training_steps_come_from_a_graph(gpu):
-    learner, steps = check_steps("cuda")
+@pytest.mark.parametrize("config", ["annealed", "pathwise"])
+def test_training_steps_come_from_a_graph(gpu, config):
+    learner, steps = check_steps("cuda", config=config)
     assert len(gpu.graphs) == 1
     batch = make_batch("cuda", 99)
     with gpu.without_syncs() as launches:
@@ -231,9 +251,11 @@ class TestOnAGpu:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    def test_a_graph_holds_a_step(self):
-        check_graph("cuda")
+    @pytest.mark.parametrize("config", ["annealed", "pathwise"])
+    def test_a_graph_holds_a_step(self, config):
+        check_graph("cuda", config)
 
+    @pytest.mark.parametrize("config", ["annealed", "pathwise"])
     @pytest.mark.parametrize("restored", [False, True])
-    def test_training_steps_come_from_a_graph(self, restored):
-        check_steps("cuda", restored)
+    def test_training_steps_come_from_a_graph(self, restored, config):
+        check_steps("cuda", restored, config)

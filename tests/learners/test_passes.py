@@ -97,7 +97,7 @@ def test_rounding_is_that_of_autograd():
     policy, _, normalizer = make_networks(64, dtype=torch.float32)
     data, config = make_batch(64, 10, torch.float32), pg.A2CConfig()
     exact_policy = copy.deepcopy(policy).double()
-    exact_batch = Batch(*(tensor.double() for tensor in vars(data).values()))
+    exact_batch = Batch(*(tensor.double() for tensor in vars(data).values() if tensor is not None))
     exact = AutogradActor(exact_policy, copy.deepcopy(normalizer).double())
     wanted = exact.gradients(exact_batch, config).gradients
     errors = []

@@ -201,10 +201,11 @@ class A2CConfig(Options):
 
     gamma: float = 0.99
     gae_lambda: float = 0.9
-    gradient_estimator: Literal["score", "pathwise"] = "score"
+    gradient_estimator: Literal["score", "pathwise", "auto"] = "score"
     """Of the policy gradient: by the score function, advantages times grad log pi, as in the paper,
     or pathwise, by derivatives of rewards, terminals and values through the world model's steps,
-    which varies less; for world models with one network for all steps."""
+    which varies less; for world models with one network for all steps. "auto": pathwise for these,
+    the score function for others."""
     entropy_coef: float = 1e-5
     saturation_coef: float = 0.0
     """Weight of the mean squared input of the policy mean's tanh: where that saturates, the

@@ -207,6 +207,9 @@ class _BothWays:
         # of these terms the gradient needs no trajectories: they would only flatter the cosine
         self._config = replace(learner.config, entropy_coef=0.0, saturation_coef=0.0)
         self._score = replace(self._config, gradient_estimator="score")
+        self._dynamics = world_model.dynamics()
+        if self._dynamics is None:  # of another world model than the run's
+            self._config = self._score
         self.simulator = _checked_simulator(
             environment, replay, self._normalizer, action_scaler, self._on_device
         )
@@ -255,7 +258,12 @@ class _BothWays:
 
     def _gradient(self, batch: TrajectoryBatch, config: A2CConfig) -> Tensor:
         return self._learner.actor_gradient(
-            batch.observations, batch.actions, batch.rewards, self.flags(batch), config
+            batch.observations,
+            batch.actions,
+            batch.rewards,
+            self.flags(batch),
+            config,
+            self._dynamics,
         )
 
     def gradient_at_lambda_0(self, batch: TrajectoryBatch) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,9 @@ class ActorCritic:
         self.config = config if config is not None else A2CConfig()
         self.normed_inputs = reads_normalized(policy) if normed_inputs is None else normed_inputs
         check_learning_policy(policy, normalizer, self.config)
+        if self.config.gradient_estimator == "auto":
+            estimator = "score" if dynamics is None else "pathwise"
+            self.config = replace(self.config, gradient_estimator=estimator)
         if self.config.gradient_estimator == "pathwise" and dynamics is None:
             raise InputError(
                 "a2c.gradient_estimator must be 'score' for a world model without one network for "
@@ -238,6 +241,7 @@ class ActorCritic:
         rewards: Tensor,
         terminals: Tensor,
         config: A2CConfig | None = None,
+        dynamics: Dynamics | None = None,
     ) -> Tensor:
         """Return the gradient of the actor's loss that `update` would follow, before its clip, all
         of the policy's parameters in one vector [P]; nothing changes.
@@ -245,6 +249,7 @@ class ActorCritic:
         Args:
             observations, actions, rewards, terminals: as `update` gets them.
             config: options of the loss other than this learner's, as another `gae_lambda`.
+            dynamics: by which the trajectories were imagined, where not by the learner's own.
 
         Raises:
             InputError: shapes differ or H < 2.
@@ -253,7 +258,7 @@ class ActorCritic:
         check_trajectories(self.policy, self.normalizer, observations, actions, rewards, terminals)
         config = self.config if config is None else config
         self._choose_passes()
-        batch, _ = self._batch(observations, actions, rewards, terminals, config)
+        batch, _ = self._batch(observations, actions, rewards, terminals, config, dynamics)
         gradients = self._actor.gradients(batch, config).gradients
         pairs = zip(self.policy.parameters(), gradients, strict=True)
         gradient = torch.cat(
@@ -276,6 +281,7 @@ class ActorCritic:
         rewards: Tensor,
         terminals: Tensor,
         config: A2CConfig,
+        dynamics: Dynamics | None = None,
     ) -> tuple[Batch, _Targets]:
         """Return what both losses are computed from, and what it was computed from."""
         normalizer, policy_normed = self.normalizer, reads_normalized(self.policy)
@@ -317,7 +323,13 @@ class ActorCritic:
         pathwise = None
         if config.gradient_estimator == "pathwise":
             pathwise = self._pathwise(
-                observations, raw_actions, rewards, terminals, target_weights, target_values, config
+                observations,
+                raw_actions,
+                rewards,
+                terminals,
+                (target_weights, target_values),
+                config,
+                self._dynamics if dynamics is None else dynamics,
             )
         batch = Batch(
             policy_inputs, value_inputs, raw_actions, advantages, value_targets, weights, pathwise
@@ -330,17 +342,19 @@ class ActorCritic:
         raw_actions: Tensor,
         rewards: Tensor,
         terminals: Tensor,
-        target_weights: dict[str, Tensor],
-        target_values: Tensor,
+        target: tuple[dict[str, Tensor], Tensor],
         config: A2CConfig,
+        dynamics: Dynamics,
     ) -> Pathwise:
         """Return what raw actions [A, B, T] change.
 
         Args:
             observations, terminals: as `step` gets them.
             rewards: as the critic learns from them.
+            target: weights of the target critic, and its values [B, H].
         """
         normalizer, policy = self.normalizer, self.policy
+        target_weights, target_values = target
         observations = observations.movedim(1, 0).contiguous()
         with torch.enable_grad():
             leaves = observations.detach().requires_grad_()
@@ -364,7 +378,7 @@ class ActorCritic:
             reward_slope = normalizer.rewards_scale
         returns, sensitivities = action_sensitivities(
             steps,
-            self._dynamics,
+            dynamics,
             lambda inputs: policy_moments(policy, normalizer, inputs, True),
             reward_slope,
             config.gamma,

@@ -22,6 +22,9 @@ class TrueModel:
         self.agent, self.environment = agent, agent.make_evaluation_environment()
         self.simulator = None
 
+    def dynamics(self):
+        return None
+
     def imagine(self, initial_observations, policy, generator=None, normalized=False, horizon=None):
         assert normalized
         agent = self.agent
@@ -174,6 +177,29 @@ def test_regularizers_do_not_flatter(agent):
     )
     plain = report(agent, agent.world_model, num=64)
     assert found.newest == plain.newest
+
+
+def test_imagined_gradients_are_estimated_as_the_run_does_it(agent, monkeypatch):
+    """Pathwise through the world model at hand, at the run's own lambda; by the score function
+    where there are no slopes: simulated, of single steps, or of a model without dynamics."""
+    learner = copy.copy(agent.training.learner)
+    learner.config = dataclasses.replace(learner.config, gradient_estimator="pathwise")
+    gradient, used = pg.ActorCritic.actor_gradient, []
+
+    def noted(self, observations, actions, rewards, terminals, config=None, dynamics=None):
+        used.append((config.gradient_estimator, observations.shape[1] > 2, dynamics))
+        return gradient(self, observations, actions, rewards, terminals, config, dynamics)
+
+    monkeypatch.setattr(pg.ActorCritic, "actor_gradient", noted)
+    environment = agent.make_evaluation_environment()
+    arguments = (agent.replay, agent.action_scaler)
+    policy_gradient_report(environment, agent.world_model, learner, *arguments, num=64)
+    pathwise = [how for estimator, *how in used if estimator == "pathwise"]
+    assert len(pathwise) == 4 and len(used) > 8
+    assert all(whole and dynamics is not None for whole, dynamics in pathwise)
+    used.clear()
+    policy_gradient_report(environment, TrueModel(agent), learner, *arguments, num=64)
+    assert {estimator for estimator, *_ in used} == {"score"}
 
 
 @pytest.mark.parametrize(

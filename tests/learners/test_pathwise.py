@@ -266,7 +266,11 @@ def test_a_policy_that_does_not_look_reacts_to_nothing():
 
 
 def test_without_dynamics_it_is_refused():
-    _, normalizer, policy, value_function, _ = make_world()
+    _, normalizer, policy, value_function, dynamics = make_world()
+    for known, wanted in ((dynamics, "pathwise"), (None, "score")):
+        config = pg.A2CConfig(gradient_estimator="auto")
+        learner = pg.ActorCritic(policy, value_function, normalizer, config, None, known)
+        assert learner.config.gradient_estimator == wanted
     with pytest.raises(pg.InputError, match="must be 'score' for a world model without one"):
         pg.ActorCritic(
             policy, value_function, normalizer, pg.A2CConfig(gradient_estimator="pathwise")

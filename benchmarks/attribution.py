@@ -64,8 +64,8 @@ CASES = (
     Case("quick", "InvertedPendulum-v5", "trajectory_diffusion", 128, True),
     Case("default", "Walker2d-v5", "trajectory_diffusion", 64, True),
     Case("quick", "InvertedPendulum-v5", "autoregressive", 128, False),
-    Case("laptop", "Hopper-v5", "trajectory_diffusion", 256, False),
-    Case("laptop", "Hopper-v5", "autoregressive", 256, False),
+    Case("laptop", "Hopper-v5", "trajectory_diffusion", 128, False),
+    Case("laptop", "Hopper-v5", "autoregressive", 128, False),
 )
 SMOKE = (Case("quick", "Pendulum-v1", "trajectory_diffusion", 8, False),)
 PLAIN = {"engine": "reference", "dtype": "float32"}

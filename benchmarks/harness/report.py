@@ -428,7 +428,7 @@ def _attribution_caption(rows: list[Row]) -> str:
     return (
         "Processor milliseconds of one whole update: as many environment steps as fall on one\n"
         "policy update, the world model's updates due after them, one batch imagined (128\n"
-        "trajectories in preset quick, 64 in default, 256 in laptop), one A2C update. In\n"
+        "trajectories in preset quick, 64 in default, 128 in laptop), one A2C update. In\n"
         "brackets: times as fast as the first line of its preset and world model. Plain PyTorch:\n"
         "engine reference, autograd for model and value function. Each line adds to the one above\n"
         "it. All lines of a preset were measured in turns, on one machine under the same load."

@@ -330,7 +330,8 @@ def _laptop() -> TrainConfig:
     Actions are exactly on-policy (action update "exact"), the denoiser rolls one step's
     network out, half of the imagined trajectories start in the newest states, moments are
     refreshed without a change of policy and values, the step that ends a trajectory counts and what
-    follows it does not, and updates become smaller towards the end of the run.
+    follows it does not, the policy gradient is pathwise where the world model allows it, and updates
+    become smaller towards the end of the run.
     """
     return TrainConfig(
         horizon=10,
@@ -359,7 +360,9 @@ def _laptop() -> TrainConfig:
         autoregressive_diffusion=_small_autoregressive_diffusion(pretrain_updates=1000),
         policy=PolicyConfig(hidden_dim=64, init_std=0.6, min_std=0.15, normed_inputs=True),
         a2c=A2CConfig(
-            gae_lambda=0.7,
+            gradient_estimator="auto",
+            gamma=0.995,
+            gae_lambda=0.9,
             actor_learning_rate=3e-3,
             actor_learning_rate_lr=0.03,
             critic_learning_rate=1e-3,
@@ -375,7 +378,7 @@ def _laptop() -> TrainConfig:
             preserve_functions=True, min_std_rewards=0.1, min_std_terminals=0.1
         ),
         total_timesteps=60_000,
-        imagined_batch_size=256,
+        imagined_batch_size=128,
         share_of_newest=0.5,
         policy_updates_per_env_step=0.5,
         learning_starts=2000,

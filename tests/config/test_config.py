@@ -131,6 +131,8 @@ def test_what_a_cpu_trains_is_exactly_on_policy(preset):
     config = pg.TrainConfig.from_preset(preset)
     assert config.sampler.action_update == "exact" and config.denoiser.kind == "rollout"
     assert config.cpu_threads == 1
+    estimator = {"quick": "score", "laptop": "auto"}[preset]
+    assert config.a2c.gradient_estimator == estimator
 
 
 def test_official_sampler_is_the_released_code():

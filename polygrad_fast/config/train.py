@@ -330,8 +330,8 @@ def _laptop() -> TrainConfig:
     Actions are exactly on-policy (action update "exact"), the denoiser rolls one step's
     network out, half of the imagined trajectories start in the newest states, moments are
     refreshed without a change of policy and values, the step that ends a trajectory counts and what
-    follows it does not, the policy gradient is pathwise where the world model allows it, and updates
-    become smaller towards the end of the run.
+    follows it does not, the policy gradient is pathwise where the world model allows it, and
+    updates become smaller towards the end of the run.
     """
     return TrainConfig(
         horizon=10,

@@ -10,6 +10,7 @@ network. A row is stored as soon as a case is done, in place of one of the same 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import shlex
 import sys
@@ -110,11 +111,14 @@ def starts_of(agent: PolyGRAD) -> tuple[Callable[[torch.Generator], Tensor], tor
 
 
 def judge(world_model: WorldModel, agent: PolyGRAD, num: int) -> dict[str, float]:
-    """Return what the gradient tool says of a world model, and its cost."""
+    """Return what the gradient tool says of a world model, and its cost; all gradients by the score
+    function, as pathwise ones are not there for all."""
+    learner = copy.copy(agent.training.learner)
+    learner.config = replace(learner.config, gradient_estimator="score")
     report = policy_gradient_report(
         agent.make_evaluation_environment(),
         world_model,
-        agent.training.learner,
+        learner,
         agent.replay,
         agent.action_scaler,
         num=num,

@@ -55,7 +55,7 @@ class Reproduce:
 
 
 def defaults(arguments: list[str], flag: Callable[[str], str | None]) -> dict[type, Reproduce]:
-    """Return what `reproduce` starts from: the sizes of its scale, of the named experiment's paper.
+    """Return what `reproduce` starts from: the sizes of its scale that the named experiment has.
 
     Raises:
         InputError: unknown scale, or a size that only other experiments have.
@@ -64,14 +64,14 @@ def defaults(arguments: list[str], flag: Callable[[str], str | None]) -> dict[ty
         return {Reproduce: Reproduce(tyro.MISSING)}
     name = _experiment(arguments)
     own = next((kind for kind, names in SCALES.items() if name in names), WorldModelScale)
-    known = {each.name for each in dataclasses.fields(own)}
-    for other, names in SCALES.items():
-        for size in sorted({each.name for each in dataclasses.fields(other)} - known):
-            option = size.replace("_", "-")
-            if name is not None and flag(option) is not None:
-                raise InputError(
-                    f"--{option} must be left out with {name}: it is of {', '.join(names)}"
-                )
+    sizes = {kind: {each.name for each in dataclasses.fields(kind)} for kind in SCALES}
+    for size in sorted(set().union(*sizes.values()) - sizes[own]):
+        option = size.replace("_", "-")
+        if name is not None and flag(option) is not None:
+            owners = [each for kind in SCALES if size in sizes[kind] for each in SCALES[kind]]
+            raise InputError(
+                f"--{option} must be left out with {name}: it is of {', '.join(owners)}"
+            )
     scale = flag("scale") or "quick"
     out = Path("runs/reproduce_pgd" if own is PGDScale else "runs/reproduce")
     return {Reproduce: Reproduce(tyro.MISSING, scale, out=out, sizes=own.from_scale(scale))}

@@ -205,7 +205,8 @@ class A2CConfig(Options):
     """Of the policy gradient: by the score function, advantages times grad log pi, as in the paper,
     or pathwise, by derivatives of rewards, terminals and values through the world model's steps,
     which varies less; for world models with one network for all steps. "auto": pathwise for these,
-    the score function for others."""
+    the score function for others. Pathwise gradients have no advantages to standardize: they are in
+    the unit of the returns, beside which `entropy_coef` and `saturation_coef` stand."""
     entropy_coef: float = 1e-5
     saturation_coef: float = 0.0
     """Weight of the mean squared input of the policy mean's tanh: where that saturates, the

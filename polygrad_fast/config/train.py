@@ -331,7 +331,9 @@ def _laptop() -> TrainConfig:
     network out, half of the imagined trajectories start in the newest states, moments are
     refreshed without a change of policy and values, the step that ends a trajectory counts and what
     follows it does not, the policy gradient is pathwise where the world model allows it, and
-    updates become smaller towards the end of the run.
+    updates become smaller towards the end of the run. The numbers are chosen for pathwise gradients
+    of an autoregressive model; by the score function more trajectories and a smaller lambda were
+    better (256 and 0.7).
     """
     return TrainConfig(
         horizon=10,

@@ -82,6 +82,8 @@ class GradientReport:
     """Of the actions imagined from the newest starts."""
     error: OneStepError
     gae_lambda: float
+    estimator: str
+    """Of the imagined gradients at the run's own lambda, "score" or "pathwise"."""
     num_newest: int
     """Starts among which the newest are drawn, without those whose state is not determined."""
     num_all: int
@@ -91,13 +93,15 @@ class GradientReport:
     """Share of the run's own steps that the simulator repeats from their observations."""
 
     def summary(self) -> dict[str, float]:
-        """Return everything as numbers by name."""
+        """Return everything that is a number by name."""
         found: dict[str, float] = {
             "cosine": self.newest.cosine,
             "cosine_ceiling": self.newest.ceiling,
             "r2": self.on_policy.r2,
         }
         for name, value in vars(self).items():
+            if name == "estimator":
+                continue
             if dataclasses.is_dataclass(value):
                 found |= {f"{name}/{key}": number for key, number in vars(value).items()}
             else:
@@ -179,6 +183,7 @@ def policy_gradient_report(
         ),
         error=error,
         gae_lambda=learner.config.gae_lambda,
+        estimator=ways.estimator,
         num_newest=len(newest_starts),
         num_all=len(all_starts),
         share_determined=determined.double().mean().item(),
@@ -206,10 +211,13 @@ class _BothWays:
         self._on_host = torch.Generator().manual_seed(seed)
         # of these terms the gradient needs no trajectories: they would only flatter the cosine
         self._config = replace(learner.config, entropy_coef=0.0, saturation_coef=0.0)
-        self._score = replace(self._config, gradient_estimator="score")
         self._dynamics = world_model.dynamics()
         if self._dynamics is None:  # of another world model than the run's
-            self._config = self._score
+            self._config = replace(self._config, gradient_estimator="score")
+        self.estimator = self._config.gradient_estimator
+        if self.estimator == "pathwise":  # advantages in the unit of what it differentiates
+            self._config = replace(self._config, normalize_advantages=False)
+        self._score = replace(self._config, gradient_estimator="score")
         self.simulator = _checked_simulator(
             environment, replay, self._normalizer, action_scaler, self._on_device
         )

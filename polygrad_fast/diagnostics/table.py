@@ -12,6 +12,8 @@ NOISY = 0.5
 def table(report: GradientReport) -> str:
     """Return a report as lines of text."""
     own = f"lambda {report.gae_lambda:g}"
+    if report.estimator == "pathwise":
+        own += ", imagined pathwise"
     newest, every = f"newest {report.num_newest:,} starts", f"all {report.num_all:,} starts"
     rows: list[tuple[str, Agreement | float]] = [
         (f"imagined with simulated, {newest}, {own}", report.newest),

@@ -88,15 +88,7 @@ class ActorCritic:
         self.config = config if config is not None else A2CConfig()
         self.normed_inputs = reads_normalized(policy) if normed_inputs is None else normed_inputs
         check_learning_policy(policy, normalizer, self.config)
-        if self.config.gradient_estimator == "auto":
-            estimator = "score" if dynamics is None else "pathwise"
-            self.config = replace(self.config, gradient_estimator=estimator)
-        if self.config.gradient_estimator == "pathwise" and dynamics is None:
-            raise InputError(
-                "a2c.gradient_estimator must be 'score' for a world model without one network for "
-                "all steps, got 'pathwise': take world_model autoregressive, or trajectory "
-                "diffusion with denoiser.kind rollout and sampler.action_update exact"
-            )
+        self.config = _with_estimator(self.config, dynamics)
         self._dynamics = dynamics
         self.target_value_function = copy.deepcopy(value_function).requires_grad_(False)
         weight = next(policy.parameters())
@@ -131,10 +123,12 @@ class ActorCritic:
     ) -> dict[str, Tensor]:
         """Take one actor and one critic step on imagined trajectories.
 
-        Advantages come from GAE with the target critic; steps after the first terminal one carry
-        weight 0, that one `terminal_step_weight`; the actor's step is scaled until mean
-        |log pi_new - log pi_old| is within tolerance of `target_update` (appendix A). Unlike the
-        released code, the Adam direction is computed once and only scaled, log-std included.
+        Advantages come from GAE with the target critic; with pathwise gradients the actor learns
+        from what actions change through the dynamics instead (`pathwise.action_sensitivities`).
+        Steps after the first terminal one carry weight 0, that one `terminal_step_weight`; the
+        actor's step is scaled until mean |log pi_new - log pi_old| is within tolerance of
+        `target_update` (appendix A). Unlike the released code, the Adam direction is computed once
+        and only scaled, log-std included.
 
         Where an input, loss, gradient or update size is not finite, one of the metrics is not
         either, and nothing is changed.
@@ -157,7 +151,8 @@ class ActorCritic:
         if config.final_target_update is not None:
             target_update += progress * (config.final_target_update - target_update)
         self._choose_passes()
-        batch, found = self._batch(observations, actions, rewards, terminals, config)
+        inputs = observations, actions, rewards, terminals
+        batch, found = self._batch(*inputs, config, self._dynamics)
         actor, critic = self._actor.gradients(batch, config), self._critic.gradients(batch)
         gradients = [g for g in (*actor.gradients, *critic.gradients) if g is not None]
         self.ranks.average_(gradients)
@@ -252,11 +247,12 @@ class ActorCritic:
             dynamics: by which the trajectories were imagined, where not by the learner's own.
 
         Raises:
-            InputError: shapes differ or H < 2.
+            InputError: shapes differ or H < 2, or a pathwise gradient without dynamics.
             NonFiniteError: the gradient is not finite.
         """
         check_trajectories(self.policy, self.normalizer, observations, actions, rewards, terminals)
-        config = self.config if config is None else config
+        dynamics = self._dynamics if dynamics is None else dynamics
+        config = _with_estimator(self.config if config is None else config, dynamics)
         self._choose_passes()
         batch, _ = self._batch(observations, actions, rewards, terminals, config, dynamics)
         gradients = self._actor.gradients(batch, config).gradients
@@ -281,7 +277,7 @@ class ActorCritic:
         rewards: Tensor,
         terminals: Tensor,
         config: A2CConfig,
-        dynamics: Dynamics | None = None,
+        dynamics: Dynamics | None,
     ) -> tuple[Batch, _Targets]:
         """Return what both losses are computed from, and what it was computed from."""
         normalizer, policy_normed = self.normalizer, reads_normalized(self.policy)
@@ -321,7 +317,7 @@ class ActorCritic:
         )
         raw_actions.mul_(scale).add_(mean)
         pathwise = None
-        if config.gradient_estimator == "pathwise":
+        if config.gradient_estimator == "pathwise" and dynamics is not None:
             pathwise = self._pathwise(
                 observations,
                 raw_actions,
@@ -329,7 +325,7 @@ class ActorCritic:
                 terminals,
                 (target_weights, target_values),
                 config,
-                self._dynamics if dynamics is None else dynamics,
+                dynamics,
             )
         batch = Batch(
             policy_inputs, value_inputs, raw_actions, advantages, value_targets, weights, pathwise
@@ -521,6 +517,24 @@ class ActorCritic:
         self.learning_rate_optimizer.load_state_dict(state["learning_rate_optimizer"])
         with torch.no_grad():
             self.log_actor_learning_rate.copy_(state["log_actor_learning_rate"])
+
+
+def _with_estimator(config: A2CConfig, dynamics: Dynamics | None) -> A2CConfig:
+    """Return options with the estimator that these dynamics allow.
+
+    Raises:
+        InputError: a pathwise gradient without dynamics.
+    """
+    estimator = config.gradient_estimator
+    if estimator == "auto":
+        estimator = "score" if dynamics is None else "pathwise"
+    if estimator == "pathwise" and dynamics is None:
+        raise InputError(
+            "a2c.gradient_estimator must be 'score' for a world model without one network for all "
+            "steps, got 'pathwise': take world_model autoregressive, or trajectory diffusion with "
+            "denoiser.kind rollout and sampler.action_update exact"
+        )
+    return replace(config, gradient_estimator=estimator)
 
 
 def _keep_where(

@@ -49,9 +49,12 @@ def action_sensitivities(
         q_t = dr / da + (ds' / da)^T w_t + gamma (..) dc / da
         p_t = dr / ds + (ds' / ds)^T w_t + gamma (..) dc / ds + (da / ds)^T q_t
 
-    E[sum_t (d a_t / d theta)^T q_t], states held, is E[sum_t grad log pi(a_t | s_t) A_t], the
-    score function's gradient, with less variance (Mohamed et al. 2020, arXiv 1906.10652; Heess et
-    al. 2015, arXiv 1510.09142). After a step that was terminal V stands for what would have come.
+    Where nothing ends, E[sum_t (d a_t / d theta)^T q_t], states held, is
+    E[sum_t grad log pi(a_t | s_t) A_t], the score function's gradient, with less variance (Mohamed
+    et al. 2020, arXiv 1906.10652; Heess et al. 2015, arXiv 1510.09142). Where trajectories may end,
+    the score function counts an end as imagined, c above or below 0.5, which has no slope; this
+    differentiates the probability. At the imagined end itself, V of the last state stands for what
+    would have followed.
 
     Args:
         dynamics: by which the trajectories were imagined.

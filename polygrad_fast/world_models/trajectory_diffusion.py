@@ -20,6 +20,7 @@ from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.profiling import annotate
 from polygrad_fast.sampling import PolicyGuidedSampler, TrajectoryBatch
+from polygrad_fast.structure import change
 from polygrad_fast.world_models.base import check_horizon
 from polygrad_fast.world_models.guidance import GuidanceTuner
 
@@ -143,13 +144,19 @@ class TrajectoryDiffusion:
 
     def dynamics(self) -> Dynamics | None:
         """Return the step that a denoiser of kind "rollout" repeats, where actions are exact and
-        have settled, so that states and actions agree; see `WorldModel.dynamics`."""
-        sampler = self.config.sampler
-        if not isinstance(self.denoiser, RolloutDenoiser) or sampler.action_update != "exact":
+        have settled, so that states and actions agree; see `WorldModel.dynamics`.
+
+        Left out is that the denoiser's observations move less by the probability that the
+        trajectory has ended before: some percent of a slope where the flags' logits are about -6.
+        """
+        sampler, denoiser = self.config.sampler, self.denoiser
+        if type(denoiser) is not RolloutDenoiser or sampler.action_update != "exact":
+            return None
+        if change(denoiser, denoiser.built) is not None:
             return None
         bounds = [torch.as_tensor(bound, device=self.device) for bound in self._action_bounds]
         seen = tuple(bounds) if sampler.denoiser_actions == "clipped" else None
-        return Dynamics(self.denoiser.step, self.normalizer, seen)
+        return Dynamics(denoiser.step, self.normalizer, seen)
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the trained denoiser and its averaged copy."""

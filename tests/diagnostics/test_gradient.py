@@ -193,13 +193,14 @@ def test_imagined_gradients_are_estimated_as_the_run_does_it(agent, monkeypatch)
     monkeypatch.setattr(pg.ActorCritic, "actor_gradient", noted)
     environment = agent.make_evaluation_environment()
     arguments = (agent.replay, agent.action_scaler)
-    policy_gradient_report(environment, agent.world_model, learner, *arguments, num=64)
+    found = policy_gradient_report(environment, agent.world_model, learner, *arguments, num=64)
+    assert found.estimator == "pathwise" and "imagined pathwise" in table(found)
     pathwise = [how for estimator, *how in used if estimator == "pathwise"]
     assert len(pathwise) == 4 and len(used) > 8
     assert all(whole and dynamics is not None for whole, dynamics in pathwise)
     used.clear()
-    policy_gradient_report(environment, TrueModel(agent), learner, *arguments, num=64)
-    assert {estimator for estimator, *_ in used} == {"score"}
+    found = policy_gradient_report(environment, TrueModel(agent), learner, *arguments, num=64)
+    assert {estimator for estimator, *_ in used} == {"score"} == {found.estimator}
 
 
 @pytest.mark.parametrize(

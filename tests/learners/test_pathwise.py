@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import polygrad_fast as pg
 from polygrad_fast.denoisers.dynamics import Dynamics
 from polygrad_fast.denoisers.one_step import OneStepNetwork
-from polygrad_fast.learners.passes import AutogradActor
+from polygrad_fast.learners.passes import AutogradActor, ExplicitActor
 from polygrad_fast.learners.pathwise import Steps, action_sensitivities
 from polygrad_fast.protocols import policy_moments
 
@@ -206,15 +206,15 @@ def test_passes_written_out_equal_autograd(saturation_coef):
     flags[::2, 3:] = 1.0
     batch = (*batch[:3], flags)
     explicit = learner.actor_gradient(*batch)
-    learner._choose_passes = lambda: None
+    written_out, learner._choose_passes = learner._actor, lambda: None
     learner._actor = AutogradActor(learner.policy, learner.normalizer)
+    assert type(written_out) is ExplicitActor
     torch.testing.assert_close(explicit, learner.actor_gradient(*batch))
-    loss, _ = learner._batch(*batch, learner.config)
-    values = [
-        passes.gradients(loss, learner.config).loss
-        for passes in (learner._actor, AutogradActor(learner.policy, learner.normalizer))
+    data, _ = learner._batch(*batch, learner.config, learner._dynamics)
+    losses = [
+        passes.gradients(data, learner.config).loss for passes in (learner._actor, written_out)
     ]
-    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*losses)
 
 
 def test_an_update_improves_the_imagined_return():
@@ -274,6 +274,12 @@ def test_without_dynamics_it_is_refused():
     with pytest.raises(pg.InputError, match="must be 'score' for a world model without one"):
         pg.ActorCritic(
             policy, value_function, normalizer, pg.A2CConfig(gradient_estimator="pathwise")
+        )
+    with pytest.raises(pg.InputError, match="must be 'score' for a world model without one"):
+        learner.actor_gradient(
+            *(torch.zeros(2, 3, n).double() for n in (S, A)),
+            *torch.zeros(2, 2, 3).double(),
+            replace(config, gradient_estimator="pathwise"),
         )
     with pytest.raises(pg.InputError, match="gradient_estimator must be"):
         pg.A2CConfig(gradient_estimator="reinforce")

@@ -357,6 +357,7 @@ def test_the_command(tmp_path, capsys):
         ("reproduce fig3 --scale huge", "scale must be one of ['quick', 'paper'], got"),
         ("reproduce fig3 --agents iql", "--agents must be left out with fig3: it is of pgd-ret"),
         ("reproduce fig6 --model-updates 5", "--model-updates must be left out with fig6: it is"),
+        ("reproduce fig6 --dataset-steps 5", "it is of fig3, fig4, fig5, pgd-returns, pgd-likeli"),
         ("reproduce fig4 --algorithms ppo", "--algorithms must be left out with fig4: it is of f"),
         ("reproduce pgd-error --sigmas 0.1", "--sigmas must be left out with pgd-error: it is of"),
         ("reproduce fig5 --models dreamer", "models must be of"),

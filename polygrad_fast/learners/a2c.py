@@ -534,6 +534,8 @@ def _with_estimator(config: A2CConfig, dynamics: Dynamics | None) -> A2CConfig:
             "steps, got 'pathwise': take world_model autoregressive, or trajectory diffusion with "
             "denoiser.kind rollout and sampler.action_update exact"
         )
+    if estimator == config.gradient_estimator:
+        return config
     return replace(config, gradient_estimator=estimator)
 
 

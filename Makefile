@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 # (MUJOCO_GL=egl or osmesa without a display), the returns do not.
 hopper: $(INSTALLED)
 	rm -rf runs/hopper
-	$(VENV)/bin/polygrad-fast train --env-id Hopper-v5 --preset laptop --world-model autoregressive --seed 300 --run-dir runs/hopper
+	$(VENV)/bin/polygrad-fast train --env-id Hopper-v5 --preset laptop --world-model autoregressive --seed 302 --run-dir runs/hopper
 	$(VENV)/bin/polygrad-fast evaluate runs/hopper --episodes 100
 	-$(VENV)/bin/polygrad-fast evaluate runs/hopper --episodes 1 --video runs/hopper/hopper.mp4
 

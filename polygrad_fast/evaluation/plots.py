@@ -334,7 +334,7 @@ def plot_estimates(
         if log:
             axes.set_yscale("log")
         _finish(axes, legend=number == 0)
-    figure.suptitle(f"{title} ({ESTIMATE})")
+    figure.suptitle(f"{title}\n({ESTIMATE})", fontsize=11)
     _write(figure, output_png)
 
 
@@ -377,7 +377,7 @@ def plot_curves(
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _finish(axes, legend=False)
     _legend_below(figure, grid)
-    figure.suptitle(f"{title} ({ESTIMATE})")
+    figure.suptitle(f"{title}\n({ESTIMATE})", fontsize=11)
     _write(figure, output_png)
 
 
@@ -416,7 +416,7 @@ def plot_tradeoffs(
         axes.set_ylabel(labels[1], fontsize="small")
         _finish(axes, legend=False)
     _legend_below(figure, grid)
-    figure.suptitle(f"{title} ({ESTIMATE})")
+    figure.suptitle(f"{title}\n({ESTIMATE})", fontsize=11)
     _write(figure, output_png)
 
 

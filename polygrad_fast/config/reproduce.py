@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Self
 
 from polygrad_fast.config.options import Options
 from polygrad_fast.errors import InputError
 
 
+class Scale(Options):
+    """Sizes of experiments. The defaults are for a CPU."""
+
+    @classmethod
+    def from_scale(cls, name: str) -> Self:
+        """Return the sizes of a scale: "quick" (a CPU) or "paper".
+
+        Raises:
+            InputError: unknown scale.
+        """
+        scales = {"quick": cls, "paper": _PAPER[cls]}
+        if name not in scales:
+            raise InputError(f"scale must be one of {list(scales)}, got {name!r}")
+        return scales[name]()
+
+
 @dataclass(frozen=True)
-class PGDScale(Options):
+class PGDScale(Scale):
     """Sizes of the experiments of policy-guided diffusion. The defaults are for a CPU."""
 
     env_ids: tuple[str, ...] = ("Hopper-v5", "HalfCheetah-v5")
@@ -59,15 +75,6 @@ class PGDScale(Options):
             self._check_positive(name)
         self._check_positive("num_trajectories")
 
-    @classmethod
-    def from_scale(cls, name: str) -> PGDScale:
-        """Return the sizes of a scale: "quick" (a CPU) or "paper".
-
-        Raises:
-            InputError: unknown scale.
-        """
-        return _named(PGD_SCALES, name)
-
 
 def _paper_pgd() -> PGDScale:
     """The paper's networks and numbers of updates, on datasets of a million steps that are made
@@ -88,11 +95,8 @@ def _paper_pgd() -> PGDScale:
     )
 
 
-PGD_SCALES = {"quick": PGDScale, "paper": _paper_pgd}
-
-
 @dataclass(frozen=True)
-class WorldModelScale(Options):
+class WorldModelScale(Scale):
     """Sizes of PolyGRAD's experiments with world models. The defaults are for a CPU."""
 
     env_ids: tuple[str, ...] = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5")
@@ -161,15 +165,6 @@ class WorldModelScale(Options):
             self._check(len(set(values)) == len(values), name, "different ones")
         self._check_positive("model_batch_size")
 
-    @classmethod
-    def from_scale(cls, name: str) -> WorldModelScale:
-        """Return the sizes of a scale: "quick" (a CPU) or "paper".
-
-        Raises:
-            InputError: unknown scale.
-        """
-        return _named(WORLD_MODEL_SCALES, name)
-
 
 def _paper_world_models() -> WorldModelScale:
     """The paper's networks and numbers of updates (appendix C.1), on datasets of a million steps
@@ -189,11 +184,8 @@ def _paper_world_models() -> WorldModelScale:
     )
 
 
-WORLD_MODEL_SCALES = {"quick": WorldModelScale, "paper": _paper_world_models}
-
-
 @dataclass(frozen=True)
-class TrainingScale(Options):
+class TrainingScale(Scale):
     """Sizes of PolyGRAD's experiments with trainings. The defaults are for a CPU."""
 
     env_ids: tuple[str, ...] = ("InvertedPendulum-v5", "Pendulum-v1")
@@ -221,15 +213,6 @@ class TrainingScale(Options):
         self._check_at_least(1, "smoothing")
         self._check_positive("total_timesteps")
 
-    @classmethod
-    def from_scale(cls, name: str) -> TrainingScale:
-        """Return the sizes of a scale: "quick" (a CPU) or "paper".
-
-        Raises:
-            InputError: unknown scale.
-        """
-        return _named(TRAINING_SCALES, name)
-
 
 def _paper_trainings() -> TrainingScale:
     """The paper's networks and environment steps (appendix C.2)."""
@@ -241,10 +224,8 @@ def _paper_trainings() -> TrainingScale:
     )
 
 
-TRAINING_SCALES = {"quick": TrainingScale, "paper": _paper_trainings}
-
-
-def _named(scales: Mapping[str, Callable[[], Any]], name: str) -> Any:
-    if name not in scales:
-        raise InputError(f"scale must be one of {list(scales)}, got {name!r}")
-    return scales[name]()
+_PAPER: dict[type[Scale], Callable[[], Scale]] = {
+    PGDScale: _paper_pgd,
+    WorldModelScale: _paper_world_models,
+    TrainingScale: _paper_trainings,
+}

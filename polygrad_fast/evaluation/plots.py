@@ -334,7 +334,7 @@ def plot_estimates(
         if log:
             axes.set_yscale("log")
         _finish(axes, legend=number == 0)
-    figure.suptitle(f"{title}\n({ESTIMATE})", fontsize=11)
+    _entitle(figure, title)
     _write(figure, output_png)
 
 
@@ -377,7 +377,7 @@ def plot_curves(
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _finish(axes, legend=False)
     _legend_below(figure, grid)
-    figure.suptitle(f"{title}\n({ESTIMATE})", fontsize=11)
+    _entitle(figure, title)
     _write(figure, output_png)
 
 
@@ -416,7 +416,7 @@ def plot_tradeoffs(
         axes.set_ylabel(labels[1], fontsize="small")
         _finish(axes, legend=False)
     _legend_below(figure, grid)
-    figure.suptitle(f"{title}\n({ESTIMATE})", fontsize=11)
+    _entitle(figure, title)
     _write(figure, output_png)
 
 
@@ -516,3 +516,8 @@ def _write(figure: Any, output_png: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_bytes_atomic(output_png, image.getvalue())
+
+
+def _entitle(figure: Any, title: str) -> None:
+    """Say above a figure what it shows, and that its points are estimates over seeds."""
+    figure.suptitle(f"{title}\n({ESTIMATE})", fontsize=11)

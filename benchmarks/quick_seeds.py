@@ -2,6 +2,8 @@
 
     python benchmarks/quick_seeds.py --env-id Pendulum-v1 Hopper-v5 --seeds 100 101 102 --jobs 2
 
+With `--model-free sac` that algorithm of Stable-Baselines3, with its own settings, learns in the
+environment itself, for as many of its steps as the preset has; `--world-model` is then not used.
 Of each seed the untrained policy, the best checkpoint and the last one play the same fresh
 episodes, whose seed follows from environment, preset and training seed: two rows share episodes
 only where they differ in the world model alone, and none are those of the evaluations that chose
@@ -28,16 +30,22 @@ import time
 import typing
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from harness.rows import Provenance, Row, RowFile, provenance
 from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.baselines import ALGORITHMS, find_algorithm, load_model, train_baseline
 from polygrad_fast.config import PRESETS, TrainConfig
 from polygrad_fast.errors import InputError
+from polygrad_fast.evaluation.environments import EvaluationEnvironments, build_environment
+from polygrad_fast.evaluation.evaluator import Evaluator
 from polygrad_fast.runs.metrics import read_metrics
 
 WORLD_MODELS = typing.get_args(typing.get_type_hints(TrainConfig)["world_model"])
 RESULTS = Path(__file__).parent / "results" / "quick_seeds.jsonl"
+MODEL_FREE = {f"none, {name.upper()}": name for name in ALGORITHMS}
+"""What a row names as its world model -> algorithm."""
 FIRST_EVALUATION_SEED = 2**31
 """Training seeds are below: an agent's own evaluations are seeded by its training seed."""
 
@@ -63,38 +71,106 @@ def tiny(config: TrainConfig) -> TrainConfig:
     )
 
 
+@dataclasses.dataclass
+class Trained:
+    """What a training left behind."""
+
+    evaluators: dict[str, Evaluator]  # of the policies "untrained", "best" and "last"
+    train_steps: int
+    best_step: int
+    train_seconds: float
+    metrics: list[dict[str, float]]
+
+
 def run_seed(
     env_id: str, preset: str, world_model: str, seed: int, episodes: int, smoke: bool
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Train one seed and return the row's values and its learning curve."""
     torch.set_num_threads(1)
     config = TrainConfig.from_preset(preset)
-    config = dataclasses.replace(config, world_model=world_model)
     config = tiny(config) if smoke else config
     fresh = evaluation_seed(env_id, preset, seed)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        agents = {"untrained": PolyGRAD(env_id, preset, seed, "cpu", config)}
-        agent = PolyGRAD(env_id, preset, seed, "cpu", config, run_dir)
-        start = time.perf_counter()
-        agent.learn(config.total_timesteps)
-        seconds = time.perf_counter() - start
-        for checkpoint in ("best", "last"):
-            agents[checkpoint] = PolyGRAD.load(run_dir, device="cpu", checkpoint=checkpoint)
-        metrics = read_metrics(run_dir / "metrics.csv")
+        if world_model in MODEL_FREE:
+            trained = train_model_free(env_id, MODEL_FREE[world_model], seed, config, run_dir)
+        else:
+            config = dataclasses.replace(config, world_model=world_model)
+            trained = train_in_imagination(env_id, preset, seed, config, run_dir)
     values = {
-        "train_steps": agents["last"].num_timesteps,
-        "train_seconds": round(seconds, 1),
-        "best_step": agents["best"].num_timesteps,
-        **selection_cost(metrics, config.eval_episodes),
+        "train_steps": trained.train_steps,
+        "train_seconds": round(trained.train_seconds, 1),
+        "best_step": trained.best_step,
+        **selection_cost(trained.metrics, config.eval_episodes),
         "episodes": episodes,
         "evaluation_seed": fresh,
     }
-    for name, agent in agents.items():
-        scores = agent.evaluate(episodes, fresh)
+    for name, evaluator in trained.evaluators.items():
+        scores = evaluator.evaluate(episodes, fresh)
         values[f"{name}_mean_reward"] = round(scores.mean_reward, 2)
         values[f"{name}_std_reward"] = round(scores.std_reward, 2)
-    return values, learning_curve(metrics)
+    return values, learning_curve(trained.metrics)
+
+
+def train_in_imagination(
+    env_id: str, preset: str, seed: int, config: TrainConfig, run_dir: Path
+) -> Trained:
+    """Train an agent of this library."""
+    agents = {"untrained": PolyGRAD(env_id, preset, seed, "cpu", config)}
+    agent = PolyGRAD(env_id, preset, seed, "cpu", config, run_dir)
+    start = time.perf_counter()
+    agent.learn(config.total_timesteps)
+    seconds = time.perf_counter() - start
+    for checkpoint in ("best", "last"):
+        agents[checkpoint] = PolyGRAD.load(run_dir, device="cpu", checkpoint=checkpoint)
+    return Trained(
+        {name: agent.evaluator for name, agent in agents.items()},
+        agents["last"].num_timesteps,
+        agents["best"].num_timesteps,
+        seconds,
+        read_metrics(run_dir / "metrics.csv"),
+    )
+
+
+def train_model_free(
+    env_id: str, algorithm: str, seed: int, config: TrainConfig, run_dir: Path
+) -> Trained:
+    """Train a model-free algorithm for as many environment steps as a configuration has."""
+    start = time.perf_counter()
+    train_baseline(
+        algorithm,
+        env_id,
+        run_dir,
+        config.total_timesteps,
+        seed,
+        config.eval_interval,
+        config.eval_episodes,
+    )
+    seconds = time.perf_counter() - start
+    environment = build_environment(env_id)
+    models = {
+        "untrained": find_algorithm(algorithm)("MlpPolicy", environment, seed=seed, device="cpu")
+    }
+    for name in ("best", "last"):
+        models[name] = load_model(algorithm, run_dir / f"{name}.zip")
+    environments = EvaluationEnvironments(environment, env_id)
+
+    def evaluator(model: typing.Any) -> Evaluator:
+        def act(observations: np.ndarray, deterministic: bool) -> np.ndarray:
+            return model.predict(observations, deterministic=deterministic)[0]
+
+        return Evaluator(act, environments, seed)
+
+    metrics = read_metrics(run_dir / "metrics.csv")
+    evaluations = [row for row in metrics if "eval/mean_reward" in row]
+    best = max(evaluations, key=lambda row: (row["eval/mean_reward"], row["env_step"]))
+    return Trained(
+        {name: evaluator(model) for name, model in models.items()},
+        models["last"].num_timesteps,
+        int(best["env_step"]),
+        seconds,
+        metrics,
+    )
 
 
 def learning_curve(metrics: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -177,6 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", required=True, help="below 2^31")
     parser.add_argument("--preset", choices=list(PRESETS), default="quick")
     parser.add_argument("--world-model", choices=WORLD_MODELS, default=WORLD_MODELS[0])
+    parser.add_argument("--model-free", choices=list(ALGORITHMS), help="in place of a world model")
     parser.add_argument("--episodes", type=int, default=100, help="fresh ones (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (%(default)s)")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
@@ -194,6 +271,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for env_id in options.env_id:
             PolyGRAD(env_id, options.preset, device="cpu")  # refused now or never
+        if options.model_free:
+            find_algorithm(options.model_free)
+            options.world_model = f"none, {options.model_free.upper()}"
         file = RowFile(options.rows)
     except InputError as error:
         parser.error(str(error))

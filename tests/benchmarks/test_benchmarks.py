@@ -19,9 +19,12 @@ from cases import tiny_config
 from harness.rows import Check, Row, RowFile, provenance, read_rows, write_rows
 from harness.session import Session
 from polygrad_fast.agent import PolyGRAD
+from polygrad_fast.baselines import find_algorithm
 from polygrad_fast.data import ReplayBuffer, ResumableEnvironment
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.errors import InputError
+from polygrad_fast.evaluation.environments import EvaluationEnvironments, build_environment
+from polygrad_fast.evaluation.evaluator import Evaluator
 from polygrad_fast.learners import IQL, TD3BC
 from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.runs.processor import Processor
@@ -457,6 +460,33 @@ def test_action_updates_are_compared(tmp_path):
             )
     with pytest.raises(SystemExit):
         module.main([*words, "--env-id", "Wings-v0"])
+
+
+def test_a_model_free_algorithm_becomes_a_row(tmp_path):
+    """Its policies play the same fresh episodes as those of a world model."""
+    pytest.importorskip("stable_baselines3")
+    path = tmp_path / "rows.jsonl"
+    result = quick_seeds(path, "--seeds", 7, "--model-free", "sac")
+    assert result.returncode == 0, result.stderr
+    (row,) = read_rows(path)
+    assert row.case["world_model"] == "none, SAC" and row.status == "ok"
+    assert row.values["train_steps"] == row.curves["env_step"][-1] == 90
+    best = max(row.curves["mean_reward"])
+    at = [s for s, r in zip(*row.curves.values(), strict=True) if r == best][-1]
+    assert row.values["best_step"] == at
+    evaluation_seed = load("quick_seeds").evaluation_seed("InvertedPendulum-v5", "quick", 7)
+    assert row.values["evaluation_seed"] == evaluation_seed and row.values["episodes"] == 3
+    untrained = find_algorithm("sac")("MlpPolicy", "InvertedPendulum-v5", seed=7, device="cpu")
+    environments = EvaluationEnvironments(
+        build_environment("InvertedPendulum-v5"), "InvertedPendulum-v5"
+    )
+    evaluator = Evaluator(
+        lambda observations, _: untrained.predict(observations, deterministic=True)[0],
+        environments,
+        evaluation_seed,
+    )
+    wanted = evaluator.evaluate(3).mean_reward
+    assert row.values["untrained_mean_reward"] == pytest.approx(wanted, abs=0.01)
 
 
 def test_world_models_need_a_run(tmp_path, capsys):

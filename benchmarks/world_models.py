@@ -125,7 +125,8 @@ def judge(world_model: WorldModel, agent: PolyGRAD, num: int) -> dict[str, float
     )
     starts = agent.replay.sample_initial_observations(TIMED_BATCH)
     seconds = seconds_per_1000(world_model, agent.policy, starts)
-    return report.summary() | {"seconds_per_1000": seconds}
+    known = {name: value for name, value in report.summary().items() if value is not None}
+    return known | {"seconds_per_1000": seconds}
 
 
 def measure(agent: PolyGRAD, options: argparse.Namespace, file: RowFile, command: str) -> None:

@@ -15,6 +15,7 @@ from polygrad_fast.arguments import as_integer
 from polygrad_fast.config import A2CConfig
 from polygrad_fast.data import ActionScaler, ReplayBuffer
 from polygrad_fast.diagnostics.agreement import Agreement, agreement, cosine
+from polygrad_fast.diagnostics.critic import CriticError, critic_error
 from polygrad_fast.diagnostics.on_policy import OnPolicyStatistics, on_policy_statistics
 from polygrad_fast.diagnostics.rollouts import (
     Transitions,
@@ -81,6 +82,8 @@ class GradientReport:
     on_policy: OnPolicyStatistics
     """Of the actions imagined from the newest starts."""
     error: OneStepError
+    critic: CriticError
+    """Of the critic on which all these gradients rest."""
     gae_lambda: float
     estimator: str
     """Of the imagined gradients at the run's own lambda, "score" or "pathwise"."""
@@ -92,9 +95,9 @@ class GradientReport:
     share_repeated: float
     """Share of the run's own steps that the simulator repeats from their observations."""
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | None]:
         """Return everything that is a number by name."""
-        found: dict[str, float] = {
+        found: dict[str, float | None] = {
             "cosine": self.newest.cosine,
             "cosine_ceiling": self.newest.ceiling,
             "r2": self.on_policy.r2,
@@ -182,6 +185,7 @@ def policy_gradient_report(
             ways.flags(whole),
         ),
         error=error,
+        critic=critic_error(environment, learner, action_scaler, seed),
         gae_lambda=learner.config.gae_lambda,
         estimator=ways.estimator,
         num_newest=len(newest_starts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from polygrad_fast.diagnostics.agreement import Agreement
+from polygrad_fast.diagnostics.critic import CriticError
 from polygrad_fast.diagnostics.gradient import GradientReport
 
 NOISY = 0.5
@@ -48,4 +49,14 @@ def table(report: GradientReport) -> str:
         f"simulator: repeats {report.share_repeated:.1%} of the run's own steps; "
         f"{report.share_determined:.1%} of the starts show their state (no clipped velocity)",
     ]
+    lines.append(_critic(report.critic))
     return "\n".join(lines)
+
+
+def _critic(found: CriticError) -> str:
+    if found.value is None:
+        return "critic: not known, for every episode reached its time limit too soon"
+    line = f"critic: mean value {found.value:.2f}, return {found.discounted_return:.2f}"
+    if found.correlation is not None:
+        line += f", correlation {found.correlation:.2f}"
+    return f"{line}, over {found.num_states:,} states of the policy's own episodes"

@@ -264,6 +264,23 @@ class ActorCritic:
             raise NonFiniteError("the gradient of the actor's loss is not finite")
         return gradient
 
+    @torch.no_grad()
+    def critic_rewards(self, rewards: Tensor) -> Tensor:
+        """Return normalized rewards, of any shape, in the unit that the critic learns them in."""
+        if self.config.reward_rms is not None:
+            rewards = self.normalizer.unnormalize(rewards, "rewards")
+            return rewards * self._reward_factor(self.config.reward_rms)
+        if self.normed_inputs:
+            return rewards
+        return self.normalizer.unnormalize(rewards, "rewards")
+
+    @torch.no_grad()
+    def target_values(self, observations: Tensor) -> Tensor:
+        """Return the target critic's values [N] of normalized observations [N, S]."""
+        if not self.normed_inputs:
+            observations = self.normalizer.unnormalize(observations, "observations")
+        return self.target_value_function(observations)
+
     def _choose_passes(self) -> None:
         """Find how policy and value function, as they are now, are differentiated."""
         self._actor = actor_passes(self.policy, self.normalizer, self._actor)
@@ -284,12 +301,7 @@ class ActorCritic:
         raw_observations = observations
         if not (self.normed_inputs and policy_normed):
             raw_observations = normalizer.unnormalize(observations, "observations")
-        if config.reward_rms is not None:
-            rewards = normalizer.unnormalize(rewards, "rewards")
-            rewards = rewards * self._reward_factor(config.reward_rms)
-        elif not self.normed_inputs:
-            rewards = normalizer.unnormalize(rewards, "rewards")
-
+        rewards = self.critic_rewards(rewards)
         # the target moves first, as released, but is stored only once all results are finite
         current = dict(self.value_function.named_parameters())
         target_weights = {

@@ -160,7 +160,7 @@ class Session:
             num,
             batch_size=training.config.imagined_batch_size,
         )
-        return {
+        found = {
             "gradient/cosine": report.newest.cosine,
             "gradient/cosine_ceiling": report.newest.ceiling,
             "gradient/cosine_lambda_0": report.newest_lambda_0.cosine,
@@ -169,7 +169,11 @@ class Session:
             "gradient/one_step_error": report.error.rms,
             "gradient/missed_terminals": report.error.missed_terminals,
             "gradient/false_terminals": report.error.false_terminals,
+            "gradient/critic_value": report.critic.value,
+            "gradient/critic_return": report.critic.discounted_return,
+            "gradient/critic_correlation": report.critic.correlation,
         }
+        return {name: value for name, value in found.items() if value is not None}
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         left = self._time_left(step) if self._estimated else None

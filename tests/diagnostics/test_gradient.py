@@ -159,10 +159,11 @@ def test_all_numbers_are_in_summary_and_table(of_truth):
     assert all(isinstance(value, (int, float)) for value in summary.values())
     assert all(math.isfinite(value) for value in summary.values())
     lines = table(of_truth).splitlines()
-    assert len(lines) == 11 and all(len(line) < 220 for line in lines)
+    assert len(lines) == 12 and all(len(line) < 220 for line in lines)
+    assert lines[-1].startswith("critic: mean value")
     noisy = dataclasses.replace(of_truth.newest, ceiling=0.3)
     noisy = table(dataclasses.replace(of_truth, newest=noisy)).splitlines()
-    assert len(noisy) == 12 and "mostly noise" in noisy[8]
+    assert len(noisy) == 13 and "mostly noise" in noisy[8]
     row = next(line for line in lines if line.startswith("model"))
     assert row.split()[-1] == f"{of_truth.model:.2f}"
 

@@ -1,0 +1,123 @@
+"""Does the critic know what follows? Its values beside the returns of whole episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+
+from polygrad_fast.data import ActionScaler
+from polygrad_fast.data.environment import (
+    environment_name,
+    reset_environment,
+    step_environment,
+)
+from polygrad_fast.learners.a2c import ActorCritic
+from polygrad_fast.protocols import policy_moments
+
+NUM_STEPS = 4000
+"""Environment steps that are played, the last episode's to its end; an episode that is longer is
+broken off."""
+MAX_UNKNOWN = 0.1
+"""Largest share that what was not played may have in a return."""
+
+
+@dataclass(frozen=True)
+class CriticError:
+    """The target critic's values of the states of whole episodes, beside their discounted returns.
+
+    Both gradients of a `GradientReport` rest on the same critic: what is wrong with it shows here
+    only. After a time limit, which is no end, a value stands in for what would have followed;
+    states are left out where that counts for more than a tenth of the return, and where none is
+    left the numbers are None.
+    """
+
+    value: float | None
+    """Mean over the states, in the unit of the rewards that the critic learns from."""
+    discounted_return: float | None
+    """Mean over the states, in the same unit."""
+    correlation: float | None
+    """Of the two over the states; chance in the returns keeps it below 1. None where either is the
+    same everywhere."""
+    num_states: int
+
+
+def critic_error(
+    environment: gymnasium.Env, learner: ActorCritic, action_scaler: ActionScaler, seed: int
+) -> CriticError:
+    """Play whole episodes with actions drawn from the policy, and compare.
+
+    Args:
+        environment: is reset and stepped, and left as it then is.
+        learner: of policy, normalizer and target critic; nothing of it changes.
+        seed: of episodes and actions.
+
+    Raises:
+        InputError: the environment returns something unusable.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    seeds = np.random.default_rng(seed)
+    values, returns, played = [], [], 0
+    while played < NUM_STEPS:
+        episode = _play(environment, learner, action_scaler, int(seeds.integers(2**31)), generator)
+        played += len(episode.rewards)
+        found = learner.target_values(episode.observations).cpu().double().numpy()
+        rewards = learner.critic_rewards(episode.rewards).cpu().double().numpy()
+        gamma, following = learner.config.gamma, 0.0 if episode.terminated else found[-1]
+        discounted = np.empty(len(rewards))
+        for t in reversed(range(len(rewards))):
+            discounted[t] = following = rewards[t] + gamma * following
+        # the weight of what follows the last step, in a return from k steps before
+        weights = np.full(len(rewards), gamma, dtype=float).cumprod()[::-1]
+        known = weights <= MAX_UNKNOWN if not episode.terminated else weights <= np.inf
+        values.append(found[:-1][known])
+        returns.append(discounted[known])
+    values, returns = np.concatenate(values), np.concatenate(returns)
+    varies = len(values) > 1 and np.ptp(values) > 0 and np.ptp(returns) > 0
+    return CriticError(
+        value=float(values.mean()) if len(values) else None,
+        discounted_return=float(returns.mean()) if len(values) else None,
+        correlation=float(np.corrcoef(values, returns)[0, 1]) if varies else None,
+        num_states=len(values),
+    )
+
+
+@dataclass(frozen=True)
+class _Episode:
+    observations: Tensor  # normalized [T + 1, S]
+    rewards: Tensor  # normalized [T]
+    terminated: bool
+
+
+@torch.no_grad()
+def _play(
+    environment: gymnasium.Env,
+    learner: ActorCritic,
+    action_scaler: ActionScaler,
+    seed: int,
+    generator: torch.Generator,
+) -> _Episode:
+    """Return an episode, at most `NUM_STEPS` long."""
+    policy, normalizer = learner.policy, learner.normalizer
+    device, size = normalizer.observations_mean.device, normalizer.observation_dim
+    place = f"{environment_name(environment)}, an episode for the critic"
+    observations = [reset_environment(environment, seed, size, place)]
+    rewards: list[float] = []
+    terminated = truncated = False
+    while not (terminated or truncated) and len(rewards) < NUM_STEPS:
+        shown = torch.from_numpy(observations[-1]).to(device).unsqueeze(0)
+        mean, std = (m.cpu() for m in policy_moments(policy, normalizer, shown, normalized=False))
+        action = mean + std * torch.randn(mean.shape, generator=generator)
+        taken = action_scaler.to_environment(action[0].numpy())
+        step = step_environment(environment, taken, size, place)
+        observation, reward, terminated, truncated = step
+        observations.append(observation)
+        rewards.append(reward)
+    return _Episode(
+        normalizer.normalize(torch.from_numpy(np.stack(observations)).to(device), "observations"),
+        normalizer.normalize(torch.tensor(rewards, device=device), "rewards"),
+        terminated,
+    )

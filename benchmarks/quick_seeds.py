@@ -3,13 +3,13 @@
     python benchmarks/quick_seeds.py --env-id Pendulum-v1 Hopper-v5 --seeds 100 101 102 --jobs 2
 
 With `--model-free sac` that algorithm of Stable-Baselines3, with its own settings, learns in the
-environment itself, for as many of its steps as the preset has; `--world-model` is then not used.
-Of each seed the untrained policy, the best checkpoint and the last one play the same fresh
-episodes, whose seed follows from environment, preset and training seed: two rows share episodes
-only where they differ in the world model alone, and none are those of the evaluations that chose
-the best checkpoint. Every seed is a process with one thread. A row is written to
-benchmarks/results/quick_seeds.jsonl as soon as its seed is done, in place of one of the same case
-and machine; after an interruption `--resume` measures the rest.
+environment itself, for as many of its steps as the preset has. Of each seed the untrained policy,
+the best checkpoint and the last one play the same fresh episodes, whose seed follows from
+environment, preset and training seed: two rows share episodes only where they differ in the world
+model alone, and none are those of the evaluations that chose the best checkpoint. Every seed is a
+process with one thread. A row is written to benchmarks/results/quick_seeds.jsonl as soon as its
+seed is done, in place of one of the same case and machine; after an interruption `--resume`
+measures the rest.
 `python benchmarks/report.py` makes the tables.
 """
 
@@ -44,8 +44,8 @@ from polygrad_fast.runs.metrics import read_metrics
 
 WORLD_MODELS = typing.get_args(typing.get_type_hints(TrainConfig)["world_model"])
 RESULTS = Path(__file__).parent / "results" / "quick_seeds.jsonl"
-MODEL_FREE = {f"none, {name.upper()}": name for name in ALGORITHMS}
-"""What a row names as its world model -> algorithm."""
+MODEL_FREE = {name: f"none, {name.upper()}" for name in ALGORITHMS}
+"""Algorithm -> what a row names as its world model."""
 FIRST_EVALUATION_SEED = 2**31
 """Training seeds are below: an agent's own evaluations are seeded by its training seed."""
 
@@ -92,8 +92,9 @@ def run_seed(
     fresh = evaluation_seed(env_id, preset, seed)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        if world_model in MODEL_FREE:
-            trained = train_model_free(env_id, MODEL_FREE[world_model], seed, config, run_dir)
+        algorithm = next((name for name, shown in MODEL_FREE.items() if shown == world_model), None)
+        if algorithm is not None:
+            trained = train_model_free(env_id, algorithm, seed, config, run_dir)
         else:
             config = dataclasses.replace(config, world_model=world_model)
             trained = train_in_imagination(env_id, preset, seed, config, run_dir)
@@ -161,15 +162,12 @@ def train_model_free(
 
         return Evaluator(act, environments, seed)
 
-    metrics = read_metrics(run_dir / "metrics.csv")
-    evaluations = [row for row in metrics if "eval/mean_reward" in row]
-    best = max(evaluations, key=lambda row: (row["eval/mean_reward"], row["env_step"]))
     return Trained(
         {name: evaluator(model) for name, model in models.items()},
         models["last"].num_timesteps,
-        int(best["env_step"]),
+        models["best"].num_timesteps,
         seconds,
-        metrics,
+        read_metrics(run_dir / "metrics.csv"),
     )
 
 
@@ -252,8 +250,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--env-id", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", required=True, help="below 2^31")
     parser.add_argument("--preset", choices=list(PRESETS), default="quick")
-    parser.add_argument("--world-model", choices=WORLD_MODELS, default=WORLD_MODELS[0])
-    parser.add_argument("--model-free", choices=list(ALGORITHMS), help="in place of a world model")
+    learns_in = parser.add_mutually_exclusive_group()
+    learns_in.add_argument("--world-model", choices=WORLD_MODELS, default=WORLD_MODELS[0])
+    learns_in.add_argument("--model-free", choices=list(ALGORITHMS), help="without a world model")
     parser.add_argument("--episodes", type=int, default=100, help="fresh ones (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (%(default)s)")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
@@ -273,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
             PolyGRAD(env_id, options.preset, device="cpu")  # refused now or never
         if options.model_free:
             find_algorithm(options.model_free)
-            options.world_model = f"none, {options.model_free.upper()}"
+            options.world_model = MODEL_FREE[options.model_free]
         file = RowFile(options.rows)
     except InputError as error:
         parser.error(str(error))

@@ -241,7 +241,7 @@ def _quick_seeds(rows: list[Row]) -> str:
                 env_id,
                 preset,
                 _in_words(world_model),
-                _tuned(preset, env_id),
+                "-" if world_model.startswith("none, ") else _tuned(preset, env_id),
                 f"{len(own)}, {failed} failed" if failed else str(len(own)),
                 *(over_seeds(f"{policy}_mean_reward") for policy in POLICIES),
                 f"{mean('train_steps'):,.0f} + {mean('selection_steps'):,.0f}" if own else "-",
@@ -334,11 +334,18 @@ def _world_models(rows: list[Row]) -> str:
     """Return how true each world model's policy gradient is, one part per run."""
     parts = []
     for place in _unique((row.case["env_id"], row.case["env_steps"]) for row in rows):
-        lines = []
+        lines, critic = [], ""
         for row in rows:
             v, case = row.values, row.case
             if (case["env_id"], case["env_steps"]) != place:
                 continue
+            if "critic/value" in v:
+                critic = (
+                    f"; its critic's values {v['critic/value']:.1f}, returns "
+                    f"{v['critic/discounted_return']:.1f}"
+                )
+                if "critic/correlation" in v:
+                    critic += f", correlation {v['critic/correlation']:.2f}"
             lines.append(
                 [
                     case["world_model"],
@@ -360,7 +367,7 @@ def _world_models(rows: list[Row]) -> str:
         header += ["all starts", "R2 of z", "std of z", "KS (floor)", "one-step error"]
         header += ["missed terminals", "s per 1,000"]
         env_id, env_steps = place
-        parts.append(f"{env_id}, run at {env_steps:,} steps:\n\n{_grid(header, lines)}")
+        parts.append(f"{env_id}, run at {env_steps:,} steps{critic}:\n\n{_grid(header, lines)}")
     return "\n\n".join(parts)
 
 
@@ -371,7 +378,8 @@ def _world_models_caption(rows: list[Row]) -> str:
         "simulated\npolicy gradient from the same starts, at the run's lambda unless said; in "
         "brackets what they would be\nif both estimated the same, given their noise. z: "
         "standardized imagined actions. Error: root mean\nsquare of the next observation, "
-        "normalized. s: processor seconds per 1,000 trajectories, 256 at a time."
+        "normalized. s: processor seconds per 1,000 trajectories, 256 at a time. Critic: on which\n"
+        "all gradients of a run rest; means over states of its policy's own episodes."
     )
 
 

@@ -22,17 +22,19 @@ NUM_STEPS = 4000
 """Environment steps that are played, the last episode's to its end; an episode that is longer is
 broken off."""
 MAX_UNKNOWN = 0.1
-"""Largest share that what was not played may have in a return."""
+"""Largest weight gamma^k that the value standing in for what was not played may have in a
+return."""
 
 
 @dataclass(frozen=True)
 class CriticError:
     """The target critic's values of the states of whole episodes, beside their discounted returns.
 
-    Both gradients of a `GradientReport` rest on the same critic: what is wrong with it shows here
-    only. After a time limit, which is no end, a value stands in for what would have followed;
-    states are left out where that counts for more than a tenth of the return, and where none is
-    left the numbers are None.
+    Both gradients of a `GradientReport` rest on the same critic (but for its next move, which they
+    are ahead): what is wrong with it shows here only. After a time limit, which is no end, a value
+    stands in for what would have followed, and draws the returns towards the values a little;
+    states from which its weight is above `MAX_UNKNOWN` are left out, and where none is left, for
+    all episodes are short, the numbers are None.
     """
 
     value: float | None
@@ -43,6 +45,8 @@ class CriticError:
     """Of the two over the states; chance in the returns keeps it below 1. None where either is the
     same everywhere."""
     num_states: int
+    num_episodes: int
+    """In which these states lie; states of one episode tell much the same."""
 
 
 def critic_error(
@@ -75,6 +79,7 @@ def critic_error(
         known = weights <= MAX_UNKNOWN if not episode.terminated else weights <= np.inf
         values.append(found[:-1][known])
         returns.append(discounted[known])
+    num_episodes = sum(len(part) > 0 for part in values)
     values, returns = np.concatenate(values), np.concatenate(returns)
     varies = len(values) > 1 and np.ptp(values) > 0 and np.ptp(returns) > 0
     return CriticError(
@@ -82,6 +87,7 @@ def critic_error(
         discounted_return=float(returns.mean()) if len(values) else None,
         correlation=float(np.corrcoef(values, returns)[0, 1]) if varies else None,
         num_states=len(values),
+        num_episodes=num_episodes,
     )
 
 

@@ -59,4 +59,4 @@ def _critic(found: CriticError) -> str:
     line = f"critic: mean value {found.value:.2f}, return {found.discounted_return:.2f}"
     if found.correlation is not None:
         line += f", correlation {found.correlation:.2f}"
-    return f"{line}, over {found.num_states:,} states of the policy's own episodes"
+    return f"{line}, over {found.num_states:,} states of {found.num_episodes} episodes"

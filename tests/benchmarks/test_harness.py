@@ -726,16 +726,19 @@ def test_what_a_preset_learns():
         seeded("Pendulum-v1", 3, -1200.0, -180.0, -230.0),
         seeded("Pendulum-v1", 1, -1400.0, -220.0, -250.0),
         seeded("Pendulum-v1", 1, -1200.0, -170.0, -175.0, "autoregressive"),
+        seeded("Pendulum-v1", 1, -1300.0, -900.0, -900.0, "none, PPO"),
         seeded("Hopper-v5", 2, 1.0, 1.0, 1.0, status="error", error="NaN", values={}),
         seeded("Swimmer-v5", 2, 1.0, 1.0, 1.0, status="error", error="NaN", values={}),
     ]
     quick = "quick | trajectory diffusion"
     lines = report.build("quick_seeds", rows).splitlines()
-    assert lines[4:8] == [
+    assert lines[4:9] == [
         f"| Pendulum-v1 | {quick} | yes | 2 | -1300 (-1400 to -1200) | -200 (-220 to -180) "
         "| -240 (-250 to -230) | 8,000 + 96,002 | 2.0 |",
         "| Pendulum-v1 | quick | autoregressive | yes | 1 | -1200 (-1200 to -1200) "
         "| -170 (-170 to -170) | -175 (-175 to -175) | 8,000 + 96,001 | 1.0 |",
+        "| Pendulum-v1 | quick | none, PPO | - | 1 | -1300 (-1300 to -1300) "
+        "| -900 (-900 to -900) | -900 (-900 to -900) | 8,000 + 96,001 | 1.0 |",
         f"| Hopper-v5 | {quick} | no | 1, 1 failed | 10 (10 to 10) | 300 (300 to 300) "
         "| 200 (200 to 200) | 8,000 + 96,001 | 1.0 |",
         f"| Swimmer-v5 | {quick} | no | 0, 1 failed | - | - | - | - | - |",
@@ -840,6 +843,12 @@ def test_how_true_each_gradient_is():
         "| 0.003 (0.004) | 0.031 | 0.52% | 0.26 |" in table
     )
     assert "| one-step | - | 1,234 |" in table and "trained 60 processor seconds" in table
+    values |= {"critic/value": 36.16, "critic/discounted_return": 31.72}
+    rows = [dataclasses.replace(row, values=values) for row in rows]
+    critic = "its critic's values 36.2, returns 31.7"
+    assert f"run at 70,000 steps; {critic}:" in report.build("world_models", rows)
+    rows = [dataclasses.replace(row, values=values | {"critic/correlation": 0.36}) for row in rows]
+    assert f"{critic}, correlation 0.36:" in report.build("world_models", rows)
 
 
 def test_listing():

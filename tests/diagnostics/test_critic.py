@@ -5,6 +5,7 @@ import dataclasses
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import polygrad_fast as pg
@@ -12,13 +13,15 @@ from polygrad_fast.diagnostics.critic import NUM_STEPS, critic_error
 from polygrad_fast.diagnostics.table import _critic
 
 LENGTH, GAMMA = 40, 0.95
+REWARD = 4.0
+"""The middle of the actions, which the policy's mean is."""
 
 
 class Countdown(gymnasium.Env):
-    """Shows the steps left and pays 1 for each."""
+    """Shows the steps left; the reward is the action, in [2, 6], of which 4 is the middle."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(2.0, 6.0, (1,), np.float32)
 
     def __init__(self, length=LENGTH, terminates=True):
         self.length, self.terminates = length, terminates
@@ -32,68 +35,107 @@ class Countdown(gymnasium.Env):
         self.left -= 1
         over = self.left == 0
         flags = (over, False) if self.terminates else (False, over)
-        return np.array([self.left], np.float32), 1.0, *flags, {}
+        return np.array([self.left], np.float32), float(action[0]), *flags, {}
 
 
 class Value(nn.Module):
-    """(1 - gamma^k) / (1 - gamma) of k steps left, times a factor, plus an offset."""
+    """(1 - gamma^k) / (1 - gamma) of k steps left, times a factor, plus an offset.
 
-    def __init__(self, factor=1.0, offset=0.0):
+    Reads raw observations, or normalized ones by the moments of `normalizer`.
+    """
+
+    def __init__(self, factor=REWARD, offset=0.0):
         super().__init__()
-        self.factor, self.offset = factor, offset
+        self.factor, self.offset, self.normalizer, self.unit = factor, offset, None, 1.0
 
     def forward(self, observations):
+        if self.normalizer is not None:
+            observations = self.normalizer.unnormalize(observations, "observations")
         left = observations[..., 0].double()
-        return self.factor * (1 - GAMMA**left) / (1 - GAMMA) + self.offset
+        return self.unit * (self.factor * (1 - GAMMA**left) / (1 - GAMMA) + self.offset)
 
 
-def error(value, **options):
+def error(value, normed=False, reward_rms=None, log_std=-30.0, **options):
+    """Return what is found of a policy of mean 4, and the unit of the critic's rewards."""
     config = pg.TrainConfig.from_preset("quick")
-    a2c = dataclasses.replace(config.a2c, gamma=GAMMA, reward_rms=None)
-    policy = dataclasses.replace(config.policy, normed_inputs=False)
+    a2c = dataclasses.replace(config.a2c, gamma=GAMMA, reward_rms=reward_rms)
+    policy = dataclasses.replace(config.policy, normed_inputs=normed)
     config = dataclasses.replace(config, a2c=a2c, policy=policy)
-    environment = Countdown(**options)
-    agent = pg.PolyGRAD(environment, "quick", seed=0, device="cpu", config=config)
-    learner = agent.training.learner
-    assert not learner.normed_inputs  # values of raw observations, of raw rewards
+    agent = pg.PolyGRAD(Countdown(**options), "quick", seed=0, device="cpu", config=config)
+    learner, normalizer = agent.training.learner, agent.normalizer
+    assert learner.normed_inputs == normed
+    with torch.no_grad():
+        for name, moment, scale in (("observations", 3.0, 7.0), ("rewards", 0.5, 2.0)):
+            getattr(normalizer, f"{name}_mean").fill_(moment)
+            getattr(normalizer, f"{name}_scale").fill_(scale)
+        for parameter in agent.policy.network[-1].parameters():
+            parameter.zero_()
+        agent.policy.min_std = 0.0
+        agent.policy.log_std.fill_(log_std)
+    value.normalizer = normalizer if normed else None
+    if reward_rms is not None:
+        value.unit = reward_rms / np.hypot(0.5, 2.0)
     learner.target_value_function = value
-    return critic_error(Countdown(**options), learner, agent.action_scaler, seed=0)
+    return critic_error(Countdown(**options), learner, agent.action_scaler, seed=0), value.unit
 
 
-def test_true_values_are_the_returns():
-    found = error(Value())
+@pytest.mark.parametrize("normed, reward_rms", [(False, None), (False, 0.1), (True, 0.1)])
+def test_true_values_are_the_returns(normed, reward_rms):
+    """In the unit of the critic's rewards, whatever the moments of observations and rewards."""
+    found, unit = error(Value(), normed, reward_rms)
     lefts = np.arange(1, LENGTH + 1)
-    assert found.value == pytest.approx(((1 - GAMMA**lefts) / (1 - GAMMA)).mean(), rel=1e-5)
-    assert found.discounted_return == pytest.approx(found.value, rel=1e-5)
+    wanted = unit * REWARD * ((1 - GAMMA**lefts) / (1 - GAMMA)).mean()
+    assert found.value == pytest.approx(wanted, rel=1e-5)
+    assert found.discounted_return == pytest.approx(wanted, rel=1e-5)
     assert found.correlation == pytest.approx(1.0, abs=1e-6)
-    assert found.num_states == NUM_STEPS
+    assert (found.num_states, found.num_episodes) == (NUM_STEPS, NUM_STEPS // LENGTH)
+
+
+def test_normalized_rewards_are_the_unit_of_a_critic_that_reads_normalized_observations():
+    found, _ = error(Value(factor=(REWARD - 0.5) / 2.0), normed=True)
+    assert found.discounted_return == pytest.approx(found.value, rel=1e-5)
 
 
 def test_a_critic_that_hopes_is_found_out():
-    found = error(Value(offset=3.0))
+    found, _ = error(Value(offset=3.0))
     assert found.value - found.discounted_return == pytest.approx(3.0, rel=1e-5)
     assert found.correlation == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_critic_that_fears_what_is_good_is_found_out():
-    assert error(Value(factor=-1.0)).correlation == pytest.approx(-1.0, abs=1e-6)
+    assert error(Value(factor=-1.0))[0].correlation == pytest.approx(-1.0, abs=1e-6)
+
+
+def test_actions_are_drawn_from_the_policy_by_the_seed():
+    """Noise of deviation 1 clipped to the bounds keeps the mean and scatters the returns."""
+    found, _ = error(Value(), log_std=0.0)
+    true, _ = error(Value())
+    assert found == error(Value(), log_std=0.0)[0]
+    assert found.discounted_return == pytest.approx(true.value, rel=0.02)
+    assert 0.9 < found.correlation < 0.9999
 
 
 def test_a_time_limit_is_no_end():
     """Rewards would go on; a value stands in where it counts little, other states are left out."""
-    length, true = 100, 1 / (1 - GAMMA)
-    constant = Value(factor=0.0, offset=1.5 * true)
-    found = error(constant, length=length, terminates=False)
-    left = np.arange(1, length + 1)
-    unknown = GAMMA**left
+    length, true = 100, REWARD / (1 - GAMMA)
+    found, _ = error(Value(factor=0.0, offset=1.5 * true), length=length, terminates=False)
+    unknown = GAMMA ** np.arange(1, length + 1)
     counted = unknown <= 0.1
     wanted = (true * (1 - unknown) + 1.5 * true * unknown)[counted].mean()
     assert found.num_states == counted.sum() * NUM_STEPS // length
     assert found.discounted_return == pytest.approx(wanted, rel=1e-5)
     assert found.correlation is None  # the value is the same everywhere
+    assert "correlation" not in _critic(found) and "40 episodes" in _critic(found)
+
+
+def test_a_long_episode_is_broken_off():
+    found, _ = error(Value(factor=0.0, offset=REWARD / (1 - GAMMA)), length=NUM_STEPS + 1)
+    assert found.num_episodes == 1
+    assert found.num_states == (GAMMA ** np.arange(1, NUM_STEPS + 1) <= 0.1).sum()
+    assert found.discounted_return == pytest.approx(found.value, rel=1e-5)
 
 
 def test_episodes_may_be_too_short_to_tell():
-    found = error(Value(), terminates=False)
+    found, _ = error(Value(), terminates=False)
     assert (found.value, found.discounted_return, found.correlation) == (None, None, None)
-    assert found.num_states == 0 and "time limit" in _critic(found)
+    assert found.num_states == found.num_episodes == 0 and "time limit" in _critic(found)

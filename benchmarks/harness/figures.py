@@ -100,17 +100,17 @@ class LearningFigure(Figure):
                     for step, value in zip(steps, returns, strict=True):
                         at_step.setdefault(step, []).append(value)
                 means = {step: sum(at_step[step]) / len(at_step[step]) for step in sorted(at_step)}
-                label = f"{model}, {len(seeds)} seeds and mean" if len(seeds) > 1 else model
+                label = f"{model}, {len(seeds)} seeds" if len(seeds) > 1 else model
                 axes.plot(
                     list(means), list(means.values()), color=f"C{i}", linewidth=2, label=label
                 )
             axes.set_title(title, fontsize="medium")
-            axes.legend(fontsize="x-small", framealpha=0.85, edgecolor="none")
+            axes.legend(fontsize="x-small", framealpha=0.5, edgecolor="none", handlelength=1.2)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         picture.supxlabel("environment steps", fontsize="medium")
-        picture.supylabel("return of an episode", fontsize="medium")
+        picture.supylabel("return of an episode (thick: mean)", fontsize="medium")
 
 
 def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:

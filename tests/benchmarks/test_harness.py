@@ -992,7 +992,7 @@ def test_what_is_learned_is_drawn(tmp_path, monkeypatch):
     (axes,) = drawn[0].axes
     assert axes.get_title() == "Hopper-v5, quick"
     words = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert words == ["trajectory diffusion, 2 seeds and mean", "autoregressive"]
+    assert words == ["trajectory diffusion, 2 seeds", "autoregressive"]
     first, second, mean, other, other_mean = axes.lines
     assert list(other.get_ydata()) == [3.0, 6.0] == list(other_mean.get_ydata())
     assert list(first.get_ydata()) == [1.0, 5.0, 9.0] and list(second.get_ydata()) == [3.0, 6.0]

@@ -90,7 +90,11 @@ def test_gradient_prints_a_table_and_json_last(run_dir, capsys):
     *lines, last = first.splitlines()
     result = json.loads(last)
     assert {"cosine", "cosine_ceiling", "r2"} <= set(result)
-    assert np.isfinite(list(result.values())).all()
+    unknown = {name for name, value in result.items() if value is None}
+    # Pendulum-v1's episodes are cut off too early to tell
+    assert unknown == {"critic/value", "critic/discounted_return", "critic/correlation"}
+    assert np.isfinite([result[name] for name in result.keys() - unknown]).all()
+    assert lines[-1].startswith("critic: not known")
     assert -1 <= result["cosine"] <= 1 and 0 <= result["cosine_ceiling"] <= 1
     assert result["num_newest"] == 20 and result["share_repeated"] == 1.0
     assert lines[0].startswith(

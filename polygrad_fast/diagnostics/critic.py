@@ -76,7 +76,7 @@ def critic_error(
             discounted[t] = following = rewards[t] + gamma * following
         # the weight of what follows the last step, in a return from k steps before
         weights = np.full(len(rewards), gamma, dtype=float).cumprod()[::-1]
-        known = weights <= MAX_UNKNOWN if not episode.terminated else weights <= np.inf
+        known = (weights <= MAX_UNKNOWN) | episode.terminated
         values.append(found[:-1][known])
         returns.append(discounted[known])
     num_episodes = sum(len(part) > 0 for part in values)

@@ -265,11 +265,13 @@ class ActorCritic:
         return gradient
 
     @torch.no_grad()
-    def critic_rewards(self, rewards: Tensor) -> Tensor:
-        """Return normalized rewards, of any shape, in the unit that the critic learns them in."""
-        if self.config.reward_rms is not None:
+    def critic_rewards(self, rewards: Tensor, config: A2CConfig | None = None) -> Tensor:
+        """Return normalized rewards, of any shape, in the unit that the critic learns them in, with
+        these options or the learner's."""
+        config = self.config if config is None else config
+        if config.reward_rms is not None:
             rewards = self.normalizer.unnormalize(rewards, "rewards")
-            return rewards * self._reward_factor(self.config.reward_rms)
+            return rewards * self._reward_factor(config.reward_rms)
         if self.normed_inputs:
             return rewards
         return self.normalizer.unnormalize(rewards, "rewards")
@@ -301,7 +303,7 @@ class ActorCritic:
         raw_observations = observations
         if not (self.normed_inputs and policy_normed):
             raw_observations = normalizer.unnormalize(observations, "observations")
-        rewards = self.critic_rewards(rewards)
+        rewards = self.critic_rewards(rewards, config)
         # the target moves first, as released, but is stored only once all results are finite
         current = dict(self.value_function.named_parameters())
         target_weights = {

@@ -379,7 +379,7 @@ def _laptop() -> TrainConfig:
         normalizer=NormalizerConfig(
             preserve_functions=True, min_std_rewards=0.1, min_std_terminals=0.1
         ),
-        total_timesteps=60_000,
+        total_timesteps=100_000,
         imagined_batch_size=128,
         share_of_newest=0.5,
         policy_updates_per_env_step=0.5,

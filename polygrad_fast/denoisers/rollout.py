@@ -85,7 +85,8 @@ class RolloutDenoiser(nn.Module):
     ) -> Tensor:
         """Return the states [B, H, D] from o_0 [B, S] under actions [B, H, A], all normalized.
 
-        What follows an end counts by how probable it is: observations move less, rewards go on.
+        After a step whose flag is more probably terminal than not, the observation stays and the
+        flag stays, as in `StepwiseModel`; rewards go on.
 
         Args:
             initial_observations, actions: o_0 and u.
@@ -93,7 +94,7 @@ class RolloutDenoiser(nn.Module):
                 scales and rewards and observations (but o_0) get; None: no noise.
         """
         observation, scale = initial_observations, self.step.difference_scale
-        goes_on = torch.ones_like(observation[:, :1])
+        goes_on = torch.ones_like(observation[:, :1], dtype=torch.bool)
         states = []
         for t, action in enumerate(actions.unbind(1)):
             difference, reward, logit = self.step(observation, action)
@@ -101,10 +102,10 @@ class RolloutDenoiser(nn.Module):
                 spread, following = self.step.residual_scale, min(t + 1, self.horizon - 1)
                 difference = difference + spread[:-1] * noise[:, following, :-2]
                 reward = reward + spread[-1] * noise[:, t, -2]
-            goes_on = goes_on * torch.sigmoid(-logit).unsqueeze(-1)
-            flag = self.flags[1] + (self.flags[0] - self.flags[1]) * goes_on
+            goes_on = goes_on & ~(logit > 0).unsqueeze(-1)
+            flag = torch.where(goes_on, self.flags[0], self.flags[1])
             states.append(torch.cat([observation, reward.unsqueeze(-1), flag], dim=-1))
-            observation = observation + goes_on * scale * difference
+            observation = torch.where(goes_on, observation + scale * difference, observation)
         return torch.stack(states, dim=1)
 
     def transition_losses(

@@ -269,7 +269,7 @@ class Rollout:
 
     states: Tensor  # [B, H, D], normalized
     observation: Tensor  # after the last step computed [B, S]
-    goes_on: Tensor  # the probability that no step so far was terminal [B, 1]
+    goes_on: Tensor  # whether no step so far was terminal, bool [B, 1]
     num_steps: int  # computed so far
 
 
@@ -308,7 +308,8 @@ class FoldedRollout(FoldedDenoiser):
         buffer into `states` [B, H, D], which become 0 elsewhere."""
         observation = buffer[:, : self.denoiser.observation_dim].clone()
         states.zero_()[:, 0, : observation.shape[1]] = observation
-        return Rollout(states, observation, torch.ones_like(observation[:, :1]), 0)
+        goes_on = torch.ones_like(observation[:, :1], dtype=torch.bool)
+        return Rollout(states, observation, goes_on, 0)
 
     def extend(self, rollout: Rollout, buffer: Tensor, stop: int) -> None:
         """Compute the steps before `stop` that a rollout still lacks, by the actions of an input
@@ -329,10 +330,11 @@ class FoldedRollout(FoldedDenoiser):
                 following, spread = min(t + 1, d.horizon - 1), self.residual_scale
                 moved = torch.addcmul(moved, noise[:, following, :-2], spread[:-1])
                 reward = torch.addcmul(reward, noise[:, t, -2:-1], spread[-1:])
-            rollout.goes_on = rollout.goes_on * torch.sigmoid(-logit)
-            flag = torch.addcmul(high, low - high, rollout.goes_on)
+            rollout.goes_on = rollout.goes_on & ~(logit > 0)
+            flag = torch.where(rollout.goes_on, low, high)
             torch.cat([reward, flag], dim=1, out=rollout.states[:, t, d.observation_dim :])
-            rollout.observation = torch.addcmul(rollout.observation, rollout.goes_on, moved)
+            after = rollout.observation + moved
+            rollout.observation = torch.where(rollout.goes_on, after, rollout.observation)
             if t + 1 < d.horizon:
                 rollout.states[:, t + 1, : d.observation_dim] = rollout.observation
         rollout.num_steps = max(rollout.num_steps, stop)

@@ -144,11 +144,7 @@ class TrajectoryDiffusion:
 
     def dynamics(self) -> Dynamics | None:
         """Return the step that a denoiser of kind "rollout" repeats, where actions are exact and
-        have settled, so that states and actions agree; see `WorldModel.dynamics`.
-
-        Left out is that the denoiser's observations move less by the probability that the
-        trajectory has ended before: some percent of a slope where the flags' logits are about -6.
-        """
+        have settled, so that states and actions agree; see `WorldModel.dynamics`."""
         sampler, denoiser = self.config.sampler, self.denoiser
         if type(denoiser) is not RolloutDenoiser or sampler.action_update != "exact":
             return None

@@ -59,7 +59,7 @@ def test_output_has_the_trajectory_shape(batch, s, a, h):
 
 def test_rollout_against_a_naive_float64_loop():
     denoiser = build()
-    trajectory, actions, timesteps = inputs(4)
+    trajectory, actions, timesteps = inputs(16)
     w = {name: value.double() for name, value in denoiser.state_dict().items()}
 
     def step(observation, action):
@@ -70,26 +70,32 @@ def test_rollout_against_a_naive_float64_loop():
         return w["step.network.4.weight"] @ x + w["step.network.4.bias"]
 
     got = denoiser(trajectory, actions, timesteps).double()
-    for b in range(4):
-        observation, alive = trajectory[b, 0, :S].double(), 1.0
+    lengths = set()
+    for b in range(16):
+        observation, length = trajectory[b, 0, :S].double(), 0
         for t in range(H):
             out = step(observation, actions[b, t].double())
-            alive = alive / (1 + torch.exp(out[-1]))
-            flag = alive * LOW + (1 - alive) * HIGH
-            wanted = torch.cat([observation, out[-2:-1], flag.reshape(1)])
+            goes_on = length == t and bool(out[-1] <= 0)
+            length += goes_on
+            wanted = torch.cat([observation, out[-2:-1], w["flags"][1 - goes_on].reshape(1)])
             assert (got[b, t] - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max())
-            observation = observation + alive * w["step.difference_scale"] * out[:S]
+            if goes_on:
+                observation = observation + w["step.difference_scale"] * out[:S]
+        lengths.add(length)
+    assert len(lengths) > 2  # ends at several steps
 
 
 @pytest.mark.parametrize("t", range(H))
 def test_the_rollout_depends_on_earlier_actions_only(t):
     denoiser = build()
+    torch.nn.init.constant_(denoiser.step.network[-1].bias[-1:], -100.0)  # nothing ends
     trajectory, actions, timesteps = inputs(3)
     before = denoiser(trajectory, actions, timesteps)
     actions[:, t] += 1.0
     moved = (denoiser(trajectory, actions, timesteps) - before).abs().amax(0)
     assert not moved[:t].any() and not moved[t, :S].any()
-    assert (moved[t, S:] > 1e-4).all() and (moved[t + 1 :, :S] > 1e-5).all()
+    assert moved[t, S] > 1e-4 and (moved[t + 1 :, :S] > 1e-5).all()
+    assert not moved[:, -1].any()
 
 
 def test_noisy_states_and_the_diffusion_step_are_not_read():
@@ -302,17 +308,17 @@ def test_each_normal_moves_its_own_observation_or_reward():
     spread, scale = torch.tensor([0.2, 0.3, 0.4, 0.5]).double(), w["step.difference_scale"]
     got, double = denoiser(trajectory, actions, timesteps).double(), denoiser.step.double()
     for b in range(4):
-        observation, alive = trajectory[b, 0, :S].double(), 1.0
+        observation, goes_on = trajectory[b, 0, :S].double(), True
         for t in range(H):
             with torch.no_grad():
                 difference, reward, logit = double(observation, actions[b, t].double())
             reward = reward + spread[-1] * trajectory[b, t, S]
             assert (got[b, t, :S] - observation).abs().max() < 1e-4
             assert (got[b, t, S] - reward).abs() < 1e-4
-            alive = alive / (1 + torch.exp(logit))
-            if t + 1 < H:
+            goes_on = goes_on and logit <= 0
+            if t + 1 < H and goes_on:
                 chance = spread[:-1] * trajectory[b, t + 1, :S]
-                observation = observation + alive * scale * (difference + chance)
+                observation = observation + scale * (difference + chance)
 
 
 def test_process_noise_is_the_rollouts():

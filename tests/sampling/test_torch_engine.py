@@ -260,6 +260,9 @@ def test_half_precision_error(kind, dtype, prediction_type):
     errors = {"engine": [], "plain": []}
     for seed in range(3):
         c = make_components(kind, horizon=6, num_steps=8, config=config, seed=seed)
+        if kind == "rollout":  # logits near 0 would be ends in one dtype and not in another
+            torch.nn.init.zeros_(c.denoiser.step.network[-1].weight[-1])
+            torch.nn.init.constant_(c.denoiser.step.network[-1].bias[-1:], -1.0)
         exact = with_modules(
             c,
             denoiser=copy.deepcopy(c.denoiser).double(),
@@ -568,6 +571,7 @@ def test_nan_is_not_hidden(kind, dtype):
     with torch.no_grad():
         first.weight[3, 0] = -float("nan")
     x, *_ = TorchEngine(c, dtype).sample(torch.randn(2, S), 0.05, None, make_noise(c, 2), False)
+    x = x[..., :-1] if kind == "rollout" else x  # whose flag is one of two numbers
     assert x[:, 1].isnan().all()
 
 

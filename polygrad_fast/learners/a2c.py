@@ -34,7 +34,7 @@ from polygrad_fast.learners.pathwise import Steps, action_sensitivities
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import ValueFunction
 from polygrad_fast.profiling import annotate
-from polygrad_fast.protocols import policy_moments, reads_normalized
+from polygrad_fast.protocols import reads_normalized
 from polygrad_fast.ranks import Ranks
 
 
@@ -311,7 +311,11 @@ class ActorCritic:
             for name, weight in self.target_value_function.named_parameters()
         }
         read = observations if self.normed_inputs else raw_observations
-        target_values = self._critic.values(target_weights, read)
+        is_pathwise = config.gradient_estimator == "pathwise" and dynamics is not None
+        if is_pathwise:
+            target_values, slopes = self._critic.values_and_slopes(target_weights, read)
+        else:
+            target_values = self._critic.values(target_weights, read)
         advantages = generalized_advantages(
             rewards, target_values, terminals, config.gamma, config.gae_lambda
         )
@@ -331,13 +335,14 @@ class ActorCritic:
         )
         raw_actions.mul_(scale).add_(mean)
         pathwise = None
-        if config.gradient_estimator == "pathwise" and dynamics is not None:
+        if is_pathwise:
             pathwise = self._pathwise(
                 observations,
+                policy_inputs,
                 raw_actions,
                 rewards,
                 terminals,
-                (target_weights, target_values),
+                (target_values, slopes),
                 config,
                 dynamics,
             )
@@ -349,10 +354,11 @@ class ActorCritic:
     def _pathwise(
         self,
         observations: Tensor,
+        policy_inputs: Tensor,
         raw_actions: Tensor,
         rewards: Tensor,
         terminals: Tensor,
-        target: tuple[dict[str, Tensor], Tensor],
+        target: tuple[Tensor, Tensor],
         config: A2CConfig,
         dynamics: Dynamics,
     ) -> Pathwise:
@@ -360,26 +366,30 @@ class ActorCritic:
 
         Args:
             observations, terminals: as `step` gets them.
+            policy_inputs: [B, T, S], in the space that the policy reads.
             rewards: as the critic learns from them.
-            target: weights of the target critic, and its values [B, H].
+            target: the target critic's values [B, H], and their gradients [B, H, S] in the
+                observations as it reads them.
         """
-        normalizer, policy = self.normalizer, self.policy
-        target_weights, target_values = target
-        observations = observations.movedim(1, 0).contiguous()
-        with torch.enable_grad():
-            leaves = observations.detach().requires_grad_()
-            read = leaves
-            if not self.normed_inputs:
-                read = normalizer.unnormalize(read, "observations")
-            values = torch.func.functional_call(self.value_function, target_weights, (read,))
-            (slopes,) = torch.autograd.grad(values.sum(), leaves)
+        normalizer = self.normalizer
+        target_values, slopes = target
+        actions = raw_actions.permute(2, 1, 0).contiguous()
+        react = self._actor.reaction(policy_inputs.movedim(1, 0).contiguous(), actions)
+        if not reads_normalized(self.policy):
+            in_read = react
+
+            def react(t: int, gradient: Tensor) -> Tensor:
+                return in_read(t, gradient) * normalizer.observations_scale
+
+        if not self.normed_inputs:
+            slopes = slopes * normalizer.observations_scale
         steps = Steps(
-            observations,
-            raw_actions.permute(2, 1, 0).contiguous(),
+            observations.movedim(1, 0).contiguous(),
+            actions,
             rewards[:, :-1].t().contiguous(),
             terminals[:, :-1].t().contiguous(),
             target_values.t().contiguous(),
-            slopes,
+            slopes.movedim(1, 0).contiguous(),
         )
         reward_slope: Tensor | float = 1.0
         if config.reward_rms is not None:
@@ -389,7 +399,7 @@ class ActorCritic:
         returns, sensitivities = action_sensitivities(
             steps,
             dynamics,
-            lambda inputs: policy_moments(policy, normalizer, inputs, True),
+            react,
             reward_slope,
             config.gamma,
             config.gae_lambda,

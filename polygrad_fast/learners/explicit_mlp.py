@@ -1,4 +1,4 @@
-"""Forward and backward pass of `policy.mlp` written out, a block of rows at a time: for a CPU."""
+"""Forward and backward passes of `policy.mlp` written out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOG2_E = math.log2(math.e)
@@ -18,7 +19,8 @@ Differentiate = Callable[[Tensor, slice], Tensor]
 
 
 class ExplicitMLP:
-    """The passes of num_layers x [Linear, LayerNorm, ELU] and a Linear, as `policy.mlp` makes them.
+    """The passes of num_layers x [Linear, LayerNorm, ELU] and a Linear, as `policy.mlp` makes them,
+    a block of rows at a time: for a CPU.
 
     What autograd does in passes over all rows, which do not fit into the cache, is done for one
     block of rows after another. ELU(y) = max(y, 0) + exp(min(y, 0)) - 1, and its slope is
@@ -140,3 +142,46 @@ class ExplicitMLP:
             gradient = gradient.t()
             gain.add_(gain_part)
             bias.add_(bias_part)
+
+
+class LinearizedMLP:
+    """`policy.mlp` at some inputs, and how gradients in its outputs become gradients in these: the
+    backward pass without that of the weights.
+
+    Args:
+        network: of `policy.mlp`; it gives shapes.
+        parameters: to compute with, in the network's order.
+        inputs: [N, I].
+
+    Attributes:
+        outputs: [N, O].
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: nn.Sequential, parameters: Sequence[Tensor], inputs: Tensor):
+        norms = [m for m in network if isinstance(m, nn.LayerNorm)]
+        *_, self._last, bias = parameters
+        self._layers, x = [], inputs
+        for i, norm in enumerate(norms):
+            weight, shift, gain, offset = parameters[4 * i : 4 * i + 4]
+            before = F.linear(x, weight, shift)
+            after, mean, rstd = torch.native_layer_norm(
+                before, norm.normalized_shape, gain, offset, norm.eps
+            )
+            self._layers.append((weight, gain, before, after, mean, rstd))
+            x = F.elu(after)
+        self.outputs = F.linear(x, self._last, bias)
+
+    @torch.no_grad()
+    def pull_back(self, rows: slice, gradient: Tensor) -> Tensor:
+        """Return the gradients in the inputs [R, I] of some rows from those in their outputs
+        [R, O]."""
+        gradient = gradient @ self._last
+        for weight, gain, *numbers in reversed(self._layers):
+            before, after, mean, rstd = (tensor[rows] for tensor in numbers)
+            gradient = torch.ops.aten.elu_backward(gradient, 1.0, 1.0, 1.0, False, after)
+            gradient, *_ = torch.ops.aten.native_layer_norm_backward(
+                gradient, before, gain.shape, mean, rstd, gain, None, [True, False, False]
+            )
+            gradient = gradient @ weight
+        return gradient

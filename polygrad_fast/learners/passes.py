@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from polygrad_fast.config import A2CConfig
 from polygrad_fast.learners.checks import moments_and_outputs
-from polygrad_fast.learners.explicit_mlp import ExplicitMLP
+from polygrad_fast.learners.explicit_mlp import ExplicitMLP, LinearizedMLP
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import LOG_SQRT_2PI, GaussianPolicy, ValueFunction, entropy
 from polygrad_fast.protocols import policy_moments, reads_normalized
@@ -100,6 +101,28 @@ class AutogradActor:
         reads."""
         return self._actions_first(*self._call(inputs))
 
+    @torch.no_grad()
+    def reaction(self, inputs: Tensor, raw_actions: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Return what turns gradients in the raw actions of a step, [B, A], into gradients in its
+        inputs, [B, S].
+
+        Args:
+            inputs: [T, B, S], in the space that the policy reads; of each step.
+            raw_actions: [T, B, A], of which (a - mu) / sigma is what chance has drawn.
+        """
+
+        def pull_back(t: int, gradient: Tensor) -> Tensor:
+            with torch.enable_grad():
+                leaves = inputs[t].detach().requires_grad_()
+                mean, std = self._call(leaves)
+                z = ((raw_actions[t] - mean) / std).detach()
+                (found,) = torch.autograd.grad(
+                    mean + std * z, leaves, gradient, allow_unused=True, materialize_grads=True
+                )
+            return found
+
+        return pull_back
+
     def gradients(self, batch: Batch, config: A2CConfig) -> ActorPass:
         """Return the actor's loss on a batch, and its gradients."""
         inputs, outputs = batch.policy_inputs, None
@@ -151,6 +174,16 @@ class AutogradCritic:
         """Return values [B, H] at observations [B, H, S] with other weights, by name."""
         return torch.func.functional_call(self.value_function, weights, (observations,))
 
+    def values_and_slopes(
+        self, weights: dict[str, Tensor], observations: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return `values`, and their gradients in the observations, [B, H, S]."""
+        with torch.enable_grad():
+            leaves = observations.detach().requires_grad_()
+            values = torch.func.functional_call(self.value_function, weights, (leaves,))
+            (slopes,) = torch.autograd.grad(values.sum(), leaves)
+        return values.detach(), slopes
+
     def gradients(self, batch: Batch) -> CriticPass:
         """Return the critic's loss on a batch, and its gradients."""
         with torch.enable_grad():
@@ -180,6 +213,20 @@ class ExplicitActor:
         self.passes.read(list(self.policy.network.parameters()))
         mean = self.passes.outputs(inputs.flatten(0, 1)).tanh_()
         return mean.unflatten(1, inputs.shape[:2]), self.policy.std.view(-1, 1, 1)
+
+    @torch.no_grad()
+    def reaction(self, inputs: Tensor, raw_actions: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Return the same as `AutogradActor.reaction`."""
+        batch, network = inputs.shape[1], self.policy.network
+        linearized = LinearizedMLP(network, list(network.parameters()), inputs.flatten(0, 1))
+        means = linearized.outputs.tanh()
+
+        def pull_back(t: int, gradient: Tensor) -> Tensor:
+            rows = slice(t * batch, (t + 1) * batch)
+            gradient = torch.ops.aten.tanh_backward(gradient, means[rows])
+            return linearized.pull_back(rows, gradient)
+
+        return pull_back
 
     @torch.no_grad()
     def gradients(self, batch: Batch, config: A2CConfig) -> ActorPass:
@@ -243,6 +290,18 @@ class ExplicitCritic:
         names = [name for name, _ in self.value_function.named_parameters()]
         self.passes.read([weights[name] for name in names])
         return self.passes.outputs(observations.flatten(0, 1)).view(observations.shape[:2])
+
+    @torch.no_grad()
+    def values_and_slopes(
+        self, weights: dict[str, Tensor], observations: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return `values`, and their gradients in the observations, [B, H, S]."""
+        names = [name for name, _ in self.value_function.named_parameters()]
+        network, inputs = self.value_function.network, observations.flatten(0, 1)
+        linearized = LinearizedMLP(network, [weights[name] for name in names], inputs)
+        values = linearized.outputs
+        slopes = linearized.pull_back(slice(None), torch.ones_like(values))
+        return values.view(observations.shape[:2]), slopes.view(observations.shape)
 
     @torch.no_grad()
     def gradients(self, batch: Batch) -> CriticPass:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from polygrad_fast.denoisers.dynamics import Dynamics
 
-Act = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Gives a policy's mean and std of raw actions, [B, A] each, at normalized observations [B, S]."""
+React = Callable[[int, Tensor], Tensor]
+"""Gets a step's number and gradients in its raw actions, [B, A]; returns them as gradients in the
+normalized observations to which the policy reacted with these actions, [B, S]."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Steps:
 def action_sensitivities(
     steps: Steps,
     dynamics: Dynamics,
-    act: Act,
+    react: React,
     reward_slope: Tensor | float,
     gamma: float,
     gae_lambda: float,
@@ -58,6 +59,7 @@ def action_sensitivities(
 
     Args:
         dynamics: by which the trajectories were imagined.
+        react: the policy's part, (da / ds)^T.
         reward_slope: of `steps.rewards` in normalized rewards.
         gamma, gae_lambda: discount and decay, 0 to 1.
     """
@@ -80,20 +82,7 @@ def action_sensitivities(
             rewards_gradient,
             -discount * (1.0 - goes_on[t]) * following,
         )
-        slope = slope + _reaction(act, observations[t], steps.actions[t], sensitivities[t])
+        slope = slope + react(t, sensitivities[t])
         future = steps.rewards[t] + discount * following
         returns[t] = future
     return returns, sensitivities
-
-
-def _reaction(act: Act, observations: Tensor, actions: Tensor, gradient: Tensor) -> Tensor:
-    """Return a gradient in actions as one in the observations that the policy reacts to."""
-    with torch.enable_grad():
-        observations = observations.detach().requires_grad_()
-        mean, std = act(observations)
-        z = ((actions - mean) / std).detach()
-        actions = mean + std * z
-        (found,) = torch.autograd.grad(
-            actions, observations, gradient, allow_unused=True, materialize_grads=True
-        )
-    return found

@@ -186,3 +186,33 @@ def test_passes_follow_the_weights_dtype():
     assert_same(got, AutogradActor(policy, normalizer).gradients(data, pg.A2CConfig()))
     got = critic_passes(value_function, critic).gradients(data)
     assert_same(got, AutogradCritic(value_function).gradients(data))
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_a_reaction_is_what_autograd_says(written_out):
+    """Of what a policy's actions change with its observations, the drawn normals held."""
+    torch.manual_seed(0)
+    policy = pg.GaussianPolicy(4, 2, 12, 2, 0.6).double()
+    inputs, actions = torch.randn(3, 5, 4).double(), torch.randn(3, 5, 2).double()
+    passes = ExplicitActor(policy) if written_out else AutogradActor(policy, pg.Normalizer(4, 2))
+    react, gradient = passes.reaction(inputs, actions), torch.randn(5, 2).double()
+    for t in range(3):
+        leaves = inputs[t].clone().requires_grad_()
+        mean, _ = policy(leaves)
+        (wanted,) = torch.autograd.grad(mean, leaves, gradient)
+        torch.testing.assert_close(react(t, gradient), wanted)
+
+
+def test_slopes_of_values_are_what_autograd_says():
+    torch.manual_seed(0)
+    value_function = pg.ValueFunction(4, 12).double()
+    weights = {
+        name: weight.detach() + 0.1 * torch.randn_like(weight)
+        for name, weight in value_function.named_parameters()
+    }
+    observations = torch.randn(3, 5, 4).double()
+    got = ExplicitCritic(value_function).values_and_slopes(weights, observations)
+    wanted = AutogradCritic(value_function).values_and_slopes(weights, observations)
+    for tensor, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(tensor, other)
+    assert wanted[1].abs().max() > 0.01

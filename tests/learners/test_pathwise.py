@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 import polygrad_fast as pg
 from polygrad_fast.denoisers.dynamics import Dynamics
 from polygrad_fast.denoisers.one_step import OneStepNetwork
-from polygrad_fast.learners.passes import AutogradActor, ExplicitActor
+from polygrad_fast.learners.passes import (
+    AutogradActor,
+    AutogradCritic,
+    ExplicitActor,
+    ExplicitCritic,
+    actor_passes,
+)
 from polygrad_fast.learners.pathwise import Steps, action_sensitivities
 from polygrad_fast.protocols import policy_moments
 
@@ -125,13 +131,23 @@ def test_sensitivities_are_those_of_the_whole_rollout(
     found, sensitivities = action_sensitivities(
         steps,
         dynamics,
-        lambda inputs: policy_moments(policy, normalizer, inputs, True),
+        reaction_of(policy, normalizer, steps.observations, steps.actions),
         2.5,
         0.97,
         gae_lambda,
     )
     torch.testing.assert_close(found, torch.stack(returns).detach())
     torch.testing.assert_close(sensitivities, torch.stack(wanted))
+
+
+def reaction_of(policy, normalizer, observations, actions):
+    """In normalized observations, of passes written out where they are."""
+    passes = actor_passes(policy, normalizer, None)
+    if policy.normed_inputs:
+        return passes.reaction(observations[:-1], actions)
+    raw = normalizer.unnormalize(observations[:-1], "observations")
+    react = passes.reaction(raw, actions)
+    return lambda t, gradient: react(t, gradient) * normalizer.observations_scale
 
 
 def learner_of(world, **options):
@@ -197,9 +213,10 @@ def test_what_follows_a_terminal_step_changes_nothing():
     )
 
 
+@pytest.mark.parametrize("normed_inputs", [True, False])
 @pytest.mark.parametrize("saturation_coef", [0.0, 0.1])
-def test_passes_written_out_equal_autograd(saturation_coef):
-    world = make_world()
+def test_passes_written_out_equal_autograd(saturation_coef, normed_inputs):
+    world = make_world(normed_inputs=normed_inputs)
     learner = learner_of(world, entropy_coef=0.1, saturation_coef=saturation_coef)
     batch = imagined(world, 7, 5)
     flags = torch.zeros_like(batch[3])
@@ -207,8 +224,9 @@ def test_passes_written_out_equal_autograd(saturation_coef):
     batch = (*batch[:3], flags)
     explicit = learner.actor_gradient(*batch)
     written_out, learner._choose_passes = learner._actor, lambda: None
+    assert type(written_out) is ExplicitActor and type(learner._critic) is ExplicitCritic
     learner._actor = AutogradActor(learner.policy, learner.normalizer)
-    assert type(written_out) is ExplicitActor
+    learner._critic = AutogradCritic(learner.value_function)
     torch.testing.assert_close(explicit, learner.actor_gradient(*batch))
     data, _ = learner._batch(*batch, learner.config, learner._dynamics)
     losses = [

@@ -5,8 +5,7 @@ import torch
 
 import polygrad_fast as pg
 from cases import changed
-from polygrad_fast.learners.pathwise import _reaction
-from polygrad_fast.protocols import policy_moments
+from polygrad_fast.learners.passes import actor_passes
 
 SIZES = {"autoregressive__hidden_dim": 16, "denoiser__hidden_dim": 16, "dtype": "float32"}
 
@@ -38,9 +37,8 @@ def test_slopes_are_those_of_what_is_imagined(name):
     assert (linearized.logits < -10).all()
     zeros = torch.zeros(5)
     found, in_actions = linearized.pull_back(slice(0, 5), slope, zeros, zeros)
-    found += _reaction(
-        lambda inputs: policy_moments(policy, normalizer, inputs, True), starts, actions, in_actions
-    )
+    passes = actor_passes(policy, normalizer, None)
+    found += passes.reaction(starts.unsqueeze(0), actions.unsqueeze(0))(0, in_actions)
     step = 2e-2 * torch.eye(3)
     ends = [[imagined(starts + sign * e).observations[:, 1] for sign in (1, -1)] for e in step]
     wanted = [((up - down) / 4e-2 * slope).sum(-1) for up, down in ends]

@@ -167,8 +167,8 @@ class Actions:
 @dataclass(frozen=True)
 class Gradient:
     """Compare the imagined policy gradient with the simulator's, from the same observations in the
-    replay buffer, and the critic on which both rest with the returns of episodes; the last line
-    printed is JSON."""
+    replay buffer, and the critic on which both rest with the returns of episodes, played and
+    imagined; the last line printed is JSON."""
 
     run_dir: tyro.conf.Positional[Path]
     num: int = 4096

@@ -92,7 +92,10 @@ def test_gradient_prints_a_table_and_json_last(run_dir, capsys):
     assert {"cosine", "cosine_ceiling", "r2"} <= set(result)
     unknown = {name for name, value in result.items() if value is None}
     # Pendulum-v1's episodes are cut off too early to tell
-    assert unknown == {"critic/value", "critic/discounted_return", "critic/correlation"}
+    assert unknown == {
+        f"critic/{name}"
+        for name in ("value", "discounted_return", "correlation", "imagined_return")
+    }
     assert np.isfinite([result[name] for name in result.keys() - unknown]).all()
     assert lines[-1].startswith("critic: not known")
     assert -1 <= result["cosine"] <= 1 and 0 <= result["cosine_ceiling"] <= 1

@@ -346,6 +346,8 @@ def _world_models(rows: list[Row]) -> str:
                 )
                 if "critic/correlation" in v:
                     critic += f", correlation {v['critic/correlation']:.2f}"
+                if "critic/imagined_return" in v:
+                    critic += f", imagined returns {v['critic/imagined_return']:.1f}"
             lines.append(
                 [
                     case["world_model"],

@@ -1,4 +1,5 @@
-"""Does the critic know what follows? Its values beside the returns of whole episodes."""
+"""Does the critic know what follows? Its values beside the returns of whole episodes, and of
+imagined ones."""
 
 from __future__ import annotations
 
@@ -17,10 +18,17 @@ from polygrad_fast.data.environment import (
 )
 from polygrad_fast.learners.a2c import ActorCritic
 from polygrad_fast.protocols import policy_moments
+from polygrad_fast.world_models import WorldModel
 
 NUM_STEPS = 4000
 """Environment steps that are played, the last episode's to its end; an episode that is longer is
 broken off."""
+NUM_IMAGINED = 256
+"""States from which returns are imagined."""
+FARTHEST = 100.0
+"""Standard deviations; a model that imagines an observation beyond has diverged."""
+MAX_DIVERGED = 0.1
+"""Largest share of imagined trajectories that may have diverged."""
 MAX_UNKNOWN = 0.1
 """Largest weight gamma^k that the value standing in for what was not played may have in a
 return."""
@@ -35,6 +43,10 @@ class CriticError:
     stands in for what would have followed, and draws the returns towards the values a little;
     states from which its weight is above `MAX_UNKNOWN` are left out, and where none is left, for
     all episodes are short, the numbers are None.
+
+    Where values are not the returns, what is imagined from the same states tells whether the world
+    model hopes or fears (it is with the values) or the critic does (it is with the returns), as
+    one that learns too slowly.
     """
 
     value: float | None
@@ -44,18 +56,26 @@ class CriticError:
     correlation: float | None
     """Of the two over the states; chance in the returns keeps it below 1. None where either is the
     same everywhere."""
+    imagined_return: float | None
+    """Mean of the discounted returns imagined from `NUM_IMAGINED` of the states, trajectory after
+    trajectory, each from where the last one came to. None where the model diverges on the way."""
     num_states: int
     num_episodes: int
     """In which these states lie; states of one episode tell much the same."""
 
 
 def critic_error(
-    environment: gymnasium.Env, learner: ActorCritic, action_scaler: ActionScaler, seed: int
+    environment: gymnasium.Env,
+    world_model: WorldModel,
+    learner: ActorCritic,
+    action_scaler: ActionScaler,
+    seed: int,
 ) -> CriticError:
-    """Play whole episodes with actions drawn from the policy, and compare.
+    """Play whole episodes with actions drawn from the policy, imagine some, and compare.
 
     Args:
         environment: is reset and stepped, and left as it then is.
+        world_model: imagines.
         learner: of policy, normalizer and target critic; nothing of it changes.
         seed: of episodes and actions.
 
@@ -64,7 +84,7 @@ def critic_error(
     """
     generator = torch.Generator().manual_seed(seed)
     seeds = np.random.default_rng(seed)
-    values, returns, played = [], [], 0
+    states, values, returns, played = [], [], [], 0
     while played < NUM_STEPS:
         episode = _play(environment, learner, action_scaler, int(seeds.integers(2**31)), generator)
         played += len(episode.rewards)
@@ -77,18 +97,64 @@ def critic_error(
         # the weight of what follows the last step, in a return from k steps before
         weights = np.full(len(rewards), gamma, dtype=float).cumprod()[::-1]
         known = (weights <= MAX_UNKNOWN) | episode.terminated
+        states.append(episode.observations[:-1][torch.from_numpy(known)])
         values.append(found[:-1][known])
         returns.append(discounted[known])
     num_episodes = sum(len(part) > 0 for part in values)
+    imagined = imagined_return(world_model, learner, torch.cat(states), seed)
     values, returns = np.concatenate(values), np.concatenate(returns)
     varies = len(values) > 1 and np.ptp(values) > 0 and np.ptp(returns) > 0
     return CriticError(
         value=float(values.mean()) if len(values) else None,
         discounted_return=float(returns.mean()) if len(values) else None,
         correlation=float(np.corrcoef(values, returns)[0, 1]) if varies else None,
+        imagined_return=imagined,
         num_states=len(values),
         num_episodes=num_episodes,
     )
+
+
+@torch.no_grad()
+def imagined_return(
+    world_model: WorldModel, learner: ActorCritic, states: Tensor, seed: int
+) -> float | None:
+    """Return the mean discounted return, in the unit of the critic's rewards, of what is imagined
+    from `NUM_IMAGINED` of these states.
+
+    A trajectory begins where the last one came to, until the value that stands in for the rest
+    weighs at most `MAX_UNKNOWN`, or after `NUM_STEPS`.
+
+    Args:
+        states: normalized [N, S].
+        seed: of the choice of states, and of imagination.
+
+    Returns:
+        None where there are no states, or where more than `MAX_DIVERGED` of the trajectories come
+        farther than `FARTHEST`; fewer are left out.
+    """
+    generator = torch.Generator(states.device).manual_seed(seed)
+    gamma, policy = learner.config.gamma, learner.policy
+    chosen = torch.randperm(len(states), generator=generator, device=states.device)
+    states = states[chosen[:NUM_IMAGINED]]
+    total, goes_on = states.new_zeros(len(states)), states.new_ones(len(states))
+    usable = torch.ones(len(states), dtype=torch.bool, device=states.device)
+    discount, steps = 1.0, 0
+    while discount > MAX_UNKNOWN and steps < NUM_STEPS and usable.any():
+        batch = world_model.imagine(states, policy, generator, normalized=True)
+        flags = learner.normalizer.unnormalize(batch.terminals, "terminals") > 0.5
+        rewards = learner.critic_rewards(batch.rewards)
+        for t in range(rewards.shape[1] - 1):
+            total += discount * goes_on * rewards[:, t]
+            goes_on *= ~flags[:, t]
+            discount, steps = discount * gamma, steps + 1
+        reached = batch.observations[:, -1]
+        near = (reached.abs() <= FARTHEST).all(-1)  # NaN is not
+        usable &= near | (goes_on == 0)
+        states = torch.where(near.unsqueeze(-1), reached, 0.0)
+    if usable.double().sum() < max(1, (1.0 - MAX_DIVERGED) * len(states)):
+        return None
+    total += discount * goes_on * learner.target_values(states)
+    return total[usable].double().mean().item()
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def policy_gradient_report(
             ways.flags(whole),
         ),
         error=error,
-        critic=critic_error(environment, learner, action_scaler, seed),
+        critic=critic_error(environment, world_model, learner, action_scaler, seed),
         gae_lambda=learner.config.gae_lambda,
         estimator=ways.estimator,
         num_newest=len(newest_starts),

@@ -59,4 +59,6 @@ def _critic(found: CriticError) -> str:
     line = f"critic: mean value {found.value:.2f}, return {found.discounted_return:.2f}"
     if found.correlation is not None:
         line += f", correlation {found.correlation:.2f}"
+    if found.imagined_return is not None:
+        line += f"; imagined from there {found.imagined_return:.2f}"
     return f"{line}, over {found.num_states:,} states of {found.num_episodes} episodes"

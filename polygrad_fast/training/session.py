@@ -172,6 +172,7 @@ class Session:
             "gradient/critic_value": report.critic.value,
             "gradient/critic_return": report.critic.discounted_return,
             "gradient/critic_correlation": report.critic.correlation,
+            "gradient/critic_imagined_return": report.critic.imagined_return,
         }
         return {name: value for name, value in found.items() if value is not None}
 

@@ -55,7 +55,36 @@ class Value(nn.Module):
         return self.unit * (self.factor * (1 - GAMMA**left) / (1 - GAMMA) + self.offset)
 
 
-def error(value, normed=False, reward_rms=None, log_std=-30.0, **options):
+class Model:
+    """Imagines the countdown, normalized, 6 steps at a time.
+
+    Args:
+        normalizer: of everything.
+        reward: of each step.
+        ends: whether anything does.
+        blown_up: the share of trajectories that leave all bounds in the fourth step.
+    """
+
+    def __init__(self, normalizer, reward=REWARD, ends=True, blown_up=0.0):
+        self.normalizer, self.reward, self.ends, self.blown_up = normalizer, reward, ends, blown_up
+
+    def imagine(self, initial_observations, policy, generator=None, normalized=False):
+        assert normalized
+        normalizer = self.normalizer
+        first = normalizer.unnormalize(initial_observations, "observations")
+        left = first - torch.arange(6.0)  # [B, H]
+        over = (left <= 1).float() if self.ends else torch.zeros_like(left)
+        left[: round(self.blown_up * len(left)), 3:] = 1e12
+        rewards = torch.full_like(left, self.reward)
+        return pg.TrajectoryBatch(
+            normalizer.normalize(left.unsqueeze(-1), "observations"),
+            torch.zeros(*left.shape, 1),
+            normalizer.normalize(rewards, "rewards"),
+            normalizer.normalize(over, "terminals"),
+        )
+
+
+def error(value, normed=False, reward_rms=None, log_std=-30.0, model=None, **options):
     """Return what is found of a policy of mean 4, and the unit of the critic's rewards."""
     config = pg.TrainConfig.from_preset("quick")
     a2c = dataclasses.replace(config.a2c, gamma=GAMMA, reward_rms=reward_rms)
@@ -76,7 +105,9 @@ def error(value, normed=False, reward_rms=None, log_std=-30.0, **options):
     if reward_rms is not None:
         value.unit = reward_rms / np.hypot(0.5, 2.0)
     learner.target_value_function = value
-    return critic_error(Countdown(**options), learner, agent.action_scaler, seed=0), value.unit
+    model = Model(normalizer, **(model or {}))
+    found = critic_error(Countdown(**options), model, learner, agent.action_scaler, seed=0)
+    return found, value.unit
 
 
 @pytest.mark.parametrize("normed, reward_rms", [(False, None), (False, 0.1), (True, 0.1)])
@@ -87,6 +118,7 @@ def test_true_values_are_the_returns(normed, reward_rms):
     wanted = unit * REWARD * ((1 - GAMMA**lefts) / (1 - GAMMA)).mean()
     assert found.value == pytest.approx(wanted, rel=1e-5)
     assert found.discounted_return == pytest.approx(wanted, rel=1e-5)
+    assert found.imagined_return == pytest.approx(wanted, rel=0.1)  # of some of the states
     assert found.correlation == pytest.approx(1.0, abs=1e-6)
     assert (found.num_states, found.num_episodes) == (NUM_STEPS, NUM_STEPS // LENGTH)
 
@@ -100,6 +132,29 @@ def test_a_critic_that_hopes_is_found_out():
     found, _ = error(Value(offset=3.0))
     assert found.value - found.discounted_return == pytest.approx(3.0, rel=1e-5)
     assert found.correlation == pytest.approx(1.0, abs=1e-6)
+    true, _ = error(Value())
+    assert found.imagined_return == pytest.approx(true.imagined_return, rel=1e-5)
+
+
+def test_a_model_that_hopes_is_found_out():
+    true, _ = error(Value())
+    richer, _ = error(Value(), model={"reward": 1.5 * REWARD})
+    assert richer.imagined_return == pytest.approx(1.5 * true.imagined_return, rel=1e-5)
+    assert richer.discounted_return == true.discounted_return
+    endless, _ = error(Value(factor=0.0, offset=20.0), model={"ends": False})
+    steps = 45  # trajectories of 5 steps until gamma^k <= 0.1
+    wanted = REWARD * (1 - GAMMA**steps) / (1 - GAMMA) + 20.0 * GAMMA**steps
+    assert endless.imagined_return == pytest.approx(wanted, rel=1e-4)
+    assert f"imagined from there {wanted:.2f}" in _critic(endless)
+
+
+def test_a_model_that_diverges_says_nothing():
+    true = REWARD / (1 - GAMMA)
+    value = Value(factor=0.0, offset=true)
+    few, _ = error(value, model={"ends": False, "blown_up": 0.03})
+    assert few.imagined_return == pytest.approx(true, rel=1e-4)
+    many, _ = error(value, model={"ends": False, "blown_up": 0.5})
+    assert many.imagined_return is None and "imagined" not in _critic(many)
 
 
 def test_a_critic_that_fears_what_is_good_is_found_out():
@@ -137,5 +192,6 @@ def test_a_long_episode_is_broken_off():
 
 def test_episodes_may_be_too_short_to_tell():
     found, _ = error(Value(), terminates=False)
-    assert (found.value, found.discounted_return, found.correlation) == (None, None, None)
+    known = found.value, found.discounted_return, found.correlation, found.imagined_return
+    assert known == (None, None, None, None)
     assert found.num_states == found.num_episodes == 0 and "time limit" in _critic(found)

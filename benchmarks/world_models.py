@@ -78,12 +78,13 @@ def cases(config: TrainConfig) -> dict[str, tuple[TrainConfig, tuple[int, ...]]]
         return trajectory_diffusion(config, sampler, denoiser, num_steps)
 
     few, many = (16, 8, 4), (128, 64, 32, 16, 8)
+    least = config.horizon + 1  # after which a rollout has settled
     settled = tuple(steps for steps in (128, 64, 32, 16) if steps > config.horizon)
     return {
         "residual MLP, released update": (of(RELEASED, RESIDUAL_MLP, 16), (16,)),
         "residual MLP, exact": (of(EXACT, RESIDUAL_MLP, 16), few),
         "residual MLP, exact, K = 128": (of(EXACT, RESIDUAL_MLP, 128), many),
-        "rollout, exact": (of(unscaled, rollout, 16), (16, config.horizon + 1)),
+        "rollout, exact": (of(unscaled, rollout, least), (least,)),
         "rollout, exact, K = 128": (of(unscaled, rollout, 128), settled),
     } | {name.replace("_", " "): (replace(config, world_model=name), (0,)) for name in STEPWISE}
 

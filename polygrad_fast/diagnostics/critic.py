@@ -97,7 +97,8 @@ def critic_error(
         # the weight of what follows the last step, in a return from k steps before
         weights = np.full(len(rewards), gamma, dtype=float).cumprod()[::-1]
         known = (weights <= MAX_UNKNOWN) | episode.terminated
-        states.append(episode.observations[:-1][torch.from_numpy(known)])
+        observations = episode.observations[:-1]
+        states.append(observations[torch.from_numpy(known).to(observations.device)])
         values.append(found[:-1][known])
         returns.append(discounted[known])
     num_episodes = sum(len(part) > 0 for part in values)

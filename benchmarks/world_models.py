@@ -79,13 +79,13 @@ def cases(config: TrainConfig) -> dict[str, tuple[TrainConfig, tuple[int, ...]]]
 
     few, many = (16, 8, 4), (128, 64, 32, 16, 8)
     least = config.horizon + 1  # after which a rollout has settled
-    settled = tuple(steps for steps in (128, 64, 32, 16) if steps > config.horizon)
+    settled = tuple(steps for steps in (128, 64, 32, 16) if steps > config.horizon) or (least,)
     return {
         "residual MLP, released update": (of(RELEASED, RESIDUAL_MLP, 16), (16,)),
         "residual MLP, exact": (of(EXACT, RESIDUAL_MLP, 16), few),
         "residual MLP, exact, K = 128": (of(EXACT, RESIDUAL_MLP, 128), many),
         "rollout, exact": (of(unscaled, rollout, least), (least,)),
-        "rollout, exact, K = 128": (of(unscaled, rollout, 128), settled),
+        "rollout, exact, K = 128": (of(unscaled, rollout, max(128, least)), settled),
     } | {name.replace("_", " "): (replace(config, world_model=name), (0,)) for name in STEPWISE}
 
 

@@ -346,8 +346,6 @@ def _world_models(rows: list[Row]) -> str:
                 )
                 if "critic/correlation" in v:
                     critic += f", correlation {v['critic/correlation']:.2f}"
-                if "critic/imagined_return" in v:
-                    critic += f", imagined returns {v['critic/imagined_return']:.1f}"
             lines.append(
                 [
                     case["world_model"],
@@ -362,15 +360,20 @@ def _world_models(rows: list[Row]) -> str:
                     f"{v['on_policy/ks']:.3f} ({v['on_policy/ks_floor']:.3f})",
                     f"{v['error/rms']:.3f}",
                     f"{v['error/missed_terminals']:.2%}",
+                    _known(v.get("critic/imagined_return")),
                     f"{v['seconds_per_1000']:.2f}",
                 ]
             )
         header = ["world model", "steps", "updates", "newest starts", "newest, lambda 0"]
         header += ["all starts", "R2 of z", "std of z", "KS (floor)", "one-step error"]
-        header += ["missed terminals", "s per 1,000"]
+        header += ["missed terminals", "imagined return", "s per 1,000"]
         env_id, env_steps = place
         parts.append(f"{env_id}, run at {env_steps:,} steps{critic}:\n\n{_grid(header, lines)}")
     return "\n\n".join(parts)
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _world_models_caption(rows: list[Row]) -> str:
@@ -381,7 +384,8 @@ def _world_models_caption(rows: list[Row]) -> str:
         "brackets what they would be\nif both estimated the same, given their noise. z: "
         "standardized imagined actions. Error: root mean\nsquare of the next observation, "
         "normalized. s: processor seconds per 1,000 trajectories, 256 at a time. Critic: on which\n"
-        "all gradients of a run rest; means over states of its policy's own episodes."
+        "all gradients of a run rest; means over states of its policy's own episodes. Imagined "
+        "return: the model's, from\nsome of these (-: it diverges, or the row is older than that)."
     )
 
 

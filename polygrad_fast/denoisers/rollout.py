@@ -86,7 +86,8 @@ class RolloutDenoiser(nn.Module):
         """Return the states [B, H, D] from o_0 [B, S] under actions [B, H, A], all normalized.
 
         After a step whose flag is more probably terminal than not, the observation stays and the
-        flag stays, as in `StepwiseModel`; rewards go on.
+        flag stays, as in `StepwiseModel`; rewards go on. Until windows have shown a terminal, none
+        is imagined.
 
         Args:
             initial_observations, actions: o_0 and u.
@@ -95,6 +96,7 @@ class RolloutDenoiser(nn.Module):
         """
         observation, scale = initial_observations, self.step.difference_scale
         goes_on = torch.ones_like(observation[:, :1], dtype=torch.bool)
+        can_end = self.flags[1] > self.flags[0]
         states = []
         for t, action in enumerate(actions.unbind(1)):
             difference, reward, logit = self.step(observation, action)
@@ -102,7 +104,7 @@ class RolloutDenoiser(nn.Module):
                 spread, following = self.step.residual_scale, min(t + 1, self.horizon - 1)
                 difference = difference + spread[:-1] * noise[:, following, :-2]
                 reward = reward + spread[-1] * noise[:, t, -2]
-            goes_on = goes_on & ~(logit > 0).unsqueeze(-1)
+            goes_on = goes_on & ~(can_end & (logit > 0)).unsqueeze(-1)
             flag = torch.where(goes_on, self.flags[0], self.flags[1])
             states.append(torch.cat([observation, reward.unsqueeze(-1), flag], dim=-1))
             observation = torch.where(goes_on, observation + scale * difference, observation)

@@ -24,9 +24,10 @@ NUM_STEPS = 4000
 """Environment steps that are played, the last episode's to its end; an episode that is longer is
 broken off."""
 NUM_IMAGINED = 256
-"""States from which returns are imagined."""
+"""At most so many of the states returns are imagined from."""
 FARTHEST = 100.0
-"""Standard deviations; a model that imagines an observation beyond has diverged."""
+"""Standard deviations; a model has diverged where it imagines an observation beyond, before an
+end."""
 MAX_DIVERGED = 0.1
 """Largest share of imagined trajectories that may have diverged."""
 MAX_UNKNOWN = 0.1
@@ -44,9 +45,9 @@ class CriticError:
     states from which its weight is above `MAX_UNKNOWN` are left out, and where none is left, for
     all episodes are short, the numbers are None.
 
-    Where values are not the returns, what is imagined from the same states tells whether the world
-    model hopes or fears (it is with the values) or the critic does (it is with the returns), as
-    one that learns too slowly.
+    Where values are not the returns, what is imagined from some of the same states tells whether
+    the world model hopes or fears (it is with the values) or the critic does (it is with the
+    returns), as one that learns too slowly.
     """
 
     value: float | None
@@ -57,8 +58,10 @@ class CriticError:
     """Of the two over the states; chance in the returns keeps it below 1. None where either is the
     same everywhere."""
     imagined_return: float | None
-    """Mean of the discounted returns imagined from `NUM_IMAGINED` of the states, trajectory after
-    trajectory, each from where the last one came to. None where the model diverges on the way."""
+    """Mean of the discounted returns, in the same unit, imagined from `NUM_IMAGINED` of the states,
+    trajectory after trajectory, each from where the last one came to. A value stands in for what
+    follows, with a weight of up to `MAX_UNKNOWN`. None where the model diverges on the way, or
+    there are no states."""
     num_states: int
     num_episodes: int
     """In which these states lie; states of one episode tell much the same."""
@@ -122,39 +125,42 @@ def imagined_return(
     """Return the mean discounted return, in the unit of the critic's rewards, of what is imagined
     from `NUM_IMAGINED` of these states.
 
-    A trajectory begins where the last one came to, until the value that stands in for the rest
-    weighs at most `MAX_UNKNOWN`, or after `NUM_STEPS`.
+    A trajectory begins where the last one came to, until all have ended, the value that stands in
+    for the rest weighs at most `MAX_UNKNOWN`, or `NUM_STEPS` are over.
 
     Args:
         states: normalized [N, S].
         seed: of the choice of states, and of imagination.
 
     Returns:
-        None where there are no states, or where more than `MAX_DIVERGED` of the trajectories come
-        farther than `FARTHEST`; fewer are left out.
+        None where there are no states, where more than `MAX_DIVERGED` of the trajectories come
+        farther than `FARTHEST` before they end (fewer are left out), or where so many steps are not
+        enough.
     """
     generator = torch.Generator(states.device).manual_seed(seed)
     gamma, policy = learner.config.gamma, learner.policy
     chosen = torch.randperm(len(states), generator=generator, device=states.device)
     states = states[chosen[:NUM_IMAGINED]]
-    total, goes_on = states.new_zeros(len(states)), states.new_ones(len(states))
+    total = states.new_zeros(len(states))
     usable = torch.ones(len(states), dtype=torch.bool, device=states.device)
-    discount, steps = 1.0, 0
-    while discount > MAX_UNKNOWN and steps < NUM_STEPS and usable.any():
+    goes_on, discount, steps = usable.clone(), 1.0, 0
+    while discount > MAX_UNKNOWN and steps < NUM_STEPS and (usable & goes_on).any():
         batch = world_model.imagine(states, policy, generator, normalized=True)
         flags = learner.normalizer.unnormalize(batch.terminals, "terminals") > 0.5
         rewards = learner.critic_rewards(batch.rewards)
+        near = (batch.observations.abs() <= FARTHEST).all(-1) & rewards.isfinite()  # NaN is not
         for t in range(rewards.shape[1] - 1):
-            total += discount * goes_on * rewards[:, t]
-            goes_on *= ~flags[:, t]
+            usable &= near[:, t] | ~goes_on
+            total += torch.where(goes_on & usable, discount * rewards[:, t], 0.0)
+            goes_on = goes_on & ~flags[:, t]
             discount, steps = discount * gamma, steps + 1
-        reached = batch.observations[:, -1]
-        near = (reached.abs() <= FARTHEST).all(-1)  # NaN is not
-        usable &= near | (goes_on == 0)
-        states = torch.where(near.unsqueeze(-1), reached, 0.0)
+        usable &= near[:, -1] | ~goes_on
+        states = torch.where((goes_on & usable).unsqueeze(-1), batch.observations[:, -1], 0.0)
     if usable.double().sum() < max(1, (1.0 - MAX_DIVERGED) * len(states)):
         return None
-    total += discount * goes_on * learner.target_values(states)
+    if discount > MAX_UNKNOWN and (usable & goes_on).any():
+        return None
+    total += torch.where(goes_on, discount * learner.target_values(states), 0.0)
     return total[usable].double().mean().item()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polygrad_fast.diagnostics.agreement import Agreement
-from polygrad_fast.diagnostics.critic import CriticError
+from polygrad_fast.diagnostics.critic import NUM_IMAGINED, CriticError
 from polygrad_fast.diagnostics.gradient import GradientReport
 
 NOISY = 0.5
@@ -59,6 +59,8 @@ def _critic(found: CriticError) -> str:
     line = f"critic: mean value {found.value:.2f}, return {found.discounted_return:.2f}"
     if found.correlation is not None:
         line += f", correlation {found.correlation:.2f}"
-    if found.imagined_return is not None:
-        line += f"; imagined from there {found.imagined_return:.2f}"
-    return f"{line}, over {found.num_states:,} states of {found.num_episodes} episodes"
+    line += f", over {found.num_states:,} states of {found.num_episodes} episodes; imagined from "
+    line += f"{min(found.num_states, NUM_IMAGINED)} of them: "
+    if found.imagined_return is None:
+        return f"{line}the model diverges"
+    return f"{line}{found.imagined_return:.2f}"

@@ -311,11 +311,10 @@ class ActorCritic:
             for name, weight in self.target_value_function.named_parameters()
         }
         read = observations if self.normed_inputs else raw_observations
-        is_pathwise = config.gradient_estimator == "pathwise" and dynamics is not None
-        if is_pathwise:
+        if config.gradient_estimator == "pathwise" and dynamics is not None:
             target_values, slopes = self._critic.values_and_slopes(target_weights, read)
         else:
-            target_values = self._critic.values(target_weights, read)
+            target_values, slopes = self._critic.values(target_weights, read), None
         advantages = generalized_advantages(
             rewards, target_values, terminals, config.gamma, config.gae_lambda
         )
@@ -335,7 +334,7 @@ class ActorCritic:
         )
         raw_actions.mul_(scale).add_(mean)
         pathwise = None
-        if is_pathwise:
+        if slopes is not None:
             pathwise = self._pathwise(
                 observations,
                 policy_inputs,
@@ -374,15 +373,11 @@ class ActorCritic:
         normalizer = self.normalizer
         target_values, slopes = target
         actions = raw_actions.permute(2, 1, 0).contiguous()
-        react = self._actor.reaction(policy_inputs.movedim(1, 0).contiguous(), actions)
-        if not reads_normalized(self.policy):
-            in_read = react
-
-            def react(t: int, gradient: Tensor) -> Tensor:
-                return in_read(t, gradient) * normalizer.observations_scale
-
-        if not self.normed_inputs:
-            slopes = slopes * normalizer.observations_scale
+        reaction = self._actor.reaction(policy_inputs.movedim(1, 0).contiguous(), actions)
+        # of what a network reads in normalized observations
+        unit, scale = torch.ones_like(normalizer.observations_scale), normalizer.observations_scale
+        policy_scale = unit if reads_normalized(self.policy) else scale
+        slopes = slopes * (unit if self.normed_inputs else scale)
         steps = Steps(
             observations.movedim(1, 0).contiguous(),
             actions,
@@ -399,7 +394,7 @@ class ActorCritic:
         returns, sensitivities = action_sensitivities(
             steps,
             dynamics,
-            react,
+            lambda t, gradient: reaction(t, gradient) * policy_scale,
             reward_slope,
             config.gamma,
             config.gae_lambda,

@@ -146,10 +146,10 @@ class ExplicitMLP:
 
 class LinearizedMLP:
     """`policy.mlp` at some inputs, and how gradients in its outputs become gradients in these: the
-    backward pass without that of the weights.
+    backward pass without that of the weights. Activations of all rows are kept.
 
     Args:
-        network: of `policy.mlp`; it gives shapes.
+        network: of `policy.mlp`; it gives shapes and the epsilon of LayerNorm.
         parameters: to compute with, in the network's order.
         inputs: [N, I].
 

@@ -101,7 +101,6 @@ class AutogradActor:
         reads."""
         return self._actions_first(*self._call(inputs))
 
-    @torch.no_grad()
     def reaction(self, inputs: Tensor, raw_actions: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Return what turns gradients in the raw actions of a step, [B, A], into gradients in its
         inputs, [B, S].
@@ -181,7 +180,11 @@ class AutogradCritic:
         with torch.enable_grad():
             leaves = observations.detach().requires_grad_()
             values = torch.func.functional_call(self.value_function, weights, (leaves,))
-            (slopes,) = torch.autograd.grad(values.sum(), leaves)
+            if not values.requires_grad:  # the same at all observations
+                return values, torch.zeros_like(observations)
+            (slopes,) = torch.autograd.grad(
+                values.sum(), leaves, allow_unused=True, materialize_grads=True
+            )
         return values.detach(), slopes
 
     def gradients(self, batch: Batch) -> CriticPass:

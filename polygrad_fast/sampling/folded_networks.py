@@ -320,6 +320,7 @@ class FoldedRollout(FoldedDenoiser):
             for part in buffer.split([d.horizon * d.state_dim, d.horizon * d.action_dim], dim=1)
         )
         low, high = self.flags
+        can_end = high > low
         for t in range(rollout.num_steps, stop):
             x = torch.cat([rollout.observation, actions[:, t]], dim=1).to(self.dtype)
             for weight, bias in self.hidden:
@@ -330,7 +331,7 @@ class FoldedRollout(FoldedDenoiser):
                 following, spread = min(t + 1, d.horizon - 1), self.residual_scale
                 moved = torch.addcmul(moved, noise[:, following, :-2], spread[:-1])
                 reward = torch.addcmul(reward, noise[:, t, -2:-1], spread[-1:])
-            rollout.goes_on = rollout.goes_on & ~(logit > 0)
+            rollout.goes_on = rollout.goes_on & ~(can_end & (logit > 0))
             flag = torch.where(rollout.goes_on, low, high)
             torch.cat([reward, flag], dim=1, out=rollout.states[:, t, d.observation_dim :])
             after = rollout.observation + moved

@@ -840,7 +840,7 @@ def test_how_true_each_gradient_is():
     assert "Hopper-v5, run at 70,000 steps:" in table
     assert (
         "| rollout | 8 | 1,234 | 0.91 (0.95) | 0.97 (0.99) | -0.20 (0.90) | 0.000 | 1.00 "
-        "| 0.003 (0.004) | 0.031 | 0.52% | 0.26 |" in table
+        "| 0.003 (0.004) | 0.031 | 0.52% | - | 0.26 |" in table
     )
     assert "| one-step | - | 1,234 |" in table and "trained 60 processor seconds" in table
     values |= {"critic/value": 36.16, "critic/discounted_return": 31.72}
@@ -849,6 +849,10 @@ def test_how_true_each_gradient_is():
     assert f"run at 70,000 steps; {critic}:" in report.build("world_models", rows)
     rows = [dataclasses.replace(row, values=values | {"critic/correlation": 0.36}) for row in rows]
     assert f"{critic}, correlation 0.36:" in report.build("world_models", rows)
+    imagined = [values | {"critic/imagined_return": mean} for mean in (33.33, 40.0)]
+    rows = [dataclasses.replace(row, values=v) for row, v in zip(rows, imagined, strict=True)]
+    table = report.build("world_models", rows)
+    assert "| 0.52% | 33.3 | 0.26 |" in table and "| 0.52% | 40.0 | 0.26 |" in table
 
 
 def test_listing():

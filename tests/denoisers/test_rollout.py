@@ -85,6 +85,16 @@ def test_rollout_against_a_naive_float64_loop():
     assert len(lengths) > 2  # ends at several steps
 
 
+def test_nothing_ends_before_windows_have_shown_an_end():
+    denoiser = build()
+    denoiser.flags.zero_()
+    torch.nn.init.constant_(denoiser.step.network[-1].bias[-1:], 100.0)
+    moved = denoiser(*inputs(3))[..., :S].diff(dim=1)
+    assert (moved.abs().amax(-1) > 1e-4).all()
+    denoiser.flags.copy_(torch.tensor([LOW, HIGH]))
+    assert not denoiser(*inputs(3))[..., :S].diff(dim=1).any()
+
+
 @pytest.mark.parametrize("t", range(H))
 def test_the_rollout_depends_on_earlier_actions_only(t):
     denoiser = build()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import polygrad_fast as pg
-from polygrad_fast.diagnostics.critic import NUM_STEPS, critic_error
+from polygrad_fast.diagnostics.critic import NUM_STEPS, critic_error, imagined_return
 from polygrad_fast.diagnostics.table import _critic
 
 LENGTH, GAMMA = 40, 0.95
@@ -62,20 +62,25 @@ class Model:
         normalizer: of everything.
         reward: of each step.
         ends: whether anything does.
-        blown_up: the share of trajectories that leave all bounds in the fourth step.
+        blown_up: the share of trajectories that leave all bounds in the fourth step, for that step.
+        ended: whether these have ended in the step before.
     """
 
-    def __init__(self, normalizer, reward=REWARD, ends=True, blown_up=0.0):
-        self.normalizer, self.reward, self.ends, self.blown_up = normalizer, reward, ends, blown_up
+    def __init__(self, normalizer, reward=REWARD, ends=True, blown_up=0.0, ended=False):
+        self.normalizer, self.reward, self.ends = normalizer, reward, ends
+        self.blown_up, self.ended, self.calls = blown_up, ended, 0
 
     def imagine(self, initial_observations, policy, generator=None, normalized=False):
         assert normalized
+        self.calls += 1
         normalizer = self.normalizer
         first = normalizer.unnormalize(initial_observations, "observations")
         left = first - torch.arange(6.0)  # [B, H]
         over = (left <= 1).float() if self.ends else torch.zeros_like(left)
-        left[: round(self.blown_up * len(left)), 3:] = 1e12
-        rewards = torch.full_like(left, self.reward)
+        rewards, blown_up = torch.full_like(left, self.reward), round(self.blown_up * len(left))
+        left[:blown_up, 3], rewards[:blown_up, 3] = 1e12, torch.inf
+        if self.ended:
+            over[:blown_up, 2:] = 1.0
         return pg.TrajectoryBatch(
             normalizer.normalize(left.unsqueeze(-1), "observations"),
             torch.zeros(*left.shape, 1),
@@ -145,7 +150,7 @@ def test_a_model_that_hopes_is_found_out():
     steps = 45  # trajectories of 5 steps until gamma^k <= 0.1
     wanted = REWARD * (1 - GAMMA**steps) / (1 - GAMMA) + 20.0 * GAMMA**steps
     assert endless.imagined_return == pytest.approx(wanted, rel=1e-4)
-    assert f"imagined from there {wanted:.2f}" in _critic(endless)
+    assert _critic(endless).endswith(f"episodes; imagined from 256 of them: {wanted:.2f}")
 
 
 def test_a_model_that_diverges_says_nothing():
@@ -154,7 +159,23 @@ def test_a_model_that_diverges_says_nothing():
     few, _ = error(value, model={"ends": False, "blown_up": 0.03})
     assert few.imagined_return == pytest.approx(true, rel=1e-4)
     many, _ = error(value, model={"ends": False, "blown_up": 0.5})
-    assert many.imagined_return is None and "imagined" not in _critic(many)
+    assert many.imagined_return is None and _critic(many).endswith("the model diverges")
+    after, _ = error(value, model={"ends": False, "blown_up": 0.5, "ended": True})
+    wanted = (true + REWARD * (1 + GAMMA + GAMMA**2)) / 2  # what follows an end is not looked at
+    assert after.imagined_return == pytest.approx(wanted, rel=1e-4)
+
+
+def test_imagination_stops_where_all_have_ended():
+    normalizer = pg.Normalizer(1, 1)
+    model = Model(normalizer, blown_up=1.0, ended=True)
+    policy, value = pg.GaussianPolicy(1, 1, 8), pg.ValueFunction(1, 8)
+    learner = pg.ActorCritic(policy, value, normalizer, pg.A2CConfig(gamma=1.0))
+    starts = torch.full((5, 1), float(LENGTH))
+    assert imagined_return(model, learner, starts, 0) == pytest.approx(3 * REWARD)
+    assert model.calls == 1
+    assert imagined_return(model, learner, torch.zeros(0, 1), 0) is None
+    model = Model(normalizer, ends=False)  # without end and discount there is no return
+    assert imagined_return(model, learner, starts, 0) is None
 
 
 def test_a_critic_that_fears_what_is_good_is_found_out():

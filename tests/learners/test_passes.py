@@ -203,6 +203,43 @@ def test_a_reaction_is_what_autograd_says(written_out):
         torch.testing.assert_close(react(t, gradient), wanted)
 
 
+def test_a_reaction_moves_actions_as_drawn():
+    """A deviation that depends on the state moves an action in units of what was drawn."""
+
+    class Cautious(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4).double()
+
+        def forward(self, observations):
+            mean, log_std = self.layer(observations).chunk(2, dim=-1)
+            return mean, log_std.exp()
+
+    torch.manual_seed(0)
+    policy, gradient = Cautious(), torch.randn(5, 2).double()
+    inputs, z = torch.randn(3, 5, 4).double(), torch.randn(3, 5, 2).double()
+    mean, std = policy(inputs)
+    react = AutogradActor(policy, pg.Normalizer(4, 2)).reaction(inputs, (mean + std * z).detach())
+    leaves = inputs[1].clone().requires_grad_()
+    mean, std = policy(leaves)
+    (wanted,) = torch.autograd.grad(mean + std * z[1], leaves, gradient)
+    torch.testing.assert_close(react(1, gradient), wanted)
+
+
+def test_a_value_function_that_does_not_look_has_no_slope():
+    class Same(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, observations):
+            return self.value.expand(observations.shape[:-1])
+
+    weights = {"value": torch.tensor(3.0)}
+    values, slopes = AutogradCritic(Same()).values_and_slopes(weights, torch.randn(3, 5, 4))
+    assert (values == 3.0).all() and slopes.shape == (3, 5, 4) and not slopes.any()
+
+
 def test_slopes_of_values_are_what_autograd_says():
     torch.manual_seed(0)
     value_function = pg.ValueFunction(4, 12).double()

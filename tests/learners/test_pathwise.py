@@ -156,6 +156,33 @@ def learner_of(world, **options):
     return pg.ActorCritic(policy, value_function, normalizer, config, None, dynamics)
 
 
+@pytest.mark.parametrize("normed_inputs", [True, False])
+def test_a_learners_sensitivities_are_those_of_the_whole_rollout(normed_inputs):
+    """In whatever space policy and value function read."""
+    network, normalizer, policy, value_function, _ = world = make_world(2, normed_inputs, -3.0)
+    learner = learner_of(world, gae_lambda=0.7)
+    g = torch.Generator().manual_seed(0)
+    starts = torch.randn(5, S, generator=g).double()
+    noise = torch.randn(6, 5, A, generator=g).double()
+    columns = rolled_out(network, normalizer, policy, starts, noise)
+    observations, actions, rewards, logits = columns
+    if not normed_inputs:
+        rewards = [normalizer.unnormalize(reward, "rewards") for reward in rewards]
+        observations = [normalizer.unnormalize(o, "observations") for o in observations]
+    values = [value_function(observation) for observation in observations]
+    returns = returns_of(rewards, logits, values, learner.config.gamma, 0.7)
+    wanted = [
+        torch.autograd.grad(returns[t].sum(), actions[t], retain_graph=True)[0] for t in range(5)
+    ]
+    observations, actions, rewards, _ = (torch.stack(c, dim=1).detach() for c in columns)
+    actions, flags = normalizer.normalize(actions, "actions"), torch.zeros(5, 6).double()
+    learner._choose_passes()
+    batch, _ = learner._batch(
+        observations, actions, rewards, flags, learner.config, learner._dynamics
+    )
+    torch.testing.assert_close(batch.pathwise.sensitivities, torch.stack(wanted).permute(2, 1, 0))
+
+
 def imagined(world, number, horizon, seed=0):
     network, normalizer, policy, _, _ = world
     g = torch.Generator().manual_seed(seed)

@@ -106,6 +106,7 @@ class RolloutDenoiser(nn.Module):
                 reward = reward + spread[-1] * noise[:, t, -2]
             goes_on = goes_on & ~(can_end & (logit > 0)).unsqueeze(-1)
             flag = torch.where(goes_on, self.flags[0], self.flags[1])
+            flag = torch.where(logit.isnan().unsqueeze(-1), torch.nan, flag)
             states.append(torch.cat([observation, reward.unsqueeze(-1), flag], dim=-1))
             observation = torch.where(goes_on, observation + scale * difference, observation)
         return torch.stack(states, dim=1)

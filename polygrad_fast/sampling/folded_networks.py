@@ -333,6 +333,7 @@ class FoldedRollout(FoldedDenoiser):
                 reward = torch.addcmul(reward, noise[:, t, -2:-1], spread[-1:])
             rollout.goes_on = rollout.goes_on & ~(can_end & (logit > 0))
             flag = torch.where(rollout.goes_on, low, high)
+            flag = torch.where(logit.isnan(), torch.nan, flag)
             torch.cat([reward, flag], dim=1, out=rollout.states[:, t, d.observation_dim :])
             after = rollout.observation + moved
             rollout.observation = torch.where(rollout.goes_on, after, rollout.observation)

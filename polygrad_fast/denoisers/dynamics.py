@@ -50,7 +50,8 @@ class Dynamics:
 
 class LinearizedDynamics:
     """N steps, and how gradients in what follows from them become gradients in what they are taken
-    from: `OneStepNetwork`'s backward pass without that of its weights.
+    from: `OneStepNetwork`'s backward pass without that of its weights. What the network's range
+    (`ShownRange`) cuts off changes nothing.
 
     Args:
         network: of the steps.
@@ -70,7 +71,11 @@ class LinearizedDynamics:
             self._sums.append(torch.nn.functional.linear(x, linear.weight, linear.bias))
             x = torch.nn.functional.silu(self._sums[-1])
         last = self._linears[-1]
-        self.logits = torch.nn.functional.linear(x, last.weight[-1:], last.bias[-1:]).squeeze(-1)
+        output = torch.nn.functional.linear(x, last.weight, last.bias)
+        differences, rewards, self.logits = output[:, :-2], output[:, -2], output[:, -1]
+        self._moves, self._pays = network.range.holds(
+            observations + differences * self._scale, rewards
+        )
 
     @torch.no_grad()
     def pull_back(
@@ -85,6 +90,8 @@ class LinearizedDynamics:
             rewards, logits: gradients in the normalized rewards and in the terminal flags' logits,
                 [R] each.
         """
+        following = torch.where(self._moves[rows], following, 0.0)
+        rewards = torch.where(self._pays[rows], rewards, 0.0)
         outputs = (following * self._scale, rewards.unsqueeze(-1), logits.unsqueeze(-1))
         gradient = torch.cat(outputs, dim=-1) @ self._linears[-1].weight
         for linear, sums in zip(self._linears[-2::-1], self._sums[::-1], strict=True):

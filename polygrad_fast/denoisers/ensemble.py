@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polygrad_fast.denoisers.one_step import measure_scale
+from polygrad_fast.denoisers.shown_range import ShownRange
 from polygrad_fast.initialization import lecun_normal_
 
 MAX_LOG_VARIANCE, MIN_LOG_VARIANCE = 0.5, -10.0
@@ -83,6 +84,7 @@ class EnsembleNetwork(nn.Module):
         self.max_log_variance = nn.Parameter(MAX_LOG_VARIANCE * bounds)
         self.min_log_variance = nn.Parameter(MIN_LOG_VARIANCE * bounds)
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.range = ShownRange(observation_dim)
         self.register_buffer("held_out_errors", torch.zeros(num_members))
         self.register_buffer("held_out_count", torch.zeros(()))
 
@@ -191,7 +193,7 @@ def ensemble_losses(
     `one_step_losses`.
 
     Args:
-        network: its unit of differences is set if it has none.
+        network: its unit of differences is set if it has none, and the range of the steps is noted.
         steps: normalized.
         counts: how often each member sees each step, [M, N] (a bootstrap's).
         held_out: bool [N], the steps that none sees.
@@ -201,6 +203,9 @@ def ensemble_losses(
         Scalars: "observation_loss", "reward_loss", "terminal_loss".
     """
     measure_scale(network.difference_scale, steps.differences, steps.goes_on.unsqueeze(-1))
+    following = steps.observations + steps.differences * steps.goes_on.unsqueeze(-1)
+    for observations in (steps.observations, following):
+        network.range.note(observations, steps.rewards, steps.is_real)
     found = network(steps.observations, steps.actions)
     wanted = torch.cat(
         [steps.differences / network.difference_scale, steps.rewards.unsqueeze(-1)], dim=-1

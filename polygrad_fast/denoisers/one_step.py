@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polygrad_fast.denoisers.shown_range import ShownRange
 from polygrad_fast.structure import structure
 from polygrad_fast.terminals import alive_steps
 
@@ -48,6 +49,7 @@ class OneStepNetwork(nn.Module):
             width = hidden_dim
         self.network = nn.Sequential(*layers, nn.Linear(width, observation_dim + 2))
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.range = ShownRange(observation_dim)
         self.process_noise = process_noise
         if process_noise:
             self.register_buffer("residual_squares", torch.zeros(observation_dim + 1))
@@ -88,8 +90,8 @@ def one_step_losses(
     none for its difference, which is not in the data.
 
     Args:
-        network: what it predicts is compared; its unit of differences is set if it has none, and
-            its residuals are noted if it measures them.
+        network: what it predicts is compared; its unit of differences is set if it has none, the
+            range of what the windows show is noted, and residuals if it measures them.
         observations, actions, rewards: normalized [B, H, S], [B, H, A] and [B, H].
         flags: terminals [B, H], 0 or 1.
         evaluate: computes what the network does; None: the network itself.
@@ -98,6 +100,7 @@ def one_step_losses(
     is_real = alive_steps(flags).float()
     goes_on = (is_real * (1.0 - flags))[:, :-1]
     measure_scale(network.difference_scale, wanted, goes_on.unsqueeze(-1))
+    network.range.note(observations, rewards, is_real)
     differences, predicted, logits = (evaluate or network)(observations, actions)
     error = differences[:, :-1] - wanted / network.difference_scale
     entropy = F.binary_cross_entropy_with_logits(logits, flags, reduction="none")

@@ -85,8 +85,9 @@ class RolloutDenoiser(nn.Module):
     ) -> Tensor:
         """Return the states [B, H, D] from o_0 [B, S] under actions [B, H, A], all normalized.
 
-        After a step whose flag is more probably terminal than not, the observation stays and the
-        flag stays, as in `StepwiseModel`; rewards go on. Until windows have shown a terminal, none
+        Observations and rewards stay within what windows have shown (`ShownRange`). After a step
+        whose flag is more probably terminal than not, the observation stays and the flag stays, as
+        in `StepwiseModel`; rewards go on. Until windows have shown a terminal, none
         is imagined.
 
         Args:
@@ -101,14 +102,15 @@ class RolloutDenoiser(nn.Module):
         for t, action in enumerate(actions.unbind(1)):
             difference, reward, logit = self.step(observation, action)
             if noise is not None:
-                spread, following = self.step.residual_scale, min(t + 1, self.horizon - 1)
-                difference = difference + spread[:-1] * noise[:, following, :-2]
+                spread, place = self.step.residual_scale, min(t + 1, self.horizon - 1)
+                difference = difference + spread[:-1] * noise[:, place, :-2]
                 reward = reward + spread[-1] * noise[:, t, -2]
+            following, reward = self.step.range.clamp(observation + scale * difference, reward)
             goes_on = goes_on & ~(can_end & (logit > 0)).unsqueeze(-1)
             flag = torch.where(goes_on, self.flags[0], self.flags[1])
             flag = torch.where(logit.isnan().unsqueeze(-1), torch.nan, flag)
             states.append(torch.cat([observation, reward.unsqueeze(-1), flag], dim=-1))
-            observation = torch.where(goes_on, observation + scale * difference, observation)
+            observation = torch.where(goes_on, following, observation)
         return torch.stack(states, dim=1)
 
     def transition_losses(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from polygrad_fast.denoisers.shown_range import ShownRange
 from polygrad_fast.denoisers.transformer import TransformerBlock, init_transformer
 from polygrad_fast.errors import InputError
 
@@ -51,6 +52,7 @@ class TransformerDynamics(nn.Module):
         self.norm = nn.LayerNorm(hidden_dim)
         self.output = nn.Linear(hidden_dim, observation_dim + 2)
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.range = ShownRange(observation_dim)
         init_transformer(self, self.blocks)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

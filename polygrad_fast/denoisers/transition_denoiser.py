@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from polygrad_fast.denoisers.residual_mlp import ResidualBlock
+from polygrad_fast.denoisers.shown_range import ShownRange
 from polygrad_fast.denoisers.step_embedding import RandomFourierFeatures, step_mlp
 
 
@@ -33,6 +34,7 @@ class TransitionDenoiser(nn.Module):
         self.norm = nn.LayerNorm(hidden_dim)
         self.output = nn.Linear(hidden_dim, state_dim)
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.range = ShownRange(observation_dim)
 
     def forward(
         self, transitions: Tensor, c_noise: Tensor, observations: Tensor, actions: Tensor

@@ -299,6 +299,8 @@ class FoldedRollout(FoldedDenoiser):
         self.output_weight = self._put_weight("output", last.weight * unit.unsqueeze(1))
         self.output_bias = put("output.bias", last.bias * unit, dtype)
         self.flags = put("flags", d.flags, torch.float32)
+        low, high = d.step.range.lowest, d.step.range.highest
+        self.range = put("lowest", low, torch.float32), put("highest", high, torch.float32)
         if d.process_noise:
             spread = d.step.residual_scale * unit[:-1]
             self.residual_scale = put("residual_scale", spread, torch.float32)
@@ -321,6 +323,7 @@ class FoldedRollout(FoldedDenoiser):
         )
         low, high = self.flags
         can_end = high > low
+        lowest, highest = self.range
         for t in range(rollout.num_steps, stop):
             x = torch.cat([rollout.observation, actions[:, t]], dim=1).to(self.dtype)
             for weight, bias in self.hidden:
@@ -334,8 +337,9 @@ class FoldedRollout(FoldedDenoiser):
             rollout.goes_on = rollout.goes_on & ~(can_end & (logit > 0))
             flag = torch.where(rollout.goes_on, low, high)
             flag = torch.where(logit.isnan(), torch.nan, flag)
+            reward = reward.clamp(lowest[-1:], highest[-1:])
             torch.cat([reward, flag], dim=1, out=rollout.states[:, t, d.observation_dim :])
-            after = rollout.observation + moved
+            after = (rollout.observation + moved).clamp(lowest[:-1], highest[:-1])
             rollout.observation = torch.where(rollout.goes_on, after, rollout.observation)
             if t + 1 < d.horizon:
                 rollout.states[:, t + 1, : d.observation_dim] = rollout.observation

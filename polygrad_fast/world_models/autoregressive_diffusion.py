@@ -63,6 +63,7 @@ class AutoregressiveDiffusion(StepwiseModel):
         goes_on = is_real * (1.0 - windows.terminals)
         goes_on[:, -1] = 0.0
         measure_scale(network.difference_scale, differences, goes_on.unsqueeze(-1))
+        network.range.note(observations, trajectory[..., -2], is_real)
         flags = 2.0 * windows.terminals - 1.0
         known = differences * goes_on.unsqueeze(-1)  # what is noised and seen, too
         parts = (known / network.difference_scale, trajectory[..., -2:-1], flags[..., None])

@@ -21,8 +21,9 @@ class StepwiseModel(WorldModel):
 
     Actions are drawn from the policy at each imagined observation, so they are on-policy by
     construction. The network sees actions clipped to the environment's bounds, as the environment
-    does; the trajectories hold them as drawn. After a step that is predicted to be terminal, the
-    observation stays and the flag stays 1.
+    does; the trajectories hold them as drawn. Observations and rewards stay within what the data
+    have shown (`ShownRange`). After a step that is predicted to be terminal, the observation stays
+    and the flag stays 1.
 
     `prepare` and `warn` do nothing, as in the protocol: any policy will do.
 
@@ -107,8 +108,9 @@ class StepwiseModel(WorldModel):
             seen.append(self.seen(action))
             difference, reward, logit = self.step(observations, seen, generator)
             ended = ended | (logit > 0)
+            following, reward = self.trainer.ema_model.range.clamp(observation + difference, reward)
             steps.append((observation, action, reward, ended.to(reward.dtype)))
-            observation = torch.where(ended.unsqueeze(-1), observation, observation + difference)
+            observation = torch.where(ended.unsqueeze(-1), observation, following)
         observations, actions, rewards, terminals = (
             torch.stack(part, dim=1) for part in zip(*steps, strict=True)
         )

@@ -57,8 +57,12 @@ def test_output_has_the_trajectory_shape(batch, s, a, h):
     assert torch.isfinite(prediction).all()
 
 
-def test_rollout_against_a_naive_float64_loop():
+@pytest.mark.parametrize("bounded", [False, True])
+def test_rollout_against_a_naive_float64_loop(bounded):
     denoiser = build()
+    if bounded:
+        denoiser.step.range.lowest.copy_(torch.tensor([-1.0, -0.8, -1.2, -0.4]))
+        denoiser.step.range.highest.copy_(torch.tensor([0.9, 1.1, 1.0, 0.5]))
     trajectory, actions, timesteps = inputs(16)
     w = {name: value.double() for name, value in denoiser.state_dict().items()}
 
@@ -70,19 +74,24 @@ def test_rollout_against_a_naive_float64_loop():
         return w["step.network.4.weight"] @ x + w["step.network.4.bias"]
 
     got = denoiser(trajectory, actions, timesteps).double()
-    lengths = set()
+    lengths, cut = set(), 0
     for b in range(16):
         observation, length = trajectory[b, 0, :S].double(), 0
         for t in range(H):
             out = step(observation, actions[b, t].double())
             goes_on = length == t and bool(out[-1] <= 0)
             length += goes_on
-            wanted = torch.cat([observation, out[-2:-1], w["flags"][1 - goes_on].reshape(1)])
+            reward = out[-2:-1].clamp(w["step.range.lowest"][-1], w["step.range.highest"][-1])
+            wanted = torch.cat([observation, reward, w["flags"][1 - goes_on].reshape(1)])
             assert (got[b, t] - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max())
             if goes_on:
-                observation = observation + w["step.difference_scale"] * out[:S]
+                moved = observation + w["step.difference_scale"] * out[:S]
+                low, high = w["step.range.lowest"][:-1], w["step.range.highest"][:-1]
+                observation = moved.clamp(low, high)
+                cut += int((observation != moved).sum())
         lengths.add(length)
     assert len(lengths) > 2  # ends at several steps
+    assert (cut > 0) == bounded
 
 
 def test_nothing_ends_before_windows_have_shown_an_end():

@@ -74,9 +74,13 @@ def returns_of(rewards, logits, values, gamma, gae_lambda):
     return found
 
 
+@pytest.mark.parametrize("ranged", [True, False])
 @pytest.mark.parametrize("bounds", [True, False])
-def test_steps_are_differentiated_as_by_autograd(bounds):
+def test_steps_are_differentiated_as_by_autograd(bounds, ranged):
     network, normalizer, *_ = make_world()
+    if ranged:
+        network.range.lowest.fill_(-0.8)
+        network.range.highest.fill_(0.5)
     limits = tuple(b.double() for b in BOUNDS) if bounds else None
     g = torch.Generator().manual_seed(1)
     observations, actions = (torch.randn(9, n, generator=g).double() for n in (S, A))
@@ -84,7 +88,10 @@ def test_steps_are_differentiated_as_by_autograd(bounds):
     leaves = [tensor.clone().requires_grad_() for tensor in (observations, actions)]
     seen = leaves[1].clamp(*limits) if bounds else leaves[1]
     difference, reward, logit = network(leaves[0], normalizer.normalize(seen, "actions"))
-    following = leaves[0] + network.difference_scale * difference
+    free = leaves[0] + network.difference_scale * difference, reward
+    following, reward = network.range.clamp(*free)
+    for cut, whole in zip((following, reward), free, strict=True):
+        assert 0 < (cut != whole).sum() < cut.numel() if ranged else torch.equal(cut, whole)
     slopes = torch.randn(9, S, generator=g).double(), *torch.randn(2, 9, generator=g).double()
     rows = slice(2, 7)
     outputs = [tensor[rows] for tensor in (following, reward, logit)]

@@ -34,6 +34,8 @@ def rollout_denoiser(horizon: int, process_noise: bool = False) -> pg.RolloutDen
         denoiser.step.residual_weight.fill_(1.0)
     denoiser.step.difference_scale.copy_(torch.linspace(0.2, 1.0, S))
     denoiser.flags.copy_(torch.tensor([-0.3, 2.0]))
+    denoiser.step.range.lowest.copy_(-torch.linspace(1.0, 1.5, S + 1))  # reached by some
+    denoiser.step.range.highest.copy_(torch.linspace(1.5, 1.0, S + 1))
     return denoiser
 
 

@@ -226,6 +226,10 @@ class A2CConfig(Options):
     included (released code), or each by its weight in the loss. After a terminal step a return is
     wanted that is not there, so a few of them move both far."""
     target_critic_decay: float = 0.995
+    bootstrap: Literal["target", "lesser"] = "target"
+    """Values of what follows: the target critic's (released code), or in each state the lesser of
+    its and the critic's, which fall as soon as the critic knows and rise as slowly as the target
+    moves, so that a policy is not drawn to where an imagined future looks better than it was."""
     target_update: float = 0.01
     """Wanted mean |log pi_new - log pi_old| of one update."""
     final_target_update: float | None = None

@@ -278,10 +278,14 @@ class ActorCritic:
 
     @torch.no_grad()
     def target_values(self, observations: Tensor) -> Tensor:
-        """Return the target critic's values [N] of normalized observations [N, S]."""
+        """Return the values [N] of normalized observations [N, S] by which learning bootstraps: the
+        target critic's, or the lesser of its and the critic's (`A2CConfig.bootstrap`)."""
         if not self.normed_inputs:
             observations = self.normalizer.unnormalize(observations, "observations")
-        return self.target_value_function(observations)
+        values = self.target_value_function(observations)
+        if self.config.bootstrap == "lesser":
+            values = torch.minimum(values, self.value_function(observations))
+        return values
 
     def _choose_passes(self) -> None:
         """Find how policy and value function, as they are now, are differentiated."""
@@ -311,10 +315,8 @@ class ActorCritic:
             for name, weight in self.target_value_function.named_parameters()
         }
         read = observations if self.normed_inputs else raw_observations
-        if config.gradient_estimator == "pathwise" and dynamics is not None:
-            target_values, slopes = self._critic.values_and_slopes(target_weights, read)
-        else:
-            target_values, slopes = self._critic.values(target_weights, read), None
+        is_pathwise = config.gradient_estimator == "pathwise" and dynamics is not None
+        target_values, slopes = self._bootstrap_values(target_weights, read, config, is_pathwise)
         advantages = generalized_advantages(
             rewards, target_values, terminals, config.gamma, config.gae_lambda
         )
@@ -349,6 +351,25 @@ class ActorCritic:
             policy_inputs, value_inputs, raw_actions, advantages, value_targets, weights, pathwise
         )
         return batch, _Targets(target_weights, rewards)
+
+    def _bootstrap_values(
+        self, target_weights: dict[str, Tensor], read: Tensor, config: A2CConfig, with_slopes: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the values [B, H] of `target_values` with these weights of the target critic and,
+        if wanted, their gradients [B, H, S] in what the value function reads."""
+
+        def find(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+            if with_slopes:
+                return self._critic.values_and_slopes(weights, read)
+            return self._critic.values(weights, read), None
+
+        values, slopes = find(target_weights)
+        if config.bootstrap == "lesser":
+            own, own_slopes = find(dict(self.value_function.named_parameters()))
+            if with_slopes:
+                slopes = torch.where((own < values).unsqueeze(-1), own_slopes, slopes)
+            values = torch.minimum(values, own)
+        return values, slopes
 
     def _pathwise(
         self,

@@ -32,6 +32,7 @@ CONFIGS = {
     "no search": {"line_search": False},
     "pathwise": {
         "gradient_estimator": "pathwise",
+        "bootstrap": "lesser",
         "reward_rms": 0.3,
         "actor_learning_rate": 1e-2,
         "final_target_update": 0.002,

@@ -620,6 +620,27 @@ def test_target_critic_is_the_average_of_the_critics_before_the_step(decay):
     assert target is not critic and target.network[0].weight is not critic.network[0].weight
 
 
+@pytest.mark.parametrize("shift, followed", [(5.0, "critic"), (-5.0, "target")])
+def test_the_lesser_of_both_critics_is_bootstrapped_from(shift, followed):
+    """With a target critic above or below the critic everywhere, all is as with that one alone."""
+
+    def make(bootstrap, shift):
+        config = pg.A2CConfig(target_critic_decay=1.0, bootstrap=bootstrap)
+        actor_critic = make_actor_critic(config)
+        with torch.no_grad():
+            actor_critic.target_value_function.network[-1].bias.add_(shift)
+        return actor_critic
+
+    lesser, batch = make("lesser", shift), make_batch()
+    alone = make("target", 0.0 if followed == "critic" else shift)
+    observations = batch["observations"].flatten(0, 1)
+    assert torch.equal(lesser.target_values(observations), alone.target_values(observations))
+    assert lesser.update(**batch) == alone.update(**batch)
+    assert_equal(policy_vector(lesser), policy_vector(alone))
+    other = make("target", shift if followed == "critic" else 0.0)
+    assert other.update(**batch)["critic_loss"] != lesser.update(**batch)["critic_loss"]
+
+
 @pytest.mark.parametrize("progress, wanted", [(0.0, 0.02), (0.5, 0.011), (1.0, 0.002)])
 def test_target_update_anneals_linearly(progress, wanted):
     config = pg.A2CConfig(actor_learning_rate=1.0, target_update=0.02, final_target_update=0.002)

@@ -163,11 +163,17 @@ def learner_of(world, **options):
     return pg.ActorCritic(policy, value_function, normalizer, config, None, dynamics)
 
 
+@pytest.mark.parametrize("bootstrap", ["target", "lesser"])
 @pytest.mark.parametrize("normed_inputs", [True, False])
-def test_a_learners_sensitivities_are_those_of_the_whole_rollout(normed_inputs):
+def test_a_learners_sensitivities_are_those_of_the_whole_rollout(normed_inputs, bootstrap):
     """In whatever space policy and value function read."""
     network, normalizer, policy, value_function, _ = world = make_world(2, normed_inputs, -3.0)
-    learner = learner_of(world, gae_lambda=0.7)
+    options = {"bootstrap": bootstrap, "target_critic_decay": 1.0}
+    learner = learner_of(world, gae_lambda=0.7, **options)
+    target = learner.target_value_function
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     g = torch.Generator().manual_seed(0)
     starts = torch.randn(5, S, generator=g).double()
     noise = torch.randn(6, 5, A, generator=g).double()
@@ -176,7 +182,12 @@ def test_a_learners_sensitivities_are_those_of_the_whole_rollout(normed_inputs):
     if not normed_inputs:
         rewards = [normalizer.unnormalize(reward, "rewards") for reward in rewards]
         observations = [normalizer.unnormalize(o, "observations") for o in observations]
-    values = [value_function(observation) for observation in observations]
+    values = [target(observation) for observation in observations]
+    if bootstrap == "lesser":
+        own = [value_function(observation) for observation in observations]
+        lower = torch.stack(own) < torch.stack(values)
+        assert lower.any() and not lower.all()
+        values = [torch.minimum(*pair) for pair in zip(values, own, strict=True)]
     returns = returns_of(rewards, logits, values, learner.config.gamma, 0.7)
     wanted = [
         torch.autograd.grad(returns[t].sum(), actions[t], retain_graph=True)[0] for t in range(5)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import polygrad_fast as pg
+from polygrad_fast.denoisers.shown_range import ShownRange
 
 S, A, H, K = 3, 2, 4, 12
 ENGINES = ["reference", "torch"]
@@ -309,6 +310,7 @@ class NoisyLinearStep(nn.Module):
         super().__init__()
         self.difference_scale = nn.Parameter(torch.ones(dim))
         self.residual_scale = torch.tensor([0.2, 0.5, 0.1])
+        self.range = ShownRange(dim)
 
     def forward(self, observations, actions):
         never = torch.full_like(observations[..., 0], -1e4)

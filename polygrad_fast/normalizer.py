@@ -101,6 +101,12 @@ class Normalizer(nn.Module):
             raise InputError(f"field must be one of {list(FIELDS)}, got {field!r}")
         return getattr(self, f"{field}_mean"), getattr(self, f"{field}_scale")
 
+    def state_moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean and scale of observations and reward side by side, copies of [S + 1] each."""
+        observations, rewards = self._moments("observations"), self._moments("rewards")
+        mean, scale = (torch.cat(parts) for parts in zip(observations, rewards, strict=True))
+        return mean, scale
+
     def normalize(self, x: Tensor, field: str) -> Tensor:
         """Map raw values [..., dim] of a field to normalized ones; rewards and terminals also
         without the last axis."""

@@ -30,9 +30,16 @@ class Dynamics:
         self._network, self._normalizer, self._bounds = network, normalizer, action_bounds
 
     @torch.no_grad()
-    def linearize(self, observations: Tensor, actions: Tensor) -> LinearizedDynamics:
+    def linearize(
+        self, observations: Tensor, actions: Tensor, following: Tensor, rewards: Tensor
+    ) -> LinearizedDynamics:
         """Return the steps from normalized observations [N, S] under raw actions [N, A], ready to
-        be differentiated there."""
+        be differentiated there.
+
+        Args:
+            following, rewards: what these steps led to, normalized, [N, S] and [N]; what lies on a
+                bound of the network's range (`ShownRange`) has been cut off there.
+        """
         normalizer = self._normalizer
         slope = 1.0 / normalizer.actions_scale.expand_as(actions)
         if self._bounds is not None:
@@ -40,7 +47,8 @@ class Dynamics:
             slope = torch.where((actions >= low) & (actions <= high), slope, 0.0)
             actions = actions.clamp(low, high)
         seen = normalizer.normalize(actions, "actions")
-        return LinearizedDynamics(self._network, observations, seen, slope)
+        inside = self._network.range.inside(following, rewards)
+        return LinearizedDynamics(self._network, observations, seen, slope, inside)
 
     def capture_key(self) -> Hashable:
         """Return where the network's numbers are, which a CUDA graph holds on to."""
@@ -50,32 +58,37 @@ class Dynamics:
 
 class LinearizedDynamics:
     """N steps, and how gradients in what follows from them become gradients in what they are taken
-    from: `OneStepNetwork`'s backward pass without that of its weights. What the network's range
-    (`ShownRange`) cuts off changes nothing.
+    from: `OneStepNetwork`'s backward pass without that of its weights.
 
     Args:
         network: of the steps.
         observations: normalized [N, S].
         seen: actions as the network sees them, normalized [N, A].
         slope: of these in the raw actions, [N, A].
+        inside: which observations that follow, [N, S], and rewards, [N], change with what is
+            predicted; the others have been cut off.
 
     Attributes:
         logits: of the terminal flags, [N].
     """
 
-    def __init__(self, network: OneStepNetwork, observations: Tensor, seen: Tensor, slope: Tensor):
+    def __init__(
+        self,
+        network: OneStepNetwork,
+        observations: Tensor,
+        seen: Tensor,
+        slope: Tensor,
+        inside: tuple[Tensor, Tensor],
+    ):
         self._linears, self._scale = list(network.network[::2]), network.difference_scale
         self._slope, self._sums = slope, []  # before the activations
+        self._moves, self._pays = inside
         x = torch.cat([observations, seen], dim=-1)
         for linear in self._linears[:-1]:
             self._sums.append(torch.nn.functional.linear(x, linear.weight, linear.bias))
             x = torch.nn.functional.silu(self._sums[-1])
         last = self._linears[-1]
-        output = torch.nn.functional.linear(x, last.weight, last.bias)
-        differences, rewards, self.logits = output[:, :-2], output[:, -2], output[:, -1]
-        self._moves, self._pays = network.range.holds(
-            observations + differences * self._scale, rewards
-        )
+        self.logits = torch.nn.functional.linear(x, last.weight[-1:], last.bias[-1:]).squeeze(-1)
 
     @torch.no_grad()
     def pull_back(
@@ -86,7 +99,8 @@ class LinearizedDynamics:
 
         Args:
             rows: of these steps, R of them.
-            following: gradient in the observations o' = o + difference that follow, [R, S].
+            following: gradient in the observations that follow, o + difference within the range,
+                [R, S].
             rewards, logits: gradients in the normalized rewards and in the terminal flags' logits,
                 [R] each.
         """

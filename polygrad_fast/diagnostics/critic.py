@@ -37,7 +37,8 @@ return."""
 
 @dataclass(frozen=True)
 class CriticError:
-    """The target critic's values of the states of whole episodes, beside their discounted returns.
+    """The values learning bootstraps by (`ActorCritic.target_values`) of the states of whole
+    episodes, beside their discounted returns.
 
     Both gradients of a `GradientReport` rest on the same critic (but for its next move, which they
     are ahead): what is wrong with it shows here only. After a time limit, which is no end, a value

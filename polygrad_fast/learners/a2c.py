@@ -123,8 +123,9 @@ class ActorCritic:
     ) -> dict[str, Tensor]:
         """Take one actor and one critic step on imagined trajectories.
 
-        Advantages come from GAE with the target critic; with pathwise gradients the actor learns
-        from what actions change through the dynamics instead (`pathwise.action_sensitivities`).
+        Advantages come from GAE with the target critic, or the lesser of both critics; with
+        pathwise gradients the actor learns from what actions change through the dynamics instead
+        (`pathwise.action_sensitivities`).
         Steps after the first terminal one carry weight 0, that one `terminal_step_weight`; the
         actor's step is scaled until mean |log pi_new - log pi_old| is within tolerance of
         `target_update` (appendix A). Unlike the released code, the Adam direction is computed once
@@ -307,7 +308,7 @@ class ActorCritic:
         raw_observations = observations
         if not (self.normed_inputs and policy_normed):
             raw_observations = normalizer.unnormalize(observations, "observations")
-        rewards = self.critic_rewards(rewards, config)
+        predicted_rewards, rewards = rewards, self.critic_rewards(rewards, config)
         # the target moves first, as released, but is stored only once all results are finite
         current = dict(self.value_function.named_parameters())
         target_weights = {
@@ -341,7 +342,7 @@ class ActorCritic:
                 observations,
                 policy_inputs,
                 raw_actions,
-                rewards,
+                (rewards, predicted_rewards),
                 terminals,
                 (target_values, slopes),
                 config,
@@ -376,7 +377,7 @@ class ActorCritic:
         observations: Tensor,
         policy_inputs: Tensor,
         raw_actions: Tensor,
-        rewards: Tensor,
+        rewards: tuple[Tensor, Tensor],
         terminals: Tensor,
         target: tuple[Tensor, Tensor],
         config: A2CConfig,
@@ -387,9 +388,9 @@ class ActorCritic:
         Args:
             observations, terminals: as `step` gets them.
             policy_inputs: [B, T, S], in the space that the policy reads.
-            rewards: as the critic learns from them.
-            target: the target critic's values [B, H], and their gradients [B, H, S] in the
-                observations as it reads them.
+            rewards: as the critic learns from them, and normalized.
+            target: the values [B, H] of `target_values`, and their gradients [B, H, S] in the
+                observations as the value function reads them.
         """
         normalizer = self.normalizer
         target_values, slopes = target
@@ -402,7 +403,7 @@ class ActorCritic:
         steps = Steps(
             observations.movedim(1, 0).contiguous(),
             actions,
-            rewards[:, :-1].t().contiguous(),
+            *(part[:, :-1].t().contiguous() for part in rewards),
             terminals[:, :-1].t().contiguous(),
             target_values.t().contiguous(),
             slopes.movedim(1, 0).contiguous(),

@@ -22,6 +22,7 @@ class Steps:
     observations: Tensor  # normalized [H, B, S]
     actions: Tensor  # raw [T, B, A]
     rewards: Tensor  # as the critic learns from them, [T, B]
+    predicted_rewards: Tensor  # the same, normalized, [T, B]
     flags: Tensor  # terminals, 0 or 1, [T, B]
     values: Tensor  # of the observations, [H, B]
     value_slopes: Tensor  # gradients of the values in the normalized observations, [H, B, S]
@@ -65,7 +66,12 @@ def action_sensitivities(
     """
     num_steps, batch, _ = steps.actions.shape
     observations = steps.observations[:-1]
-    linearized = dynamics.linearize(observations.flatten(0, 1), steps.actions.flatten(0, 1))
+    linearized = dynamics.linearize(
+        observations.flatten(0, 1),
+        steps.actions.flatten(0, 1),
+        steps.observations[1:].flatten(0, 1),
+        steps.predicted_rewards.flatten(),
+    )
     goes_on = torch.sigmoid(-linearized.logits).view(num_steps, batch)
     alive = 1.0 - steps.flags
     returns, sensitivities = torch.empty_like(steps.rewards), torch.empty_like(steps.actions)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polygrad_fast.config import TrainConfig
 from polygrad_fast.data import ActionScaler, ReplayBuffer
+from polygrad_fast.denoisers.shown_range import shown_ranges
 from polygrad_fast.diagnostics.on_policy import on_policy_statistics
 from polygrad_fast.errors import CheckpointError, NonFiniteError
 from polygrad_fast.learners import Learner
@@ -370,7 +371,11 @@ class ImaginationTraining:
         with annotate("normalizer_update"):
             c, normalizer = self.config.normalizer, self.normalizer
             before = normalizer.observations_mean.clone(), normalizer.observations_scale.clone()
+            mean, scale = normalizer.state_moments()
             normalizer.update(self.replay.moments(), c.min_std())
+            mean_now, scale_now = normalizer.state_moments()
+            for bounds in shown_ranges(self.world_model.modules().values()):
+                bounds.keep_raw((mean_now - mean) / scale, scale_now / scale)
             if c.preserve_functions and self.num_timesteps >= self.config.learning_starts:
                 self.learner.keep_functions(*before)
             self.actor.acting.refresh()

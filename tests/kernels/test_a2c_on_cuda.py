@@ -32,11 +32,11 @@ CONFIGS = {
     "no search": {"line_search": False},
     "pathwise": {
         "gradient_estimator": "pathwise",
-        "bootstrap": "lesser",
         "reward_rms": 0.3,
         "actor_learning_rate": 1e-2,
         "final_target_update": 0.002,
     },
+    "pathwise, lesser": {"gradient_estimator": "pathwise", "bootstrap": "lesser"},
 }
 
 
@@ -73,6 +73,8 @@ def make(device, name, policy="gaussian", normed_inputs=True) -> pg.ActorCritic:
     value_function = pg.ValueFunction(S, 16)
     network = OneStepNetwork(S, A, 16, 2)
     network.difference_scale.fill_(0.3)
+    network.range.lowest.fill_(-1.0)
+    network.range.highest.fill_(1.5)
     bounds = torch.tensor([-1.0, -0.5]), torch.tensor([0.8, 1.0])
     dynamics = Dynamics(
         network.requires_grad_(False).to(device),

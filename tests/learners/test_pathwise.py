@@ -97,7 +97,9 @@ def test_steps_are_differentiated_as_by_autograd(bounds, ranged):
     outputs = [tensor[rows] for tensor in (following, reward, logit)]
     slopes = [slope[rows] for slope in slopes]
     wanted = torch.autograd.grad(outputs, leaves, slopes)
-    linearized = Dynamics(network, normalizer, limits).linearize(observations, actions)
+    linearized = Dynamics(network, normalizer, limits).linearize(
+        observations, actions, following.detach(), reward.detach()
+    )
     torch.testing.assert_close(linearized.logits, logit.detach())
     for got, gradient in zip(linearized.pull_back(rows, *slopes), wanted, strict=True):
         torch.testing.assert_close(got, gradient[rows])
@@ -130,7 +132,10 @@ def test_sensitivities_are_those_of_the_whole_rollout(
     slopes = [torch.autograd.grad(v.sum(), o, retain_graph=True)[0] for v, o in
               zip(values[1:], observations[1:], strict=True)]  # fmt: skip
     steps = Steps(
-        *(torch.stack(column).detach() for column in (observations, actions[:-1], scaled[:-1])),
+        *(
+            torch.stack(column).detach()
+            for column in (observations, actions[:-1], scaled[:-1], rewards[:-1])
+        ),
         torch.zeros(horizon - 1, batch, dtype=torch.float64),
         torch.stack(values).detach(),
         torch.stack([torch.zeros_like(starts), *slopes]),

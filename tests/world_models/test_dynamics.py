@@ -33,7 +33,9 @@ def test_slopes_are_those_of_what_is_imagined(name):
 
     batch = imagined(starts)
     actions = normalizer.unnormalize(batch.actions, "actions")[:, 0]
-    linearized = model.dynamics().linearize(starts, actions)
+    linearized = model.dynamics().linearize(
+        starts, actions, batch.observations[:, 1], batch.rewards[:, 0]
+    )
     assert (linearized.logits < -10).all()
     zeros = torch.zeros(5)
     found, in_actions = linearized.pull_back(slice(0, 5), slope, zeros, zeros)

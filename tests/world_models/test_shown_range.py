@@ -1,12 +1,13 @@
 """What is imagined stays within what the data have shown, however wrong the network."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 import polygrad_fast as pg
-from cases import changed
+from cases import changed, tiny_config
 from linear_system import HIGH, LOW, H, S, make_normalizer, make_windows, policy
 from polygrad_fast.config import (
     AutoregressiveConfig,
@@ -14,7 +15,7 @@ from polygrad_fast.config import (
     EnsembleConfig,
     TransformerModelConfig,
 )
-from polygrad_fast.denoisers.shown_range import ShownRange
+from polygrad_fast.denoisers.shown_range import ShownRange, shown_ranges
 from polygrad_fast.world_models import (
     Autoregressive,
     AutoregressiveDiffusion,
@@ -102,7 +103,7 @@ def test_without_windows_there_are_no_bounds():
     observations, rewards = 1e20 * torch.randn(4, S), -1e20 * torch.ones(4)
     kept, paid = shown_range.clamp(observations, rewards)
     assert torch.equal(kept, observations) and torch.equal(paid, rewards)
-    assert all(holds.all() for holds in shown_range.holds(observations, rewards))
+    assert all(part.all() for part in shown_range.inside(observations, rewards))
 
 
 def test_nan_is_not_hidden():
@@ -112,11 +113,74 @@ def test_nan_is_not_hidden():
     assert kept.isnan().all() and paid.isnan().all()
 
 
+def test_bounds_stay_where_they_are_when_moments_change():
+    before, after = make_normalizer(), make_normalizer()
+    after.update(
+        {
+            "observations": (torch.tensor([1.5, 0.0]), torch.tensor([4.0, 0.1])),
+            "rewards": (torch.tensor(-2.0), torch.tensor(7.0)),
+        }
+    )
+    bounds, unknown = ShownRange(S), ShownRange(S)
+    bounds.lowest.copy_(torch.tensor([-2.0, -3.0, -1.0]))
+    bounds.highest.copy_(torch.tensor([1.0, 2.0, 4.0]))
+
+    def raw(normalizer, bound):
+        observations = normalizer.unnormalize(bound[:-1], "observations")
+        return torch.cat([observations, normalizer.unnormalize(bound[-1:], "rewards")])
+
+    wanted = [raw(before, bound) for bound in (bounds.lowest, bounds.highest)]
+    (mean, scale), (mean_now, scale_now) = before.state_moments(), after.state_moments()
+    for kept in (bounds, unknown):
+        kept.keep_raw((mean_now - mean) / scale, scale_now / scale)
+    for bound, where in zip((bounds.lowest, bounds.highest), wanted, strict=True):
+        torch.testing.assert_close(raw(after, bound), where)
+    assert torch.equal(unknown.highest, ShownRange(S).highest)
+
+
 @pytest.mark.parametrize("name", ["autoregressive", "trajectory_diffusion"])
-def test_what_is_cut_off_has_no_slope(name):
+def test_an_agents_bounds_follow_its_moments(name):
+    """In raw numbers they only widen, although moments change after every episode."""
+    config = tiny_config(
+        world_model=name,
+        schedule__num_train_timesteps=5,
+        sampler=pg.SamplerConfig.official(scale_actions=False),
+        normalizer__refresh="episode",
+    )
+    config = changed(config, denoiser__kind="rollout")
+    agent = pg.PolyGRAD("Pendulum-v1", device="cpu", config=config)
+    (bounds, *_) = shown_ranges(agent.world_model.modules().values())
+    seen = []
+    for steps in range(250, 1050, 200):
+        agent.learn(steps)
+        mean, scale = agent.normalizer.state_moments()
+        seen.append((mean.clone(), bounds.lowest * scale + mean, bounds.highest * scale + mean))
+    for (was, low, high), (now, lower, higher) in itertools.pairwise(seen):
+        assert not torch.equal(was, now)
+        slack = 1e-4 * (high - low)
+        assert (lower <= low + slack).all() and (higher >= high - slack).all()
+    shown = torch.cat([agent.replay.initial_observations()]).aminmax(dim=0)
+    *_, (_, low, high) = seen
+    assert (low[:-1] >= shown.min - 0.5).all() and (high[:-1] <= shown.max + 0.5).all()
+
+
+def test_a_checkpoint_without_bounds_is_one_before_the_first_window():
+    model = make_model("autoregressive")
+    network = model.trainer.model
+    older = {k: v for k, v in network.state_dict().items() if not k.startswith("range.")}
+    network.load_state_dict(older)
+    assert torch.equal(network.range.highest, ShownRange(S).highest)
+    with pytest.raises(RuntimeError, match="difference_scale"):
+        network.load_state_dict({k: v for k, v in older.items() if k != "difference_scale"})
+
+
+@pytest.mark.parametrize("process_noise", [False, True])
+@pytest.mark.parametrize("name", ["autoregressive", "trajectory_diffusion"])
+def test_what_is_cut_off_has_no_slope(name, process_noise):
     """Of what is imagined, by finite differences through `imagine`, where some of it is bounded."""
     sizes = {"autoregressive__hidden_dim": 16, "denoiser__hidden_dim": 16, "dtype": "float32"}
-    config = changed(pg.TrainConfig.from_preset("laptop"), world_model=name, **sizes)
+    noise = {f"{part}__process_noise": process_noise for part in ("autoregressive", "denoiser")}
+    config = changed(pg.TrainConfig.from_preset("laptop"), world_model=name, **sizes, **noise)
     agent = pg.PolyGRAD("Pendulum-v1", device="cpu", config=config)
     model = agent.world_model
     network = model.trainer.ema_model
@@ -126,6 +190,9 @@ def test_what_is_cut_off_has_no_slope(name):
     bound = torch.tensor([0.4, 0.5, 0.6, 10.0])
     network.range.lowest.copy_(-bound)
     network.range.highest.copy_(bound)
+    if process_noise:
+        network.residual_squares.fill_(0.5)
+        network.residual_weight.fill_(1.0)
     g = torch.Generator().manual_seed(0)
     starts, slope = torch.randn(32, 3, generator=g), torch.randn(32, 3, generator=g)
 
@@ -137,19 +204,18 @@ def test_what_is_cut_off_has_no_slope(name):
         batch = model.imagine(
             observations, still, torch.Generator().manual_seed(1), normalized=True
         )
-        return batch.observations[:, 1]
+        return batch.observations[:, 1], batch.rewards[:, 0]
 
-    following = imagined(starts)
+    following, rewards = imagined(starts)
     assert (following.abs() <= bound[:-1] + 1e-6).all()
     outside = following.abs() > bound[:-1] - 1e-6
     actions = torch.full((32, 1), 0.3)
     zeros = torch.zeros(32)
-    found, _ = (
-        model.dynamics().linearize(starts, actions).pull_back(slice(0, 32), slope, zeros, zeros)
-    )
+    linearized = model.dynamics().linearize(starts, actions, following, rewards)
+    found, _ = linearized.pull_back(slice(0, 32), slope, zeros, zeros)
     wanted, rows = [], torch.ones(32, dtype=torch.bool)
     for e in 1e-2 * torch.eye(3):
-        ends = [imagined(starts + sign * e) for sign in (1, -1)]
+        ends = [imagined(starts + sign * e)[0] for sign in (1, -1)]
         wanted.append(((ends[0] - ends[1]) / 2e-2 * slope).sum(-1))
         for end in ends:  # no step over a bound
             rows &= ((end.abs() > bound[:-1] - 1e-6) == outside).all(-1)

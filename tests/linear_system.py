@@ -1,5 +1,7 @@
 """A small system with known answers, and a policy, for tests of world models."""
 
+from dataclasses import replace
+
 import torch
 
 import polygrad_fast as pg
@@ -33,6 +35,19 @@ def make_windows(batch: int, seed: int) -> Windows:
         ended = ended | (terminal > 0)
         observation = torch.where(ended[:, None], observation, moved)
     return Windows(*(torch.stack(part, dim=1) for part in zip(*columns, strict=True)))
+
+
+def with_junk_after_ends(windows: Windows) -> tuple[Windows, torch.Tensor]:
+    """Return the windows with other numbers after terminal steps, and where these are, bool
+    [B, H]."""
+    ended = windows.terminals.cumsum(1) > 1
+    assert ended.any()
+    junk = replace(
+        windows,
+        observations=windows.observations.masked_fill(ended[..., None], 77.0),
+        rewards=windows.rewards.masked_fill(ended, 55.0),
+    )
+    return junk, ended
 
 
 def make_normalizer() -> pg.Normalizer:

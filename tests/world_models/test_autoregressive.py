@@ -6,7 +6,20 @@ import pytest
 import torch
 
 import polygrad_fast as pg
-from linear_system import HIGH, LOW, MEAN, STD, A, H, S, make_normalizer, make_windows, policy, step
+from linear_system import (
+    HIGH,
+    LOW,
+    MEAN,
+    STD,
+    A,
+    H,
+    S,
+    make_normalizer,
+    make_windows,
+    policy,
+    step,
+    with_junk_after_ends,
+)
 from polygrad_fast.config import AutoregressiveConfig
 from polygrad_fast.world_models.autoregressive import Autoregressive
 
@@ -91,13 +104,7 @@ def test_any_horizon_can_be_imagined(trained):
 def test_padding_and_what_follows_a_terminal_step_do_not_count():
     windows = make_windows(64, 0)
     losses = make_model().update(windows)
-    ended = windows.terminals.cumsum(1) > 1
-    assert ended.any()
-    junk = replace(
-        windows,
-        observations=windows.observations.masked_fill(ended[..., None], 77.0),
-        rewards=windows.rewards.masked_fill(ended, 55.0),
-    )
+    junk, ended = with_junk_after_ends(windows)
     assert make_model().update(junk) == losses
     alive = replace(windows, rewards=windows.rewards.masked_fill(~ended, 55.0))
     assert make_model().update(alive)["dynamics/reward_loss"] > losses["dynamics/reward_loss"]

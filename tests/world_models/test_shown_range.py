@@ -1,14 +1,22 @@
 """What is imagined stays within what the data have shown, however wrong the network."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
 import polygrad_fast as pg
 from cases import changed, tiny_config
-from linear_system import HIGH, LOW, H, S, make_normalizer, make_windows, policy
+from linear_system import (
+    HIGH,
+    LOW,
+    H,
+    S,
+    make_normalizer,
+    make_windows,
+    policy,
+    with_junk_after_ends,
+)
 from polygrad_fast.config import (
     AutoregressiveConfig,
     AutoregressiveDiffusionConfig,
@@ -65,13 +73,7 @@ def test_the_range_of_the_windows_is_noted_and_only_widens(name):
 @pytest.mark.parametrize("name", BUILT)
 def test_what_follows_a_terminal_step_shows_nothing(name):
     windows = make_windows(64, 0)
-    ended = windows.terminals.cumsum(1) > 1
-    assert ended.any()
-    junk = replace(
-        windows,
-        observations=windows.observations.masked_fill(ended[..., None], 77.0),
-        rewards=windows.rewards.masked_fill(ended, 55.0),
-    )
+    junk, _ = with_junk_after_ends(windows)
     model = make_model(name)
     model.update(junk, torch.Generator().manual_seed(0))
     _, most = shown(windows, make_normalizer())

@@ -6,7 +6,20 @@ import pytest
 import torch
 
 import polygrad_fast as pg
-from linear_system import HIGH, LOW, MEAN, STD, A, H, S, make_normalizer, make_windows, policy, step
+from linear_system import (
+    HIGH,
+    LOW,
+    MEAN,
+    STD,
+    A,
+    H,
+    S,
+    make_normalizer,
+    make_windows,
+    policy,
+    step,
+    with_junk_after_ends,
+)
 from polygrad_fast.config import AutoregressiveDiffusionConfig, EDMConfig, TransformerModelConfig
 from polygrad_fast.denoisers.transformer_dynamics import TransformerDynamics
 from polygrad_fast.diffusion.edm import edm_loss
@@ -65,13 +78,7 @@ def test_imagined_steps_are_those_of_the_system(trained, name):
 @pytest.mark.parametrize("name", BUILT)
 def test_what_follows_a_terminal_step_does_not_count(name):
     windows = make_windows(64, 0)
-    ended = windows.terminals.cumsum(1) > 1
-    assert ended.any()
-    junk = replace(
-        windows,
-        observations=windows.observations.masked_fill(ended[..., None], 77.0),
-        rewards=windows.rewards.masked_fill(ended, 55.0),
-    )
+    junk, ended = with_junk_after_ends(windows)
     losses = [
         make_model(name).update(w, torch.Generator().manual_seed(0))["dynamics/loss"]
         for w in (windows, junk)

@@ -48,8 +48,7 @@ class ShownRange(nn.Module):
     def clamp(self, observations: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalized observations [..., S] and rewards [...] within the bounds; NaN stays
         NaN, what is infinite comes to a bound."""
-        observations = observations.clamp(self.lowest[:-1], self.highest[:-1])
-        return observations, rewards.clamp(self.lowest[-1], self.highest[-1])
+        return within(self.lowest, self.highest, observations, rewards)
 
     def inside(self, observations: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Return which numbers that `clamp` has returned lie on no bound."""
@@ -75,6 +74,14 @@ class ShownRange(nn.Module):
         for name, bound in self.named_buffers():  # older checkpoints have none
             state_dict.setdefault(prefix + name, bound)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def within(
+    lowest: Tensor, highest: Tensor, observations: Tensor, rewards: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return observations [..., S] and rewards, of any shape, within bounds of [S + 1] each."""
+    observations = observations.clamp(lowest[:-1], highest[:-1])
+    return observations, rewards.clamp(lowest[-1], highest[-1])
 
 
 def shown_ranges(modules: Iterable[nn.Module]) -> Iterator[ShownRange]:

@@ -16,6 +16,7 @@ from polygrad_fast.denoisers import (
     RolloutDenoiser,
     TransformerDenoiser,
 )
+from polygrad_fast.denoisers.shown_range import within
 from polygrad_fast.errors import InputError
 from polygrad_fast.normalizer import Normalizer
 from polygrad_fast.policy import GaussianPolicy
@@ -323,7 +324,6 @@ class FoldedRollout(FoldedDenoiser):
         )
         low, high = self.flags
         can_end = high > low
-        lowest, highest = self.range
         for t in range(rollout.num_steps, stop):
             x = torch.cat([rollout.observation, actions[:, t]], dim=1).to(self.dtype)
             for weight, bias in self.hidden:
@@ -337,9 +337,8 @@ class FoldedRollout(FoldedDenoiser):
             rollout.goes_on = rollout.goes_on & ~(can_end & (logit > 0))
             flag = torch.where(rollout.goes_on, low, high)
             flag = torch.where(logit.isnan(), torch.nan, flag)
-            reward = reward.clamp(lowest[-1:], highest[-1:])
+            after, reward = within(*self.range, rollout.observation + moved, reward)
             torch.cat([reward, flag], dim=1, out=rollout.states[:, t, d.observation_dim :])
-            after = (rollout.observation + moved).clamp(lowest[:-1], highest[:-1])
             rollout.observation = torch.where(rollout.goes_on, after, rollout.observation)
             if t + 1 < d.horizon:
                 rollout.states[:, t + 1, : d.observation_dim] = rollout.observation

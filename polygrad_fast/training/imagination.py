@@ -370,12 +370,11 @@ class ImaginationTraining:
     def _refresh_normalizer(self) -> None:
         with annotate("normalizer_update"):
             c, normalizer = self.config.normalizer, self.normalizer
-            before = normalizer.observations_mean.clone(), normalizer.observations_scale.clone()
             mean, scale = normalizer.state_moments()
             normalizer.update(self.replay.moments(), c.min_std())
             mean_now, scale_now = normalizer.state_moments()
             for bounds in shown_ranges(self.world_model.modules().values()):
                 bounds.keep_raw((mean_now - mean) / scale, scale_now / scale)
             if c.preserve_functions and self.num_timesteps >= self.config.learning_starts:
-                self.learner.keep_functions(*before)
+                self.learner.keep_functions(mean[:-1], scale[:-1])
             self.actor.acting.refresh()

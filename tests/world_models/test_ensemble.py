@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import polygrad_fast as pg
+from linear_system import with_junk_after_ends
 from polygrad_fast.config import EnsembleConfig
 from polygrad_fast.data.replay import Windows
 from polygrad_fast.denoisers.ensemble import EnsembleNetwork, is_held_out
@@ -187,12 +188,7 @@ def test_windows_and_their_transitions_train_the_same():
     )
     options = {"holdout_fraction": 0.0, "num_elites": 4}
     losses = make_model(**options).update(windows, torch.Generator().manual_seed(0))
-    ended = terminals.cumsum(1) > 1
-    changed = replace(
-        windows,
-        observations=observations.masked_fill(ended[..., None], 77.0),
-        rewards=windows.rewards.masked_fill(ended, 55.0),
-    )
+    changed, ended = with_junk_after_ends(windows)
     assert make_model(**options).update(changed, torch.Generator().manual_seed(0)) == losses
     alive = replace(windows, rewards=windows.rewards.masked_fill(~ended, 55.0))
     other = make_model(**options).update(alive, torch.Generator().manual_seed(0))

@@ -3,7 +3,8 @@
     python benchmarks/quick_seeds.py --env-id Pendulum-v1 Hopper-v5 --seeds 100 101 102 --jobs 2
 
 With `--model-free sac` that algorithm of Stable-Baselines3, with its own settings, learns in the
-environment itself, for as many of its steps as the preset has. Of each seed the untrained policy,
+environment itself, for as many of its steps as the preset has or `--total-timesteps` says. Of each
+seed the untrained policy,
 the best checkpoint and the last one play the same fresh episodes, whose seed follows from
 environment, preset and training seed: two rows share episodes only where they differ in the world
 model alone, and none are those of the evaluations that chose the best checkpoint. Every seed is a
@@ -83,12 +84,21 @@ class Trained:
 
 
 def run_seed(
-    env_id: str, preset: str, world_model: str, seed: int, episodes: int, smoke: bool
+    env_id: str,
+    preset: str,
+    world_model: str,
+    seed: int,
+    episodes: int,
+    smoke: bool,
+    total_timesteps: int | None = None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Train one seed and return the row's values and its learning curve."""
+    """Train one seed, for the preset's environment steps or as many as given, and return the row's
+    values and its learning curve."""
     torch.set_num_threads(1)
     config = TrainConfig.from_preset(preset)
     config = tiny(config) if smoke else config
+    if total_timesteps is not None:
+        config = dataclasses.replace(config, total_timesteps=total_timesteps)
     fresh = evaluation_seed(env_id, preset, seed)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
@@ -220,7 +230,13 @@ def measure(options: argparse.Namespace, file: RowFile, rows: list[Row]) -> int:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn, max_tasks_per_child=1) as pool:
         running = {
-            pool.submit(run_seed, *row.case.values(), options.episodes, options.smoke): row
+            pool.submit(
+                run_seed,
+                *row.case.values(),
+                options.episodes,
+                options.smoke,
+                options.total_timesteps,
+            ): row
             for row in rows
         }
         try:
@@ -253,15 +269,17 @@ def main(arguments: list[str] | None = None) -> int:
     learns_in = parser.add_mutually_exclusive_group()
     learns_in.add_argument("--world-model", choices=WORLD_MODELS, default=WORLD_MODELS[0])
     learns_in.add_argument("--model-free", choices=list(ALGORITHMS), help="without a world model")
+    parser.add_argument("--total-timesteps", type=int, help="environment steps (the preset's)")
     parser.add_argument("--episodes", type=int, default=100, help="fresh ones (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds side by side (%(default)s)")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="file of the rows")
     parser.add_argument("--resume", action="store_true", help="leave out rows of this commit")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the mechanics")
     options = parser.parse_args(arguments)
-    for name, least in (("episodes", 1), ("jobs", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    for name in ("episodes", "jobs", "total_timesteps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for seed in options.seeds:
         if not 0 <= seed < FIRST_EVALUATION_SEED:
             parser.error(f"--seeds must be in [0, 2^31), got {seed}")

@@ -339,10 +339,11 @@ def test_seeds_become_rows(tmp_path):
     assert result.returncode == 0, result.stderr
     first = {row.case["seed"]: row for row in read_rows(path)}
     assert set(first) == {7, 8} and result.stdout.count("\n") == 2
-    result = quick_seeds(path, "--seeds", 8)
+    result = quick_seeds(path, "--seeds", 8, "--total-timesteps", 95)
     assert result.returncode == 0, result.stderr
     second = {row.case["seed"]: row for row in read_rows(path)}
     assert second[7] == first[7] and set(second) == {7, 8}
+    assert [first[8].values["train_steps"], second[8].values["train_steps"]] == [90, 95]
     timed = ("train_seconds", "jobs")
     for row in (first[8], second[8]):
         assert row.case == {
@@ -505,6 +506,7 @@ def test_a_seed_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
         episodes=1,
         jobs=2,
         smoke=True,
+        total_timesteps=95,
     )
     rows = module.rows_of(options, provenance(torch.device("cpu"), None, commit="a" * 40))
 
@@ -512,8 +514,8 @@ def test_a_seed_that_fails_is_a_row_and_stops_no_other(tmp_path, monkeypatch):
         def __init__(self, jobs, context, max_tasks_per_child):
             super().__init__(jobs)
 
-    def run_seed(env_id, preset, world_model, seed, episodes, smoke):
-        assert world_model == "autoregressive"
+    def run_seed(env_id, preset, world_model, seed, episodes, smoke, total_timesteps):
+        assert (world_model, total_timesteps) == ("autoregressive", 95)
         if (env_id, seed) == ("a", 2):
             raise InputError("no such thing")
         return {"best_mean_reward": 1.0}, {"env_step": [0, 10], "mean_reward": [0.5, 1.0]}
@@ -564,6 +566,10 @@ def test_what_was_measured_is_left_out_on_resume(tmp_path, monkeypatch):
         (["--seeds", str(2**31)], "--seeds must be in [0, 2^31)"),
         (["--seeds", "1", "--episodes", "0"], "--episodes must be at least 1, got 0"),
         (["--seeds", "1", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (
+            ["--seeds", "1", "--total-timesteps", "0"],
+            "--total-timesteps must be at least 1, got 0",
+        ),
         (["--seeds", "1", "--env-id", "Wings-v0"], "Wings"),
     ],
 )

@@ -21,6 +21,13 @@ from polygrad_fast.errors import InputError
 
 Result = TypeVar("Result")
 BACKENDS = "cpu:gloo,cuda:nccl"
+_MERGED: dict[str, Callable[[Tensor], Tensor]] = {  # [processes, n] -> [n]
+    "first": lambda values: values[0],
+    "mean": lambda values: values.mean(0),
+    "lowest": lambda values: values.amin(0),
+    "highest": lambda values: values.amax(0),
+    "farthest": lambda values: values.gather(0, values.abs().argmax(0, keepdim=True))[0],
+}
 
 
 class Ranks:
@@ -35,6 +42,14 @@ class Ranks:
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their means over all processes, the same bits in each."""
+
+    def merge_(self, noted: Sequence[tuple[Tensor, str]]) -> None:
+        """Replace what every process has noted on its part of the windows by one thing of all.
+
+        Args:
+            noted: tensors with the value that counts: the "first" process's, the "mean", the
+                "lowest", the "highest" or, from 0, the "farthest".
+        """
 
     def concatenate(self, rows: Tensor) -> Tensor:
         """Return the rows [n, ..] of all processes, [number n, ..], in their order."""
@@ -86,6 +101,16 @@ class ProcessGroup(Ranks):
             parts = flat.div_(self.number).split([tensor.numel() for tensor in found])
             for tensor, part in zip(found, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    @torch.no_grad()
+    def merge_(self, noted: Sequence[tuple[Tensor, str]]) -> None:
+        """See `Ranks.merge_`; one call for all."""
+        if not noted:
+            return
+        everyone = self.concatenate(torch.cat([tensor.flatten() for tensor, _ in noted])[None])
+        parts = everyone.split([tensor.numel() for tensor, _ in noted], dim=1)
+        for (tensor, which), values in zip(noted, parts, strict=True):
+            tensor.copy_(_MERGED[which](values).view_as(tensor))
 
     def concatenate(self, rows: Tensor) -> Tensor:
         """See `Ranks.concatenate`."""

@@ -87,6 +87,11 @@ class EnsembleNetwork(nn.Module):
         self.range = ShownRange(observation_dim)
         self.register_buffer("held_out_errors", torch.zeros(num_members))
         self.register_buffer("held_out_count", torch.zeros(()))
+        self.noted = {
+            "difference_scale": "first",
+            "held_out_errors": "mean",
+            "held_out_count": "mean",
+        }
 
     def forward(
         self, observations: Tensor, actions: Tensor, members: Tensor | None = None

@@ -49,11 +49,13 @@ class OneStepNetwork(nn.Module):
             width = hidden_dim
         self.network = nn.Sequential(*layers, nn.Linear(width, observation_dim + 2))
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.noted = {"difference_scale": "first"}
         self.range = ShownRange(observation_dim)
         self.process_noise = process_noise
         if process_noise:
             self.register_buffer("residual_squares", torch.zeros(observation_dim + 1))
             self.register_buffer("residual_weight", torch.zeros(()))
+            self.noted |= {"residual_squares": "mean", "residual_weight": "first"}
         self.built = structure(self)
 
     @property

@@ -63,8 +63,9 @@ class RolloutDenoiser(nn.Module):
             observation_dim, action_dim, hidden_dim, num_layers, process_noise
         )
         self.process_noise = self.reads_initial_noise = process_noise
-        # The normalized terminal flags 0 and 1, as far as windows have shown them.
+        # The normalized terminal flags 0 and 1, as far as windows have shown them; else 0.
         self.register_buffer("flags", torch.zeros(2))
+        self.noted = {"flags": "farthest"}
         self.built = structure(self)
 
     def forward(self, trajectory: Tensor, actions: Tensor, timesteps: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ class ShownRange(nn.Module):
     A network that is rolled out meets observations it has never seen; one answer beyond all data
     leads to a worse one, and after some steps a few trajectories of a batch outweigh all others.
     The bounds only ever widen; before the first window there are none. They are in normalized
-    units; `keep_raw` follows a change of the moments. Where several processes train, each notes
-    its own windows.
+    units; `keep_raw` follows a change of the moments.
 
     Args:
         observation_dim: S.
@@ -32,6 +31,7 @@ class ShownRange(nn.Module):
         super().__init__()
         self.register_buffer("lowest", torch.full((observation_dim + 1,), -UNKNOWN))
         self.register_buffer("highest", torch.full((observation_dim + 1,), UNKNOWN))
+        self.noted = {"lowest": "lowest", "highest": "highest"}
 
     @torch.no_grad()
     def note(self, observations: Tensor, rewards: Tensor, counts: Tensor) -> None:

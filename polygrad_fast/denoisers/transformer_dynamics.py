@@ -52,6 +52,7 @@ class TransformerDynamics(nn.Module):
         self.norm = nn.LayerNorm(hidden_dim)
         self.output = nn.Linear(hidden_dim, observation_dim + 2)
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.noted = {"difference_scale": "first"}
         self.range = ShownRange(observation_dim)
         init_transformer(self, self.blocks)
 

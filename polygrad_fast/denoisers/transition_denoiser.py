@@ -34,6 +34,7 @@ class TransitionDenoiser(nn.Module):
         self.norm = nn.LayerNorm(hidden_dim)
         self.output = nn.Linear(hidden_dim, state_dim)
         self.register_buffer("difference_scale", torch.zeros(observation_dim))
+        self.noted = {"difference_scale": "first"}
         self.range = ShownRange(observation_dim)
 
     def forward(

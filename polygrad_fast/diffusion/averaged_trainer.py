@@ -28,6 +28,10 @@ class AveragedTrainer:
     average are one call each. Networks of this library are differentiated by passes that are
     written out, unless they were changed or are watched by hooks.
 
+    Where several processes train, gradients are averaged over them, and what the network notes on
+    windows is merged, so that all hold the same: its modules name these buffers, with the value
+    that counts (`Ranks.merge_`), as `noted`.
+
     Args:
         model: the network; its weights change in place.
         learning_rate, ema_decay, ema_interval, ema_start: as in `DenoiserConfig`.
@@ -74,6 +78,11 @@ class AveragedTrainer:
             *((self.ema_model.get_parameter(n), model.get_parameter(n)) for n in kept),
             *zip(self.ema_model.buffers(), model.buffers(), strict=True),
         ]
+        self._noted = [
+            (module.get_buffer(name), which)
+            for module in model.modules()
+            for name, which in getattr(module, "noted", {}).items()
+        ]
         buffers = self._weights.buffers
         for buffer in buffers:
             buffer.grad = torch.zeros_like(buffer)
@@ -117,6 +126,7 @@ class AveragedTrainer:
         if passes is not None:
             passes.backward()
         self.ranks.average_([buffer.grad for buffer in self._weights.buffers])
+        self.ranks.merge_(self._noted)
         self.optimizer.step()
         (share,) = self.averaging(1)
         if share is not None:

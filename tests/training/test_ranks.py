@@ -20,6 +20,7 @@ import polygrad_fast as pg
 from cases import tiny_config
 from polygrad_fast import cli
 from polygrad_fast.config import DenoiserConfig
+from polygrad_fast.diffusion.averaged_trainer import AveragedTrainer
 from polygrad_fast.diffusion.ddpm import denoising_loss
 from polygrad_fast.diffusion.trainer import DenoiserTrainer
 from polygrad_fast.learners.a2c import ActorCritic
@@ -150,6 +151,22 @@ def check_communication(ranks: Ranks) -> None:
     tensors = [torch.full((3,), float(i)), torch.tensor(2.0 + i), torch.tensor([i + 1.0]).double()]
     ranks.average_(tensors)
     assert [t.tolist() for t in tensors] == [[0.5] * 3, 2.5, [1.5]]
+    noted = {
+        "first": torch.tensor([i, 3.0 - i]),
+        "mean": torch.tensor([[2.0 * i]]),
+        "lowest": torch.tensor([1.0 - i, i]),
+        "highest": torch.tensor([1.0 - i, i]),
+        "farthest": torch.tensor([-3.0 * i, 2.0 - 2.0 * i, 0.0]),
+    }
+    ranks.merge_([(tensor, which) for which, tensor in noted.items()])
+    assert {which: tensor.tolist() for which, tensor in noted.items()} == {
+        "first": [0.0, 3.0],
+        "mean": [[1.0]],
+        "lowest": [0.0, 0.0],
+        "highest": [1.0, 1.0],
+        "farthest": [-3.0, 2.0, 0.0],
+    }
+    ranks.merge_([])
     rows = torch.tensor([[i, 0.0], [i, 1.0]])
     everyone = ranks.concatenate(rows)
     assert everyone.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
@@ -166,13 +183,46 @@ def check_communication(ranks: Ranks) -> None:
         ranks.check_multiples(batch=4, rows=3)
 
 
-def agent_config() -> pg.TrainConfig:
-    return tiny_config(num_envs=4, policy_delay_steps=0, log_interval=20)
+def train_rollout(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Three updates on this process's rows of the same windows: what the network then notes."""
+    torch.manual_seed(0)
+    network = pg.RolloutDenoiser(S, A, H, hidden_dim=16, num_layers=1, process_noise=True)
+    network.step.difference_scale.fill_(0.7)  # else what the first process's windows say
+    trainer = AveragedTrainer(network, 1e-3, 0.9)
+    trainer.ranks = ranks
+    for step in range(3):
+        states, actions = draw(B, H, S + 2, seed=step), draw(B, H, A, seed=10 + step)
+        states[..., -1] = -0.1
+        if step > 0:
+            states[3, -1, -1] = 4.0  # the first process's
+        losses = network.transition_losses(*(part(rows, ranks) for rows in (states, actions)))
+        trainer.minimize(sum(losses.values()))
+    assert all(map(torch.equal, trainer.ema_model.buffers(), network.buffers()))
+    return {f"rollout.{name}": buffer.clone() for name, buffer in network.named_buffers()}
 
 
-def resume_exactly(ranks: Ranks, folder: Path) -> None:
+def agent_config(**overrides) -> pg.TrainConfig:
+    return tiny_config(num_envs=4, policy_delay_steps=0, log_interval=20, **overrides)
+
+
+NOTING = {
+    "rollout": {
+        "schedule__num_train_timesteps": 5,
+        "sampler__action_update": "exact",
+        "sampler__scale_actions": False,
+        "denoiser__kind": "rollout",
+        "denoiser__process_noise": True,
+    },
+    "autoregressive": {"world_model": "autoregressive"},
+    "ensemble": {"world_model": "ensemble", "ensemble__holdout_fraction": 0.4},
+    "autoregressive_diffusion": {"world_model": "autoregressive_diffusion"},
+}
+"""World models that note what windows show, by what they change."""
+
+
+def resume_exactly(ranks: Ranks, folder: Path, **overrides) -> None:
     """A saved training continues, in the same number of processes, as if it had not been."""
-    agent = pg.PolyGRAD("Pendulum-v1", config=agent_config(), device="cpu")
+    agent = pg.PolyGRAD("Pendulum-v1", config=agent_config(**overrides), device="cpu")
     agent.learn(60)
     agent.save(folder / "saved")
     agent.learn(40)
@@ -218,13 +268,15 @@ def work(folder: Path) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         check_communication(ranks)
-        found = train_denoiser(ranks) | train_policy(ranks)
+        found = train_denoiser(ranks) | train_policy(ranks) | train_rollout(ranks)
         found |= {
             f"counted.{name}": tensor
             for name, tensor in train_policy(ranks, advantage_moments="counted").items()
         }
         torch.save(found, folder / f"{ranks.index}.pt")
         resume_exactly(ranks, folder)
+        for name, overrides in NOTING.items():
+            resume_exactly(ranks, folder / name, **overrides)
         continue_with_more(ranks, folder)
 
 
@@ -248,7 +300,7 @@ def folder(tmp_path_factory):
 def test_two_processes_compute_what_one_does(folder):
     """To rounding, and the same bits in both."""
     alone = Ranks()
-    wanted = train_denoiser(alone) | train_policy(alone)
+    wanted = train_denoiser(alone) | train_policy(alone) | train_rollout(alone)
     counted = train_policy(alone, advantage_moments="counted")
     wanted |= {f"counted.{name}": tensor for name, tensor in counted.items()}
     first, second = (torch.load(folder / f"{i}.pt") for i in range(2))

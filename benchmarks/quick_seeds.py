@@ -4,13 +4,12 @@
 
 With `--model-free sac` that algorithm of Stable-Baselines3, with its own settings, learns in the
 environment itself, for as many of its steps as the preset has or `--total-timesteps` says. Of each
-seed the untrained policy,
-the best checkpoint and the last one play the same fresh episodes, whose seed follows from
-environment, preset and training seed: two rows share episodes only where they differ in the world
-model alone, and none are those of the evaluations that chose the best checkpoint. Every seed is a
-process with one thread. A row is written to benchmarks/results/quick_seeds.jsonl as soon as its
-seed is done, in place of one of the same case and machine; after an interruption `--resume`
-measures the rest.
+seed the untrained policy, the best checkpoint and the last one play the same fresh episodes, whose
+seed follows from environment, preset and training seed: two rows share episodes only where they
+differ in the world model alone, and none are those of the evaluations that chose the best
+checkpoint. Every seed is a process with one thread. A row is written to
+benchmarks/results/quick_seeds.jsonl as soon as its seed is done, in place of one of the same case
+and machine; after an interruption `--resume` measures the rest.
 `python benchmarks/report.py` makes the tables.
 """
 
@@ -90,7 +89,7 @@ def run_seed(
     seed: int,
     episodes: int,
     smoke: bool,
-    total_timesteps: int | None = None,
+    total_timesteps: int | None,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Train one seed, for the preset's environment steps or as many as given, and return the row's
     values and its learning curve."""

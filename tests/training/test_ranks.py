@@ -215,6 +215,7 @@ NOTING = {
     },
     "autoregressive": {"world_model": "autoregressive"},
     "ensemble": {"world_model": "ensemble", "ensemble__holdout_fraction": 0.4},
+    "transformer": {"world_model": "transformer"},
     "autoregressive_diffusion": {"world_model": "autoregressive_diffusion"},
 }
 """World models that note what windows show, by what they change."""

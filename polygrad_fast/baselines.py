@@ -145,6 +145,9 @@ def train_baseline(
                     evaluations.take(step)
                 return step < total_timesteps
 
+            # it would leave an empty directory for logs among the temporary files
+            logger = importlib.import_module("stable_baselines3.common.logger")
+            model.set_logger(logger.Logger(folder=None, output_formats=[]))
             model.learn(total_timesteps, callback=after_step)
         _save(model, run_dir / "last.zip")
     return evaluations.last

@@ -34,6 +34,14 @@ def test_a_baseline_leaves_metrics_and_models(algorithm, tmp_path):
     assert again.mean_reward == pytest.approx(result.mean_reward, rel=1e-5)
 
 
+def test_nothing_is_left_among_the_temporary_files(tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    train_baseline("ppo", "Pendulum-v1", tmp_path / "run", 20, 0, 20, 1)
+    assert not list(temporary.iterdir())
+
+
 def test_a_seed_gives_the_same_again(tmp_path):
     runs = [tmp_path / name for name in ("one", "two", "other")]
     for run, seed in zip(runs, (0, 0, 1), strict=True):
